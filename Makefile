@@ -1,0 +1,36 @@
+# make demo   train the whole text-to-image chain on a small world and show the pictures (MINUTES=8)
+# make test   every check and test
+# Both set up .venv first, at the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MINUTES ?= 8
+STAMP := $(VENV)/installed
+
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: demo test lint install clean
+
+install: $(STAMP)
+
+# torch first and pinned: DeepSpeed's own set-up looks for it, and an unpinned one may pull another build
+$(STAMP): constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python launch/demo.py --minutes $(MINUTES)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy dalle_scale/types.py dalle_scale/config.py dalle_scale/stages
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

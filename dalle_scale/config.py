@@ -1,0 +1,205 @@
+"""A run's configuration: defaults < YAML file < `key.sub=value` on the command line.
+
+Everything is checked in the first second: an unknown key is named with its nearest neighbour, a wrong type or an
+indivisible batch says what to change. The `model:` section belongs to the stage and is checked by its own `Config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from dalle_scale.types import StrictModel, UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class DataConfig(StrictModel):
+    """Where samples come from and how they are read."""
+
+    train: str  # folder with a manifest, written by data_tools/build_shards.py or launch/encode.py
+    valid: str | None = None  # the same, held out
+    text_tokenizer: str | None = None  # sentencepiece .model file, or a folder / name of a Hugging Face tokenizer
+    workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in this process
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)  # stop when more samples than this cannot be read
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate as a factor of its peak, a function of the update number (plateau: and of the losses so far)."""
+
+    kind: Literal["constant", "cosine", "plateau"] = "constant"
+    warmup_updates: int = Field(default=0, ge=0)  # linear from 0
+    decay_updates: int | None = Field(default=None, gt=0)  # cosine: ends at `final_factor`; None = at the last update
+    final_factor: float = Field(default=0.0, ge=0, le=1)
+    # plateau (arXiv 2102.12092, Sec. 2.3 does not give the criterion): halve when the mean training loss of a window
+    # is not lower than the best window's by `plateau_margin`, at most `plateau_halvings` times
+    plateau_window_updates: int = Field(default=10_000, gt=0)
+    plateau_margin: float = Field(default=0.001, ge=0)
+    plateau_halvings: int = Field(default=5, ge=0)
+
+
+class OptimConfig(StrictModel):
+    """Optimizer of one net. Gains, biases and embeddings are never decayed."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for block matrices, AdamW for the rest
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    muon_lr: float = Field(default=0.02, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    clip_norm: float = Field(default=0.0, ge=0)  # global gradient norm; 0 = off
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)  # average of the weights that is sampled and exported; 0 = off
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class EngineConfig(StrictModel):
+    """How the work is spread and in which precision."""
+
+    zero: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO stage
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch_samples: int | None = Field(default=None, gt=0)  # per rank and backward; None = batch / world size
+    activation_checkpointing: bool = False  # recompute activations in the backward pass
+
+
+class LogConfig(StrictModel):
+    """Cadences, in updates; 0 = never."""
+
+    every: int = Field(default=10, ge=1)
+    preview_every: int = Field(default=0, ge=0)
+    valid_every: int = Field(default=0, ge=0)
+    valid_samples: int = Field(default=512, gt=0)
+    save_every: int = Field(default=0, ge=0)  # the last update is always saved
+    keep: int = Field(default=2, gt=0)  # checkpoints kept
+    wandb: str | None = None  # project name; needs `pip install wandb`
+
+
+class RunConfig(StrictModel):
+    """One training run."""
+
+    stage: str
+    run: str  # folder of everything the run writes
+    seed: int = 0
+    updates: int = Field(gt=0)  # optimizer steps in all
+    batch_samples: int = Field(gt=0)  # global batch
+    model: dict[str, Any] = Field(default_factory=dict)  # the stage's own Config
+    tokenizer: str | None = None  # export of the image tokenizer below this stage
+    data: DataConfig
+    optim: dict[str, OptimConfig]  # one entry a net, as the stage names them
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig()
+
+    def micro_batch_samples(self, world_size: int) -> int:
+        """Samples of one rank in one backward pass.
+
+        Raises:
+            UserError: the batch does not divide by world size and micro-batch.
+        """
+        if self.batch_samples % world_size:
+            raise UserError(
+                f"batch_samples: {self.batch_samples} does not divide by the world size {world_size}; "
+                f"take a multiple of {world_size} or another number of processes"
+            )
+        micro = self.engine.micro_batch_samples or self.batch_samples // world_size
+        if self.batch_samples % (micro * world_size):
+            raise UserError(
+                f"engine.micro_batch_samples: batch_samples {self.batch_samples} does not divide by micro-batch "
+                f"{micro} x world size {world_size}; take a divisor of {self.batch_samples // world_size}"
+            )
+        return micro
+
+    def accumulation(self, world_size: int) -> int:
+        """Backward passes per update."""
+        return self.batch_samples // (self.micro_batch_samples(world_size) * world_size)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides, check everything.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(RunConfig, tree, where=str(path))
+
+
+def parse(model: type[Model], tree: dict[str, Any], where: str) -> Model:
+    """Build `model` from a plain tree as YAML or JSON gives it; the first problem becomes one line.
+
+    Raises:
+        UserError: unknown key (with the nearest name), missing key, wrong type or range.
+    """
+    try:
+        return model.model_validate(_numbers_from_strings(tree))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise UserError(f"{where}: unknown key '{key}'; {_nearest(model, problem['loc'])}") from None
+        if problem["type"] == "missing":
+            raise UserError(f"{where}: key '{key}' is missing") from None
+        raise UserError(f"{where}: {key} = {problem['input']!r}: {problem['msg']}") from None
+
+
+def dump(config: BaseModel, path: str | Path) -> None:
+    """Write the resolved configuration as YAML that `load` reads back."""
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the tree from `a.b=value`; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"'{override}': an override is written key=value, e.g. optim.model.lr=3e-4")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"'{override}': '{parent}' is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'{override}': the value is not valid YAML") from None
+
+
+def _numbers_from_strings(value: Any) -> Any:
+    """PyYAML reads `3e-4` (no dot) as a string: turn such strings, and lists where tuples go, into what was meant."""
+    if isinstance(value, dict):
+        return {key: _numbers_from_strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_numbers_from_strings(item) for item in value)
+    if isinstance(value, str) and value[:1] in "0123456789.+-" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """A hint naming the closest known key of the section that `location` points into."""
+    fields = model.model_fields
+    for part in location[:-1]:
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is not None:
+            fields = inner.model_fields
+    near = difflib.get_close_matches(str(location[-1]), list(fields), n=1, cutoff=0.4)
+    return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"

@@ -1,0 +1,130 @@
+"""What a run tells: one console line a cadence with rate and time left, `metrics.jsonl`, TensorBoard, pictures.
+
+Only rank 0 writes. Also `progress` for every other program and `guarded`, which turns a `UserError` into one line
+and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle_scale import dist
+from dalle_scale.types import UserError
+
+Item = TypeVar("Item")
+_PATIENCE_SECONDS = 20  # in which rank 0 finds an error that another rank has found
+
+
+def say(text: str) -> None:
+    """Print one line, on rank 0 only."""
+    if dist.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate with a bar that shows rate and time left, on rank 0 only."""
+    yield from tqdm(items, desc=what, unit=f" {unit}", total=total, disable=not dist.is_main(), mininterval=0.5)
+
+
+def guarded(main: Callable[[], None]) -> NoReturn:
+    """Run a program: a `UserError` becomes one line and exit code 2.
+
+    Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
+    """
+    try:
+        main()
+    except UserError as error:
+        if dist.is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            if not dist.is_joined():
+                time.sleep(_PATIENCE_SECONDS)  # the launcher ends all ranks with the first; let that be rank 0
+            print(f"error on rank {dist.rank()}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """uint8 images [N, 3, H, W] as one picture, `columns` a row, white between."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for index, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
+        y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        sheet[y : y + height, x : x + width] = image
+    return Image.fromarray(sheet)
+
+
+class Log:
+    """The run's journal in `folder`: `metrics.jsonl`, TensorBoard events, `previews/`."""
+
+    def __init__(self, folder: str | Path, updates: int, wandb_project: str | None = None) -> None:
+        self.folder = Path(folder)
+        self._bar: tqdm[Any] | None = None
+        self._wandb: Any = None
+        if not dist.is_main():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and other ranks do without
+
+        self._events = SummaryWriter(str(self.folder / "tensorboard"))
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        self._bar = tqdm(total=updates, unit=" updates", desc=self.folder.name, mininterval=0.5, dynamic_ncols=True)
+        if wandb_project:
+            self._wandb = _open_wandb(wandb_project, self.folder)
+
+    def advance(self, update: int) -> None:
+        """Move the progress bar to `update`."""
+        if self._bar is not None:
+            self._bar.update(update - self._bar.n)
+
+    def metrics(self, update: int, values: dict[str, float]) -> None:
+        """Record numbers of one update: a line of metrics.jsonl, TensorBoard, and the bar."""
+        if self._bar is None:
+            return
+        self._metrics.write(json.dumps({"update": update, "time_seconds": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, update)
+        if self._wandb:
+            self._wandb.log(values, step=update)
+        shown = {name.removeprefix("train/"): f"{value:.4g}" for name, value in list(values.items())[:4]}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def pictures(self, update: int, pictures: dict[str, Tensor]) -> None:
+        """Save each uint8 [N, 3, H, W] as `previews/<name>_<update>.png` and to TensorBoard."""
+        if self._bar is None:
+            return
+        (self.folder / "previews").mkdir(exist_ok=True)
+        for name, images in pictures.items():
+            sheet = grid(images, columns=8)
+            sheet.save(self.folder / "previews" / f"{name}_{update:07d}.png")
+            self._events.add_image(name, np.asarray(sheet), update, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar is not None:
+            self._bar.close()
+            self._events.close()
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _open_wandb(project: str, folder: Path) -> Any:
+    """Start a Weights & Biases run; the package is optional."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"log.wandb: '{project}' was asked for, but wandb is missing: pip install wandb") from None
+    return wandb.init(project=project, dir=str(folder), name=folder.name)

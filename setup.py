@@ -1,0 +1,35 @@
+"""Package description; the versions that the tests run with are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dalle_scale",
+    version="0.1.0",
+    description="Train image generators from captioned images at any size",
+    author="the dalle_scale authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dalle_scale", "dalle_scale.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "deepspeed>=0.19.2,<0.20",
+        "webdataset>=1.0",
+        "transformers>=5.0",
+        "sentencepiece>=0.2.3",
+        "open-clip-torch>=3.0",
+        "simplejpeg>=1.9",
+        "pillow>=12",
+        "pyarrow>=20",
+        "numpy>=2.0",
+        "pydantic>=2.6",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=9.0", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML"],
+        "wandb": ["wandb"],
+    },
+)

@@ -1,0 +1,103 @@
+"""Every stage keeps the contract of dalle_scale/types.py. A new stage is found by its file and its tiny config."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_scale import config, stages
+from dalle_scale.types import Batch, Losses, Needs, Nets, Stage, StrictModel
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny"
+NAMES = stages.names()
+BATCH_DEPENDENT = {"clip"}  # a contrastive loss compares the samples of a batch
+
+
+def build(name: str) -> tuple[Stage, Nets]:
+    """The stage of a tiny config with fresh weights."""
+    run = config.load(TINY / f"{name}.yaml")
+    kind = stages.resolve(name)
+    stage = kind(config.parse(kind.Config, run.model, "model"))
+    torch.manual_seed(0)
+    return stage, stage.nets()
+
+
+def fake_batch(needs: Needs, count: int, seed: int = 0) -> Batch:
+    """Random content of the right shapes, types and ranges."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, (count, *shape), generator=generator)
+
+    batch = {"id": torch.arange(count), "seed": integers(1 << 40), "weight": torch.ones(count)}
+    if needs.image_size:
+        batch["image"] = integers(256, 3, needs.image_size, needs.image_size).to(torch.uint8)
+    if needs.text_length:
+        batch["text"] = integers(needs.text_vocab, needs.text_length)
+        batch["text"][:, -1] = needs.text_vocab + needs.text_length - 1
+    if needs.num_codes:
+        batch["codes"] = integers(needs.code_vocab, needs.num_codes)
+    return batch
+
+
+def rows(batch: Batch, part: slice) -> Batch:
+    return {key: value[part] for key, value in batch.items()}
+
+
+def test_every_stage_has_a_tiny_config():
+    assert {path.stem for path in TINY.glob("*.yaml")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_describes_itself(name):
+    stage, nets = build(name)
+    assert issubclass(stage.Config, StrictModel)
+    assert stage.needs.keys
+    assert set(config.load(TINY / f"{name}.yaml").optim) == set(nets)
+    assert set(stage.turns(0)) <= set(nets)
+    assert stage.flops_per_sample() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_finite_reported_and_reaches_every_parameter(name):
+    stage, nets = build(name)
+    batch = fake_batch(stage.needs, 4)
+    before = copy.deepcopy(batch)
+    for turn in stage.turns(0):
+        losses = stage.loss(turn, nets, batch, step=3)
+        assert isinstance(losses, Losses) and losses.total.shape == () and losses.total.isfinite()
+        assert losses.terms and not any(term.requires_grad for term in losses.terms.values())
+        losses.total.backward()
+        missing = [key for key, parameter in nets[turn].named_parameters() if parameter.grad is None]
+        assert not missing, f"no gradient: {missing}"
+    assert all(torch.equal(batch[key], before[key]) for key in batch), "the batch was changed in place"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_batch_same_loss(name):
+    stage, nets = build(name)
+    batch = fake_batch(stage.needs, 4)
+    torch.manual_seed(1)
+    first = stage.loss("model", nets, batch, step=3).total
+    torch.manual_seed(2)
+    assert torch.equal(first, stage.loss("model", nets, batch, step=3).total), "noise must come from batch['seed']"
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - BATCH_DEPENDENT))
+def test_loss_of_a_batch_is_the_mean_of_its_halves(name):
+    stage, nets = build(name)
+    batch = fake_batch(stage.needs, 6)
+    whole = stage.loss("model", nets, batch, step=3)
+    halves = [stage.loss("model", nets, rows(batch, part), step=3) for part in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(whole.total, (halves[0].total + halves[1].total) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_slot_changes_nothing(name):
+    stage, nets = build(name)
+    batch = fake_batch(stage.needs, 4)
+    kept = rows(batch, slice(3))
+    batch["weight"] = torch.tensor([4 / 3, 4 / 3, 4 / 3, 0.0])
+    with_slot = stage.loss("model", nets, batch, step=3).total
+    torch.testing.assert_close(with_slot, stage.loss("model", nets, kept, step=3).total, rtol=1e-5, atol=1e-6)
