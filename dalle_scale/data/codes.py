@@ -1,0 +1,101 @@
+"""Image codes: the member "codes" of a sample (uint16 little endian, raster order), and how shards of them are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dalle_scale import log
+from dalle_scale.data.decode import decode
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.reader import BadSample, Reader, ahead
+from dalle_scale.data.shards import Shard, part_path
+from dalle_scale.data.transforms import square
+
+MEMBER = "codes"
+MAX_VOCAB = 1 << 16
+
+
+def pack(codes: npt.NDArray[np.int64]) -> bytes:
+    """Codes [N], each in 0 .. 65535, as the bytes of the member."""
+    assert codes.min() >= 0 and codes.max() < MAX_VOCAB, "codes must fit into 16 bits"
+    return codes.astype("<u2").tobytes()
+
+
+def unpack(data: bytes, num_codes: int, vocab: int) -> npt.NDArray[np.uint16]:
+    """The codes [num_codes] of a member.
+
+    Raises:
+        BadSample: another number of codes, or a code that is not below `vocab`.
+    """
+    if len(data) != 2 * num_codes:
+        raise BadSample(f"{len(data) // 2} codes instead of {num_codes}")
+    codes = np.frombuffer(data, "<u2")
+    if (highest := int(codes.max())) >= vocab:
+        raise BadSample(f"code {highest} is not below {vocab}")
+    return codes
+
+
+def encode_shards(
+    source: Manifest,
+    out: Path,
+    image_size: int,
+    encode: Callable[[Tensor], Tensor],
+    batch_samples: int,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Make a shard of codes from every world_size-th shard of images, starting at `rank`; those that exist stay.
+
+    Pictures are centre squares, uint8 [B, 3, S, S]. Captions are carried over. What cannot be read is left out and
+    becomes a line of <out>/ledger.jsonl.
+
+    Args:
+        encode: pictures -> codes int64 [B, N].
+    """
+    batches = []  # (shard, samples, whether they are its last)
+    for number in range(rank, len(source.shards), world_size):
+        if not part_path(out, number).exists():
+            samples = np.flatnonzero(source.shard == number).tolist()
+            chunks = [samples[at : at + batch_samples] for at in range(0, len(samples), batch_samples)]
+            batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
+    reader = Reader(source)
+    shard: Shard | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        loaded = ahead(pool, lambda batch: _load(reader, source, batch[1], image_size), batches)
+        progress = log.progress(loaded, "encode", f"batches of {batch_samples}", total=len(batches))
+        for (number, _, last), (rows, pictures, bad) in zip(batches, progress, strict=True):
+            shard = shard or Shard(out, number)
+            values = encode(pictures).cpu().numpy() if rows else ()
+            for (key, members), codes in zip(rows, values, strict=True):
+                shard.add(key, {**members, MEMBER: pack(codes)})
+            with (out / "ledger.jsonl").open("a") as ledger:
+                ledger.writelines(json.dumps(entry) + "\n" for entry in bad)
+            if last:
+                shard.close()
+                shard = None
+    reader.close()
+
+
+def _load(
+    reader: Reader, source: Manifest, samples: list[int], size: int
+) -> tuple[list[tuple[str, dict[str, bytes]]], Tensor, list[dict[str, Any]]]:
+    """Keys and captions of the good samples, their pictures, and ledger rows of the others."""
+    rows, pictures, bad = [], [], []
+    for sample in samples:
+        try:
+            members = {"txt": reader.read(sample, "txt")} if "txt" in source.members else {}
+            pictures.append(square(decode(reader.read_image(sample)), size))
+            rows.append((source.key(sample), members))
+        except BadSample as error:
+            bad.append({"shard": str(source.shard_path(sample)), "key": source.key(sample), "reason": str(error)})
+    stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+    return rows, torch.from_numpy(stacked).permute(0, 3, 1, 2), bad

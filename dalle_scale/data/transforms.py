@@ -1,0 +1,116 @@
+"""Pixels to training pictures: crops, exact area resizing, and the two augmentation listings of arXiv 2102.12092.
+
+All randomness comes from the sample's seed. Where a picture is smaller than the training size, the paper leaves open
+what happens; here it is enlarged (with the same area rule) and nothing is cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_scale.data.decode import Pixels
+
+
+def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
+    """A picture [H, W, 3] as a training picture [size, size, 3].
+
+    Args:
+        augment: "none" (centre square, no randomness), "dvae" (Listing 1) or "transformer" (Listing 2).
+    """
+    if augment == "none":
+        return square(pixels, size)
+    draws = iter(np.random.Generator(np.random.Philox(key=seed)).random(6).tolist())
+    if augment == "dvae":
+        return _listing_1(pixels, size, draws)
+    assert augment == "transformer", augment
+    return _listing_2(pixels, size, draws)
+
+
+def square(pixels: Pixels, size: int) -> Pixels:
+    """The centre square of a picture [H, W, 3], area-resized to [size, size, 3]; edges are mapped onto edges."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    pixels = _crop(pixels, (height - side) // 2, (width - side) // 2, side)
+    if side == size:
+        return pixels
+    bounds = np.arange(size + 1) * (side / size)
+    return area_resize(pixels, bounds, bounds)
+
+
+def area_resize(pixels: Pixels, rows: npt.NDArray[np.floating[Any]], columns: npt.NDArray[np.floating[Any]]) -> Pixels:
+    """Mean colour of every cell of a grid laid over the picture, each pixel weighted by the area it shares.
+
+    Args:
+        pixels: [H, W, 3]; pixel (y, x) covers [y, y + 1) x [x, x + 1), the last row and column repeat beyond the edge.
+        rows, columns: cell borders in pixels, [h + 1] and [w + 1], increasing.
+
+    Returns:
+        [h, w, 3], rounded to the nearest integer.
+    """
+    height, width, _ = pixels.shape
+    tall = _cell_means(pixels.reshape(height, width * 3), rows)
+    turned = tall.reshape(len(rows) - 1, width, 3).transpose(1, 0, 2).reshape(width, -1)
+    wide = _cell_means(turned, columns).reshape(len(columns) - 1, len(rows) - 1, 3).transpose(1, 0, 2)
+    return np.rint(wide).astype(np.uint8)
+
+
+def _cell_means(lines: npt.NDArray[Any], bounds: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    """Means of lines [n, m] over the k intervals between `bounds` [k + 1]; line i covers [i, i + 1): [k, m]."""
+    first = np.floor(bounds[:-1]).astype(np.int64)
+    taps = int(np.ceil(np.max(bounds[1:] - first)))  # lines that the widest cell touches
+    means = np.zeros((len(first), lines.shape[1]), np.float32)
+    for tap in range(taps):
+        line = first + tap
+        shared = np.minimum(bounds[1:], line + 1) - np.maximum(bounds[:-1], line)
+        share = (np.maximum(shared, 0) / np.diff(bounds)).astype(np.float32)
+        means += share[:, None] * lines[np.minimum(line, len(lines) - 1)]
+    return means
+
+
+def _listing_1(pixels: Pixels, size: int, draws: Iterator[float]) -> Pixels:
+    """Listing 1 (dVAE): random square, random scale, random crop, random horizontal flip."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    pixels = _crop(pixels, _pick(draws, 0, height - side), _pick(draws, 0, width - side), side)
+    target = _pick(draws, min(side, round(9 / 8 * size)), min(side, round(12 / 8 * size)))
+    out = _scaled_crop(pixels, target, size, draws)
+    return out[:, ::-1] if _pick(draws, 0, 1) else out
+
+
+def _listing_2(pixels: Pixels, size: int, draws: Iterator[float]) -> Pixels:
+    """Listing 2 (transformer): square near the centre, random scale, random crop; no flip, pictures may hold text."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    y, x = (
+        _pick(draws, 3 * slack // 8, max(3 * slack // 8, 5 * slack // 8 - 1)) for slack in (height - side, width - side)
+    )
+    target = _pick(draws, size, max(size, min(side, round(9 / 8 * size))))
+    return _scaled_crop(_crop(pixels, y, x, side), target, size, draws)
+
+
+def _scaled_crop(pixels: Pixels, target: int, size: int, draws: Iterator[float]) -> Pixels:
+    """Resize a square to `target` (AREA, corners aligned, as TensorFlow has it), then a random crop of `size`.
+
+    Only the cells inside the crop are computed.
+    """
+    side = len(pixels)
+    target = max(target, size)
+    y, x = _pick(draws, 0, target - size), _pick(draws, 0, target - size)
+    if target == side:
+        return _crop(pixels, y, x, size)
+    scale = (side - 1) / (target - 1) if side > 1 and target > 1 else side / target
+    cells = np.arange(size + 1)
+    return area_resize(pixels, (y + cells) * scale, (x + cells) * scale)
+
+
+def _pick(draws: Iterator[float], low: int, high: int) -> int:
+    """The next draw as an integer, uniform in low .. high, both included."""
+    return low + int(next(draws) * (high - low + 1))
+
+
+def _crop(pixels: Pixels, y: int, x: int, side: int) -> Pixels:
+    return pixels[y : y + side, x : x + side]

@@ -1,0 +1,115 @@
+"""Encode a data set of images into a data set of image codes, captions carried over.
+
+    deepspeed --num_gpus 8 launch/encode.py --tokenizer runs/dvae/export --shards runs/data/train --out runs/codes/train
+
+Training on codes then neither decodes a picture nor runs the tokenizer. Each shard of images becomes one shard of
+codes; ranks take the shards in turn and write the same files at any number of ranks. The same command goes on where it
+stopped. Pictures are shown to the tokenizer as centre squares, once: the paper augments before it encodes
+(arXiv 2102.12092, Sec. 2.3), code shards do not. `python launch/encode.py ...` runs one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_scale import dist, log
+from dalle_scale.checkpoint import export
+from dalle_scale.data import codes, manifest, shards
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.types import UserError
+
+
+def main() -> None:
+    """Check, encode this rank's shards, then let rank 0 write the manifest."""
+    args = parse_args()
+    source = Manifest.open(args.shards)
+    tokenizer = export.open_tokenizer(args.tokenizer, dist.device())
+    if not source.holds_images:
+        raise UserError(f"{args.shards}: no images in this data set; it holds: {', '.join(source.members)}")
+    if tokenizer.vocab > codes.MAX_VOCAB:
+        raise UserError(f"{args.tokenizer}: vocabulary {tokenizer.vocab}; code shards hold at most {codes.MAX_VOCAB}")
+    info = {
+        "kind": "codes",
+        "vocab": tokenizer.vocab,
+        "grid": tokenizer.grid,
+        "image_size": tokenizer.image_size,
+        "source": source.digest,
+        "tokenizer": digest_of(args.tokenizer),
+    }
+    if is_done(args.out, info):
+        log.say(f"{args.out}: complete already")
+        return
+    if dist.world_size() > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest
+    if dist.is_main():
+        plan_path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        with shards.atomic(plan_path(args.out)) as temporary:
+            temporary.write_text(json.dumps(info))
+    dist.barrier()
+    codes.encode_shards(
+        source,
+        args.out,
+        tokenizer.image_size,
+        lambda pictures: tokenizer.encode(pictures.to(dist.device())),
+        args.batch,
+        dist.rank(),
+        dist.world_size(),
+    )
+    dist.barrier()
+    if dist.is_main():
+        shards.commit(args.out, info)
+        kept = Manifest.open(args.out).num_samples
+        log.say(f"{args.out}: {kept:,} samples of {tokenizer.grid} x {tokenizer.grid} codes")
+        if kept < source.num_samples:
+            log.say(f"left out: {source.num_samples - kept:,}, see {args.out / 'ledger.jsonl'}")
+    if dist.world_size() > 1:
+        torch.distributed.destroy_process_group()
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="export of an image tokenizer")
+    parser.add_argument("--shards", type=Path, required=True, help="folder of a data set with images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set of codes")
+    parser.add_argument("--batch", type=int, default=256, help="pictures at once")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+def plan_path(out: Path) -> Path:
+    """Says what unfinished work is about; goes away with the parts."""
+    return shards.part_path(out, 0).with_name("info.json")
+
+
+def is_done(out: Path, info: dict[str, Any]) -> bool:
+    """Whether `out` holds the finished result. Raises UserError if it holds anything else than this work."""
+    finished = (out / manifest.NAME).exists()
+    there = info
+    if finished:
+        there = Manifest.open(out).info
+    elif plan_path(out).exists():
+        there = json.loads(plan_path(out).read_text())
+    if there != info:
+        raise UserError(f"{out}: holds codes of other images or another tokenizer; delete it or choose another --out")
+    return finished
+
+
+def digest_of(folder: Path) -> str:
+    """sha256 over the names and bytes of all files of an export."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sha.update(path.relative_to(folder).as_posix().encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+if __name__ == "__main__":
+    log.guarded(main)

@@ -1,0 +1,133 @@
+"""launch/encode.py: codes are those of the tokenizer, captions stay with them, ranks and restarts change no byte."""
+
+import io
+import json
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Launch, write_images
+
+from dalle_scale import config as configs
+from dalle_scale import stages
+from dalle_scale.checkpoint import export
+from dalle_scale.data import codes, shards
+from dalle_scale.data.decode import decode
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.reader import Reader
+from dalle_scale.data.transforms import square
+
+PROGRAM = ROOT / "launch" / "encode.py"
+
+
+def save_tokenizer(folder: Path, seed: int) -> Path:
+    """An untrained dVAE of the shipped tiny configuration: 32 x 32 pictures, 8 x 8 codes of 64."""
+    model = yaml.safe_load((ROOT / "configs" / "tiny" / "dvae.yaml").read_text())["model"]
+    stage_class = stages.resolve("dvae")
+    config = configs.parse(stage_class.Config, model, where="model")
+    torch.manual_seed(seed)
+    nets = stage_class(config).nets()
+    export.save(folder, "dvae", config, {name: net.state_dict() for name, net in nets.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images`: 45 pictures in three shards, one of them damaged; `dvae` and `other`: tokenizers."""
+    folder = tmp_path_factory.mktemp("encode")
+    write_images(folder / "images", 45, size=40)
+    manifest = Manifest.open(folder / "images")
+    with (folder / "images" / "shard-000001.tar").open("r+b") as file:
+        file.seek(int(manifest.members["png"].offset[25]) + 20)
+        file.write(b"damage")
+    save_tokenizer(folder / "dvae", seed=0)
+    save_tokenizer(folder / "other", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The launcher's processes have one thread; sums of two threads would differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(work: Path, out: str, tokenizer: str = "dvae") -> tuple[int, str]:
+    """The program in this process: exit code, everything it printed."""
+    options = [f"--tokenizer={work / tokenizer}", f"--shards={work / 'images'}", f"--out={work / out}", "--batch=8"]
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(printed),
+        redirect_stderr(printed),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.setattr(sys, "argv", [str(PROGRAM), *options])
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    return int(end.value.code or 0), printed.getvalue()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def done(work: Path) -> Path:
+    code, printed = run(work, "codes")
+    assert code == 0 and "44 samples of 8 x 8 codes" in printed and "left out: 1" in printed
+    return work / "codes"
+
+
+def test_codes_are_the_tokenizers_and_captions_stay(work, done):
+    images, coded = Manifest.open(work / "images"), Manifest.open(done)
+    tokenizer = export.open_tokenizer(work / "dvae")
+    assert (coded.info["kind"], coded.info["vocab"], coded.info["grid"]) == ("codes", 64, 8)
+    assert [shard.samples for shard in coded.shards] == [20, 19, 5]
+    good = [sample for sample in range(45) if sample != 25]
+    assert [coded.key(row) for row in range(44)] == [images.key(sample) for sample in good]
+    image_reader, code_reader = Reader(images), Reader(coded)
+    pictures = np.stack([square(decode(image_reader.read_image(sample)), 32) for sample in good])
+    expected = tokenizer.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
+    written = np.stack([np.frombuffer(code_reader.read(row, "codes"), "<u2") for row in range(44)])
+    assert len(np.unique(expected)) > 5
+    assert (written == expected).mean() > 0.99, "a batch of another size may turn a tie"
+    for row, sample in enumerate(good):
+        assert code_reader.read(row, "txt") == image_reader.read(sample, "txt")
+    rows = [json.loads(line) for line in (done / "ledger.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["reason"]) for row in rows] == [("00025", "checksum of 'png' is wrong")]
+
+
+def test_two_ranks_write_the_same_files(work, done, launch: Launch):
+    options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={work / 'ranks'}", "--batch=8"]
+    result = launch(PROGRAM, *options, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert content(work / "ranks") == content(done)
+
+
+def test_goes_on_where_it_was_cut_off(work, done):
+    out, info = work / "cut", Manifest.open(done).info
+    tokenizer = export.open_tokenizer(work / "dvae")
+    codes.encode_shards(Manifest.open(work / "images"), out, 32, tokenizer.encode, 8, rank=0, world_size=2)
+    shards.part_path(out, 0).with_name("info.json").write_text(json.dumps(info))
+    (out / ".shard-000001.tar.tmp").write_bytes(b"half a shard")
+    before = {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
+    assert run(work, "cut")[0] == 0
+    assert content(out) == content(done)
+    assert before == {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
+    assert "complete already" in run(work, "cut")[1]
+
+
+def test_wrong_inputs_get_one_line(work, done):
+    for message, arguments in {
+        "another tokenizer; delete it": ("codes", "other"),
+        "not an export": ("new", "images"),
+    }.items():
+        code, printed = run(work, *arguments)
+        assert code == 2 and message in printed.splitlines()[-1]
