@@ -1,0 +1,154 @@
+"""Causal self-attention over a caption and a grid of image codes, full or sparse (arXiv 2102.12092, App. B.1).
+
+The sequence is `prefix` states (start of text, caption, start of image) and then grid x grid image states in raster
+order. Prefix states see the prefix up to themselves. Image states see the whole prefix and, of the image:
+
+    full     every state up to themselves
+    row      the last grid + 1 states in raster order, themselves included: up to the same column of the previous
+             row, across row ends (figure 11a)
+    column   their own column up to themselves (11b)
+    conv     a conv_kernel x conv_kernel window around themselves, its past half; like the row window it is one of
+             raster offsets, so it goes on across row ends (11d)
+
+Text and image keys share one softmax (footnote 7 of the paper: two were worse).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kind = Literal["full", "row", "column", "conv"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a sequence is laid out: `prefix` states, then `grid` x `grid` image states in raster order."""
+
+    prefix: int
+    grid: int
+    conv_kernel: int = 11  # side of the window of "conv" attention, odd
+
+    @property
+    def length(self) -> int:
+        """Number of states."""
+        return self.prefix + self.grid**2
+
+
+def visible(kind: Kind, layout: Layout) -> Tensor:
+    """Which keys each query sees: bool [L, L], row = query. Every query sees at least itself."""
+    states = torch.arange(layout.length)
+    query, key = states[:, None], states[None, :]
+    offset = query - key  # between two image states: how far back in raster order
+    if kind == "full":
+        seen = torch.ones_like(offset, dtype=torch.bool)
+    elif kind == "row":
+        seen = offset <= layout.grid
+    elif kind == "column":
+        seen = offset % layout.grid == 0
+    else:
+        seen = torch.isin(offset, _conv_offsets(layout))
+    return (offset >= 0) & (seen | (key < layout.prefix))
+
+
+def _conv_offsets(layout: Layout) -> Tensor:
+    """Raster offsets of the past half of the window; a window wider than the grid also holds offsets < 0, unused."""
+    reach = layout.conv_kernel // 2
+    rows_back = torch.arange(reach + 1)[:, None]
+    columns_back = torch.arange(-reach, reach + 1)[None, :]
+    return (rows_back * layout.grid + columns_back).flatten()
+
+
+@lru_cache(maxsize=32)
+def _bias(kind: Kind, layout: Layout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask as a term of the scores: 0 where visible, -inf elsewhere; one tensor for all layers of a kind.
+
+    A bool mask would be turned into this one at every call. Not a buffer: nothing to save, broadcast or cast.
+    """
+    with torch.inference_mode(False):  # autograd must be able to save it, whoever asks first
+        hidden = ~visible(kind, layout).to(device)
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout) -> Tensor:
+    """Attention of whole sequences: query, key, value [B, H, L, width of a head] -> the same shape."""
+    if kind == "full":
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=_bias(kind, layout, query.dtype, query.device))
+
+
+class Cache:
+    """Keys and values of one layer while N samples are drawn code by code, in memory allocated once.
+
+    First the prefixes, once per distinct caption; then one image state of every sample at a time. A row layer never
+    looks back further than grid + 1 states, so its image part is a ring of that many slots.
+    """
+
+    def __init__(self, kind: Kind, layout: Layout, owners: Tensor) -> None:
+        """owners: int64 [N], the row of the prefix batch that each sample goes on from."""
+        self.kind, self.layout, self.owners = kind, layout, owners
+        self.image_slots = min(layout.grid + 1, layout.grid**2) if kind == "row" else layout.grid**2
+        self.image_states = 0  # seen so far
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the states that come next; [B, H, states, width of a head] each, and so is the result.
+
+        The first call brings the prefixes (B distinct captions), each later one an image state (B = N samples).
+        """
+        if self._key is None or self._value is None:
+            self._key, self._value = self._allocate(key), self._allocate(value)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        index = self.image_states
+        slot = self.layout.prefix + index % self.image_slots
+        self._key[:, :, slot] = key[:, :, 0]
+        self._value[:, :, slot] = value[:, :, 0]
+        self.image_states += 1
+        filled = self.layout.prefix + min(self.image_states, self.image_slots)
+        # two plain products: for a single query they beat the fused kernel on CPU
+        scores = (query * query.shape[-1] ** -0.5) @ self._key[:, :, :filled].transpose(-1, -2)
+        if self.kind in ("column", "conv"):
+            scores = (
+                scores + _bias(self.kind, self.layout, scores.dtype, scores.device)[self.layout.prefix + index, :filled]
+            )
+        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        mixed: Tensor = shares @ self._value[:, :, :filled]
+        return mixed
+
+    def _allocate(self, prefix: Tensor) -> Tensor:
+        """Room for every slot of every sample, with the prefix of its caption filled in."""
+        _, heads, states, width = prefix.shape
+        assert states == self.layout.prefix
+        room = prefix.new_empty(len(self.owners), heads, states + self.image_slots, width)
+        room[:, :, :states] = prefix[self.owners]
+        return room
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one kind; every projection is its own matrix, for optimisers that work by matrix."""
+
+    def __init__(self, width: int, heads: int, kind: Kind, layout: Layout) -> None:
+        super().__init__()
+        assert width % heads == 0
+        self.heads, self.kind, self.layout = heads, kind, layout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache the states that come next."""
+        batch, states, width = x.shape
+        split = (batch, states, self.heads, width // self.heads)
+        query = self.query(x).view(split).transpose(1, 2)
+        key = self.key(x).view(split).transpose(1, 2)
+        value = self.value(x).view(split).transpose(1, 2)
+        mixed = attend(query, key, value, self.kind, self.layout) if cache is None else cache.attend(query, key, value)
+        out: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, states, width))
+        return out

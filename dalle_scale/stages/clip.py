@@ -1,0 +1,223 @@
+"""CLIP (arXiv 2103.00020): one space for pictures and captions, used to rank samples by how well they fit.
+
+The model and the loss's logits are open_clip's (`CustomTextCLIP`, `ClipLoss`), so the weights of an export load into
+open_clip with the configuration that `architecture` gives.
+
+Captions keep this project's tokens: below `text_vocab` words, at `text_vocab + position` empty places. The text tower
+attends causally and is read at its last position. That place sees the whole caption whatever its length; open_clip's
+usual rule, the highest token number, would pick a word wherever a caption fills all places.
+
+The loss compares every picture with every caption of one micro-batch over all ranks. Accumulating micro-batches adds
+such losses, it does not enlarge the comparison: `engine.micro_batch_samples` x ranks is the contrastive batch. For the
+same reason a sample's loss depends on what else is in the batch, unlike in other stages.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dalle_scale import dist, types
+from dalle_scale.nn.torchvision_ops import import_open_clip
+from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+
+
+class Stage(types.Stage):
+    """Contrastive training of an image tower and a text tower."""
+
+    class Config(StrictModel):
+        """Both towers. The defaults are ViT-B/32's (arXiv 2103.00020, Table 20) but for the caption tokens."""
+
+        image_size: int = Field(default=224, gt=0)  # side in pixels
+        patch: int = Field(default=32, gt=0)  # side of a patch in pixels
+        width: int = Field(default=768, gt=0)
+        layers: int = Field(default=12, gt=0)
+        heads: int = Field(default=12, gt=0)
+        embed_dim: int = Field(default=512, gt=0)  # of the common space
+        text_width: int = Field(default=512, gt=0)
+        text_layers: int = Field(default=12, gt=0)
+        text_heads: int = Field(default=8, gt=0)
+        text_vocab: int = Field(default=16_384, gt=0)
+        text_length: int = Field(default=256, gt=0)  # caption tokens, empty places included
+        bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
+        augment: Literal["none", "dvae", "transformer"] = "none"  # as in types.Needs
+        logit_scale: float = Field(default=1 / 0.07, gt=0)  # inverse temperature at the start
+        logit_scale_max: float = Field(default=100.0, gt=0)
+
+        @model_validator(mode="after")
+        def _divisible(self) -> Stage.Config:
+            for size, part in (("image_size", "patch"), ("width", "heads"), ("text_width", "text_heads")):
+                if getattr(self, size) % getattr(self, part):
+                    raise ValueError(f"{size} {getattr(self, size)} does not divide by {part} {getattr(self, part)}")
+            if self.logit_scale > self.logit_scale_max:
+                raise ValueError(f"logit_scale {self.logit_scale} is above logit_scale_max {self.logit_scale_max}")
+            return self
+
+    config: Config
+
+    @property
+    def needs(self) -> Needs:
+        c = self.config
+        return Needs(
+            image_size=c.image_size,
+            augment=c.augment,
+            text_length=c.text_length,
+            text_vocab=c.text_vocab,
+            bpe_dropout=c.bpe_dropout,
+        )
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Arguments of `open_clip.CustomTextCLIP`."""
+        c = self.config
+        return {
+            "embed_dim": c.embed_dim,
+            "vision_cfg": {
+                "image_size": c.image_size,
+                "patch_size": c.patch,
+                "width": c.width,
+                "layers": c.layers,
+                "head_width": c.width // c.heads,
+            },
+            "text_cfg": {
+                "context_length": c.text_length,
+                "vocab_size": c.text_vocab + c.text_length,
+                "width": c.text_width,
+                "layers": c.text_layers,
+                "heads": c.text_heads,
+                "pool_type": "last",
+            },
+            "init_logit_scale": math.log(c.logit_scale),
+            "nonscalar_logit_scale": True,  # DeepSpeed cannot share a parameter without dimensions
+        }
+
+    def nets(self) -> Nets:
+        model = import_open_clip().CustomTextCLIP(**self.architecture)
+        for table in (model.text.token_embedding.weight, model.text.positional_embedding):
+            table.is_embedding = True
+        model.visual.positional_embedding.is_embedding = True
+        return {"model": model}
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """Mean of both directions' cross entropies, in nats. On rank r of W it covers r's rows of the global logits;
+        its mean over the ranks is the loss of the joint batch, and so is its gradient."""
+        images, texts, scale = nets["model"](self._pixels(nets, batch["image"]), batch["text"])
+        scale = _CappedScale.apply(scale.float().squeeze(), self.config.logit_scale_max)  # type: ignore[no-untyped-call]
+        return contrastive_loss(images.float(), texts.float(), scale, batch["text"], batch["weight"])
+
+    def image_features(self, nets: Nets, images: Tensor) -> Tensor:
+        """uint8 pictures [N, 3, H, W] -> unit vectors [N, embed_dim]. Other sizes than `image_size` are resized."""
+        side = self.config.image_size
+        if images.shape[-2:] != (side, side):
+            resized = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
+            images = resized.round().clamp(0, 255).to(torch.uint8)
+        features: Tensor = nets["model"](self._pixels(nets, images), None)[0]
+        return features.float()
+
+    def text_features(self, nets: Nets, text: Tensor) -> Tensor:
+        """Caption tokens [N, T] -> unit vectors [N, embed_dim]."""
+        features: Tensor = nets["model"](None, text)[1]
+        return features.float()
+
+    def scores(self, nets: Nets, images: Tensor, text: Tensor) -> Tensor:
+        """Cosine similarity float32 [N] of uint8 pictures [N, 3, H, W] and caption tokens [N, T], pair by pair."""
+        return (self.image_features(nets, images) * self.text_features(nets, text)).sum(dim=1)
+
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Cosine similarities of all pictures (rows) and captions (columns): -1 is black, 1 white. A trained model
+        shows a bright diagonal."""
+        images = self.image_features(nets, batch["image"])
+        similarity = images @ self.text_features(nets, batch["text"]).T
+        levels = ((similarity + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        cells = levels.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
+        return {"similarity": cells.expand(1, 3, -1, -1)}
+
+    def flops_per_sample(self) -> float:
+        """Matrix products of both towers, twice as much again for the backward pass. Logits are left out."""
+        c = self.config
+        patches = (c.image_size // c.patch) ** 2
+        image = _tower_flops(patches + 1, c.width, c.layers) + 2 * patches * 3 * c.patch**2 * c.width
+        text = _tower_flops(c.text_length, c.text_width, c.text_layers)
+        return 3.0 * (image + text + 2 * (c.width + c.text_width) * c.embed_dim)
+
+    def _pixels(self, nets: Nets, images: Tensor) -> Tensor:
+        """uint8 -> [-1, 1] in the precision of the weights."""
+        dtype = next(nets["model"].parameters()).dtype
+        return (images.float() / 127.5 - 1).to(dtype)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tensor, weight: Tensor) -> Losses:
+    """open_clip's symmetric contrastive loss over all ranks, blind to empty slots.
+
+    Every rank must hold the same number of slots. An empty slot (weight 0) is neither a positive nor a negative.
+    With all weights 1 in one process the total is `open_clip.ClipLoss`.
+
+    Args:
+        images: unit vectors [B, E] of this rank's pictures.
+        texts: unit vectors [B, E] of their captions.
+        scale: inverse temperature, a scalar.
+        tokens: caption tokens [B, T].
+        weight: [B] as in a batch.
+
+    Returns:
+        Terms: `loss` in nats; `accuracy_image_to_text` and `accuracy_text_to_image`: share of samples whose best
+        partner has the sample's own caption (equal captions in a batch cannot be told apart, and count as right);
+        `logit_scale`.
+    """
+    ranks, rank, slots = dist.world_size(), dist.rank(), len(weight)
+    clip_loss = import_open_clip().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
+    with warnings.catch_warnings():  # open_clip gathers by a function that torch has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        image_logits, text_logits = clip_loss.get_logits(images, texts, scale)  # this rank's rows: [B, ranks * B]
+    labels = clip_loss.get_ground_truth(images.device, slots)  # columns of this rank's own partners
+
+    all_tokens = _gather(tokens)
+    empty = _gather((weight == 0).long()).bool()
+    own = torch.arange(slots * ranks, device=weight.device) == labels[:, None]
+    hidden = empty & ~own  # an empty row keeps its own column: all hidden would be 0/0
+
+    def one_way(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.masked_fill(hidden, float("-inf"))
+        right = (all_tokens[logits.argmax(dim=1)] == tokens).all(dim=1)
+        return (F.cross_entropy(logits, labels, reduction="none") * weight).mean(), (right * weight).mean()
+
+    image_loss, image_share = one_way(image_logits)
+    text_loss, text_share = one_way(text_logits)
+    total = (image_loss + text_loss) / 2
+    accuracies = {"accuracy_image_to_text": image_share, "accuracy_text_to_image": text_share}
+    return Losses(total, {"loss": total.detach(), **accuracies, "logit_scale": scale.detach()})
+
+
+class _CappedScale(torch.autograd.Function):
+    """min(scale, cap) that gradient descent can leave only downwards.
+
+    In place of clamping the parameter after each update: under ZeRO the optimizer owns another copy of it. Like the
+    clamp, and unlike a plain `minimum`, it lets the scale come back from the cap."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, cap: float) -> Tensor:
+        ctx.save_for_backward(scale >= cap)
+        return scale.clamp(max=cap)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (at_cap,) = ctx.saved_tensors
+        return torch.where(at_cap, gradients[0].clamp(min=0), gradients[0]), None
+
+
+def _gather(values: Tensor) -> Tensor:
+    """int64 [B, ...] of every rank, joined in rank order. No gradient."""
+    joined = values.new_zeros(dist.world_size(), *values.shape)
+    joined[dist.rank()] = values
+    return dist.all_reduce(joined).flatten(0, 1)
+
+
+def _tower_flops(positions: int, width: int, layers: int) -> float:
+    """Forward pass of a transformer: projections and MLP (24 W^2 a position and layer), scores and mixing."""
+    return float(layers * positions * (24 * width**2 + 4 * positions * width))

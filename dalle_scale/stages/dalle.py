@@ -1,0 +1,259 @@
+"""The text-to-image transformer: training and sampling (arXiv 2102.12092, Sec. 2.2 and 2.3).
+
+Loss, in nats: text_weight * CE(caption) + (1 - text_weight) * CE(codes), each a mean over the positions of its kind.
+Pads are tokens like any other and count in the caption's mean (the paper does not say), so both counts are constants
+and a sample's loss depends on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dalle_scale import types
+from dalle_scale.nn.attention import Kind, Layout, visible
+from dalle_scale.nn.gumbel import gumbel_noise
+from dalle_scale.nn.transformer import Transformer, paper_order
+from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+
+PREVIEW_SAMPLES = 8
+
+
+class Stage(types.Stage):
+    """Next-token prediction over captions and image codes."""
+
+    class Config(StrictModel):
+        """The defaults, with 64 layers of width 3968 and 62 heads, are the paper's 12-billion-parameter model."""
+
+        text_vocab: int = Field(default=16_384, gt=0)  # caption tokens, pads not counted
+        text_length: int = Field(default=256, gt=0)  # caption tokens, empty places included
+        image_vocab: int = Field(default=8192, gt=0)
+        grid: int = Field(default=32, gt=0)  # codes on a side
+        image_size: int = Field(default=256, gt=0)  # side in pixels, where pictures are encoded in the step
+        width: int = Field(gt=0)
+        layers: int = Field(gt=0)
+        heads: int = Field(gt=0)
+        mlp_ratio: int = Field(default=4, gt=0)
+        attention: Literal["paper"] | tuple[Kind, ...] = "paper"  # kinds are repeated until every layer has one
+        conv_kernel: int = Field(default=11, gt=0)  # side of the window of "conv" attention, odd
+        text_weight: float = Field(default=0.125, ge=0, le=1)
+        caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share emptied while training, for guided sampling
+        bpe_dropout: float = Field(default=0.1, ge=0, lt=1)
+        augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.Needs
+        encode_in_step: bool = False  # read pictures and encode them with the frozen `tokenizer:`, not stored codes
+
+    config: Config
+
+    def __init__(self, config: Config, upstream: ImageTokenizer | None = None) -> None:
+        """Raises:
+        UserError: sizes that do not divide, or an image tokenizer that does not fit.
+        """
+        super().__init__(config, upstream)
+        if config.width % config.heads:
+            raise UserError(f"model.width: {config.width} does not divide by model.heads {config.heads}")
+        if config.conv_kernel % 2 == 0:
+            raise UserError(f"model.conv_kernel: {config.conv_kernel} is even; take {config.conv_kernel + 1}")
+        if not config.attention:
+            raise UserError('model.attention: no kind given; take "paper" or a list of full, row, column, conv')
+        if upstream is not None:
+            self._check_fit(upstream)
+
+    def _check_fit(self, upstream: ImageTokenizer) -> None:
+        c = self.config
+        sizes = [("image_vocab", c.image_vocab, upstream.vocab), ("grid", c.grid, upstream.grid)]
+        if c.encode_in_step:
+            sizes.append(("image_size", c.image_size, upstream.image_size))
+        for name, ours, theirs in sizes:
+            if ours != theirs:
+                raise UserError(
+                    f"model.{name}: {ours}, but the image tokenizer has {theirs}; set model.{name}={theirs}"
+                )
+
+    @property
+    def needs(self) -> Needs:
+        """Captions, and either stored codes or the pictures to encode.
+
+        Raises:
+            UserError: `encode_in_step` without an image tokenizer.
+        """
+        c = self.config
+        if c.encode_in_step and self.upstream is None:
+            raise UserError("model.encode_in_step: true, but there is no image tokenizer; set tokenizer: <its export>")
+        return Needs(
+            text_length=c.text_length,
+            text_vocab=c.text_vocab,
+            bpe_dropout=c.bpe_dropout,
+            image_size=c.image_size if c.encode_in_step else 0,
+            augment=c.augment if c.encode_in_step else "none",
+            num_codes=0 if c.encode_in_step else c.grid**2,
+            code_vocab=0 if c.encode_in_step else c.image_vocab,
+        )
+
+    def nets(self) -> Nets:
+        c = self.config
+        model = Transformer(
+            text_vocab=c.text_vocab,
+            text_length=c.text_length,
+            image_vocab=c.image_vocab,
+            grid=c.grid,
+            width=c.width,
+            heads=c.heads,
+            kinds=self._kinds(),
+            mlp_ratio=c.mlp_ratio,
+            conv_kernel=c.conv_kernel,
+        )
+        return {"model": model}
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        """The attention of each layer."""
+        c = self.config
+        if c.attention == "paper":
+            return paper_order(c.layers)
+        return tuple(c.attention[layer % len(c.attention)] for layer in range(c.layers))
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """See the module's docstring. Terms: `loss`, and `text` and `image`, the cross entropies in nats a position.
+
+        While training, a share `caption_dropout` of the samples has an empty caption. These teach the codes alone:
+        their text term is left out, and the others' divided by the share that is left, so that the balance between
+        text and image stays as configured.
+        """
+        c = self.config
+        text, weight = batch["text"], batch["weight"]
+        text_weight = weight
+        if c.caption_dropout and nets[turn].training:
+            noise = gumbel_noise(batch["seed"], step=0, count=1)
+            dropped = noise < -math.log(-math.log(c.caption_dropout))  # bool [B, 1]; the distribution function
+            text = torch.where(dropped, self.empty_caption(text.device), text)
+            text_weight = weight * ~dropped[:, 0] / (1 - c.caption_dropout)
+        codes = self._codes(batch)
+        text_logits, image_logits = nets[turn](text, codes)
+        text_loss = (_cross_entropy(text_logits, text) * text_weight).mean()
+        image_loss = (_cross_entropy(image_logits, codes) * weight).mean()
+        total = c.text_weight * text_loss + (1 - c.text_weight) * image_loss
+        return Losses(total, {"loss": total.detach(), "text": text_loss.detach(), "image": image_loss.detach()})
+
+    def _codes(self, batch: Batch) -> Tensor:
+        """Image codes of a batch: stored ones, or from the frozen image tokenizer."""
+        if not self.config.encode_in_step:
+            return batch["codes"]
+        assert self.upstream is not None
+        with torch.no_grad():
+            return self.upstream.encode(batch["image"])
+
+    def empty_caption(self, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens [T] of the caption that says nothing: all pads."""
+        c = self.config
+        return torch.arange(c.text_vocab, c.text_vocab + c.text_length, device=device)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        nets: Nets,
+        text: Tensor,
+        seeds: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
+        prime: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the codes of N images, int64 [N, grid * grid].
+
+        An image depends on its caption and its seed, not on its batch, but for the rounding of matrix products. The
+        prefix of a caption is computed once for all images that have it.
+
+        Args:
+            nets: raw modules, not engines.
+            text: int64 [N, T].
+            seeds: int64 [N], one an image.
+            temperature: of the softmax; > 0.
+            top_k: keep only this many of the likeliest codes; 0 = all.
+            top_p: then keep the smallest set of codes that holds this share of what is left; 1 = all.
+            guidance: scale g of classifier-free guidance, logits = empty + g * (caption - empty), each from its own
+                caption; 1 = off. Wants a model trained with `caption_dropout`.
+            prime: int64 [N, P], the first P codes, given (the paper's image-to-image: the top rows of a picture).
+
+        Raises:
+            UserError: a parameter out of range.
+        """
+        check_sampling(temperature, top_k, top_p, guidance)
+        model = cast(Transformer, nets["model"])
+        guided, primed = guidance != 1.0, 0 if prime is None else prime.shape[1]
+        num_codes, vocab = self.config.grid**2, self.config.image_vocab
+        if guided:
+            text = torch.cat([text, self.empty_caption(text.device).expand_as(text)])
+        captions, owners = torch.unique(text, dim=0, return_inverse=True)
+        logits, caches = model.begin(captions, owners)
+        codes = torch.empty(len(seeds), num_codes, dtype=torch.int64, device=text.device)
+        if prime is not None:
+            codes[:, :primed] = prime
+        for index in range(num_codes):
+            if index >= primed:
+                if guided:
+                    with_caption, empty = logits.chunk(2)
+                    logits = empty + guidance * (with_caption - empty)
+                logits = truncate(logits / temperature, top_k, top_p)
+                codes[:, index] = (logits + gumbel_noise(seeds, index, vocab)).argmax(-1)
+            if index + 1 < num_codes:
+                logits = model.step(codes[:, index].repeat(1 + guided), index, caches)
+        return codes
+
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Pictures drawn for the batch's first captions, always from the same seeds; nothing without a tokenizer."""
+        if self.upstream is None:
+            return {}
+        text = batch["text"][:PREVIEW_SAMPLES]
+        codes = self.sample(nets, text, torch.arange(len(text), device=text.device))
+        return {"samples": self.upstream.decode(codes)}
+
+    def flops_per_sample(self) -> float:
+        """Matrix products and visible keys only, twice as much again for the backward pass. Recomputed activations
+        and the frozen image tokenizer are left out."""
+        c = self.config
+        layout = Layout(c.text_length + 2, c.grid, c.conv_kernel)
+        kinds = self._kinds()
+        pairs = {kind: int(visible(kind, layout).sum()) for kind in set(kinds)}
+        products = c.layers * (4 + 2 * c.mlp_ratio) * c.width**2 * layout.length
+        products += sum(2 * pairs[kind] * c.width for kind in kinds)
+        products += c.width * (c.text_length * (c.text_vocab + c.text_length) + c.grid**2 * c.image_vocab)
+        return 3.0 * 2 * products
+
+
+def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [N, V] with all but the kept codes at -inf; see `Stage.sample`. At least one code of each row is kept."""
+    if top_k == 0 and top_p == 1.0:
+        return logits
+    vocab = logits.shape[-1]
+    best, codes = logits.topk(min(top_k or vocab, vocab))
+    if top_p < 1.0:
+        shares = best.softmax(-1)
+        share_before = shares.cumsum(-1) - shares
+        best = best.masked_fill(share_before >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, codes, best)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the positions of each sample, in nats: fp32 logits [B, P, V], int64 [B, P] -> [B]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(dim=1)
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float) -> None:
+    """Raises:
+    UserError: a parameter of `Stage.sample` is out of range.
+    """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature: {temperature} is not above 0; near 0 takes the likeliest code, 1 is the model's")
+    if top_k < 0:
+        raise UserError(f"top_k: {top_k} is below 0; 0 keeps all codes")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p} is not in (0, 1]; 1 keeps all codes")
+    if not 0 <= guidance < math.inf:
+        raise UserError(f"guidance: {guidance} is below 0; 1 is off")

@@ -1,0 +1,295 @@
+"""The discrete VAE of DALL-E: pictures to a grid of codes and back (arXiv 2102.12092, Sec. 2.1 and App. A).
+
+The defaults are the paper's run at 256x256. Everything random about a sample comes from its seed and the update
+number, so the loss of a sample does not depend on what it is batched with, nor on rank or world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_scale import log, types
+from dalle_scale.nn import patch_init
+from dalle_scale.nn.blocks import Decoder, Encoder
+from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
+from dalle_scale.nn.likelihood import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
+from dalle_scale.nn.schedules import cosine
+from dalle_scale.nn.usage import UsageWindow
+from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+
+_LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time (512 MiB in fp32)
+_PREVIEW_SAMPLES = 8
+
+
+class DVAEConfig(StrictModel):
+    """One dVAE. Lengths of schedules are in updates."""
+
+    image_size: int = Field(default=256, ge=2)  # pixels
+    downsampling: int = Field(default=8, ge=2, validate_default=True)  # pixels per code along a side
+    vocab: int = Field(default=8192, ge=2, le=65536)  # K; code shards hold 16 bits a code
+    augment: Literal["none", "dvae", "transformer"] = "dvae"  # Listing 1
+
+    # "resnet" (the paper) or "patch": fold downsampling^2 squares into channels first, then stay at that resolution
+    stem: Literal["resnet", "patch"] = "resnet"
+    n_hid: int = Field(default=256, ge=4)
+    multipliers: tuple[int, ...] = Field(  # width of each group of residual blocks, in n_hid
+        default=(1, 2, 4, 8), min_length=1, validate_default=True
+    )
+    blocks_per_group: int = Field(default=2, ge=1)
+    n_init: int = Field(default=128, ge=1)  # width of the decoder's first 1x1 convolution
+
+    likelihood: Literal["logit_laplace", "l2"] = "logit_laplace"
+    ln_b_floor: float | None = None  # logit_laplace: smallest ln b; None (the paper) = unbounded
+    l2_std: float = Field(default=0.05, gt=0)  # l2: standard deviation of the Gaussian where pixels span 0.1 .. 0.9
+
+    beta_start: float = Field(default=0.0, ge=0)  # weight of the KL term, before the division by pixel values
+    beta_end: float = Field(default=6.6, ge=0)
+    beta_updates: int = Field(default=5_000, ge=0)
+    tau_start: float = Field(default=1.0, gt=0)  # temperature of the relaxation
+    tau_end: float = Field(default=1 / 16, gt=0)
+    tau_updates: int = Field(default=150_000, ge=0)
+
+    # "kmeans" (patch stem only) starts as a k-means tokenizer over patches of training images. Reconstruction
+    # quality then comes from k-means first; training the objective above adds to it.
+    init: Literal["random", "kmeans"] = "random"
+    init_samples: int = Field(default=2_000, ge=1)  # training images whose patches are clustered
+    init_sharpness: float = Field(default=8.0, gt=0)  # nats from a code to its nearest neighbour
+
+    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_window_samples: int = Field(default=10_000, ge=1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side."""
+        return self.image_size // self.downsampling
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each group."""
+        return tuple(self.n_hid * multiplier for multiplier in self.multipliers)
+
+    @field_validator("downsampling")
+    @classmethod
+    def _check_downsampling(cls, value: int, info: ValidationInfo) -> int:
+        size = info.data.get("image_size", value)
+        if value & (value - 1) or size % value:
+            raise ValueError(f"must be a power of two that divides image_size {size}")
+        return value
+
+    @field_validator("n_hid")
+    @classmethod
+    def _check_n_hid(cls, value: int) -> int:
+        if value % 4:
+            raise ValueError("must be a multiple of 4, the bottleneck of a block")
+        return value
+
+    @field_validator("multipliers")
+    @classmethod
+    def _check_multipliers(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        poolings = info.data.get("downsampling", 1).bit_length() - 1
+        if min(value) < 1:
+            raise ValueError("must be 1 or more")
+        if info.data.get("stem") == "resnet" and len(value) <= poolings:
+            raise ValueError(f"stem resnet pools {poolings} times and needs at least {poolings + 1} groups")
+        return value
+
+    @field_validator("init")
+    @classmethod
+    def _check_init(cls, value: str, info: ValidationInfo) -> str:
+        if value == "kmeans" and {"stem", "downsampling", "n_hid", "n_init", "multipliers"} <= set(info.data):
+            depth = 3 * info.data["downsampling"] ** 2
+            width = min(info.data["n_hid"] * min(info.data["multipliers"]), info.data["n_init"])
+            if info.data["stem"] != "patch":
+                raise ValueError("needs stem: patch")
+            if width < depth:
+                raise ValueError(f"carries a patch of {depth} values: n_hid and n_init must be at least that")
+        return value
+
+
+class DVAE(nn.Module):
+    """Encoder and decoder; one `forward` for training and for hard reconstruction."""
+
+    def __init__(self, config: DVAEConfig, channels: int) -> None:
+        super().__init__()
+        shape = (config.widths, config.blocks_per_group, config.vocab)
+        self.encoder = Encoder(*shape, config.downsampling, config.stem)
+        self.decoder = Decoder(*shape, config.n_init, channels, config.downsampling, config.stem)
+
+    def forward(
+        self, images: Tensor, tau: float = 0.0, seeds: Tensor | None = None, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss needs.
+
+        Args:
+            images: uint8 [B, 3, S, S].
+            tau: temperature of the relaxation; 0 = hard codes without noise.
+            seeds: int64 [B], source of the noise; needed when tau > 0.
+            step: update number, for the noise.
+
+        Returns:
+            Decoder maps [B, channels, S, S]; KL to the uniform prior in nats, fp32 [B, h, w]; codes (argmax of the
+            logits, no noise) int64 [B, h, w].
+        """
+        logits = self.encoder(phi(images))
+        codes = logits.detach().argmax(dim=-1)
+        if tau == 0:
+            return self.decoder(codes), kl_to_uniform(logits), codes
+        assert seeds is not None
+        return self.decoder(gumbel_softmax(logits, tau, seeds, step)), kl_to_uniform(logits), codes
+
+
+class Tokenizer:
+    """A trained dVAE as an `ImageTokenizer`. Takes tensors on any device and answers on the model's.
+
+    No gradients, but no inference mode either: codes made inside a training step may be embedded there.
+    """
+
+    def __init__(self, model: DVAE, config: DVAEConfig, likelihood: Likelihood) -> None:
+        self.vocab = config.vocab
+        self.grid = config.grid
+        self.image_size = config.image_size
+        self._model = model.eval()
+        self._likelihood = likelihood
+        self._samples_at_once = max(1, _LOGITS_AT_ONCE // (config.grid**2 * config.vocab))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]: argmax of the logits, no noise."""
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
+        parts = torch.split(images.to(self._device), self._samples_at_once)
+        return torch.cat([self._model.encoder(phi(part)).argmax(dim=-1).flatten(1) for part in parts])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
+        assert codes.shape[1:] == (self.grid**2,)
+        squares = codes.to(self._device, torch.int64).view(-1, self.grid, self.grid)
+        parts = torch.split(squares, self._samples_at_once)
+        return torch.cat([to_bytes(self._likelihood.mean(self._model.decoder(part))) for part in parts])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+
+class Stage(types.Stage):
+    """Trains one net, "model"."""
+
+    Config = DVAEConfig
+
+    def __init__(self, config: DVAEConfig, upstream: types.ImageTokenizer | None = None) -> None:
+        super().__init__(config, upstream)
+        self.config: DVAEConfig = config
+        self.likelihood: Likelihood = (
+            Gaussian(config.l2_std) if config.likelihood == "l2" else LogitLaplace(config.ln_b_floor)
+        )
+        self._usage = UsageWindow(config.vocab, config.usage_window_samples)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+
+    def nets(self) -> Nets:
+        return {"model": DVAE(self.config, self.likelihood.channels)}
+
+    def beta(self, step: int) -> float:
+        """Weight of the KL term at an update."""
+        return cosine(step, self.config.beta_start, self.config.beta_end, self.config.beta_updates)
+
+    def tau(self, step: int) -> float:
+        """Temperature of the relaxation at an update."""
+        return cosine(step, self.config.tau_start, self.config.tau_end, self.config.tau_updates)
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """The negative ELB of the paper divided by the number of pixel values.
+
+        Reconstruction is joint over S x S x 3 values and the KL over h x w codes, so the mean KL of a position weighs
+        beta h w / (S S 3): beta / 192 at a downsampling of 8.
+
+        Terms: nll (nats per value), kl (nats per code), mse (of the relaxed reconstruction, 0..255 scale), beta, tau.
+        """
+        images, weight = batch["image"], batch["weight"]
+        beta, tau = self.beta(step), self.tau(step)
+        maps, kl, codes = nets[turn](images, tau, batch["seed"], step)
+        nll = self.likelihood.nll(maps, phi(images)).mean(dim=(1, 2, 3))
+        kl = kl.mean(dim=(1, 2))
+        codes_per_value = self.config.grid**2 / (3 * self.config.image_size**2)
+        total = ((nll + beta * codes_per_value * kl) * weight).mean()
+        with torch.no_grad():
+            mse = self._squared_error(maps, images)
+            if nets[turn].training and total.requires_grad:
+                self._usage.add(codes.flatten(1), mse, weight > 0)
+            means = (torch.stack([nll, kl, mse]) * weight).mean(dim=1)
+        terms = dict(zip(("nll", "kl", "mse"), means, strict=True))
+        return Losses(total, {**terms, "beta": weight.new_full((), beta), "tau": weight.new_full((), tau)})
+
+    def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
+        """Every `usage_every` updates, over all ranks and the window: codes_used (share of K), perplexity, psnr_db
+        (of the relaxed reconstruction)."""
+        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
+
+    @torch.no_grad()
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above what their hard codes decode to: uint8 [N, 3, 2 S, S]."""
+        images = batch["image"][:_PREVIEW_SAMPLES]
+        maps, _, _ = nets["model"](images)
+        return {"reconstruction": torch.cat([images, to_bytes(self.likelihood.mean(maps))], dim=2)}
+
+    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+        """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
+        if self.config.init != "kmeans":
+            return
+        count = self.config.init_samples
+        images = (image for batch in batches for image in batch["image"][batch["weight"] > 0].cpu())
+        read = log.progress(islice(images, count), "k-means: reading", "images", total=count)
+        squares = torch.stack([F.pixel_unshuffle(image, self.config.downsampling) for image in read])
+        patches = squares.permute(0, 2, 3, 1).flatten(0, 2)
+        centroids, error = patch_init.codebook(patches, self.config.vocab)
+        model = nets["model"]
+        assert isinstance(model, DVAE)
+        patch_init.start_from_centroids(
+            model.encoder, model.decoder, centroids, error, self.config.init_sharpness, self.likelihood
+        )
+
+    def tokenizer(self, nets: Nets) -> Tokenizer:
+        """The trained net, frozen, as an `ImageTokenizer`."""
+        model = nets["model"]
+        assert isinstance(model, DVAE)
+        return Tokenizer(model, self.config, self.likelihood)
+
+    @torch.no_grad()
+    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
+        """Quality of hard codes over all samples of all ranks (a collective). Batches lie on the model's device.
+
+        Returns:
+            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes
+            (finite where the bytes are exact);
+            codes_used, share of the K codes that occur; perplexity of the codes.
+        """
+        usage = UsageWindow(self.config.vocab, samples=1)
+        for batch in batches:
+            maps, _, codes = nets["model"](batch["image"])
+            mse = self._squared_error(maps, batch["image"])
+            usage.add(codes.flatten(1), mse, batch["weight"] > 0)
+        return {name: float(value) for name, value in usage.close_chunk().items()}
+
+    def flops_per_sample(self) -> float:
+        """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = DVAE(self.config, self.likelihood.channels)
+            assignment = model.encoder(torch.empty(1, 3, self.config.image_size, self.config.image_size))
+            model.decoder(assignment)
+        return 3.0 * float(counter.get_total_flops())
+
+    def _squared_error(self, maps: Tensor, images: Tensor) -> Tensor:
+        """Mean squared error of each sample on the 0..255 scale, fp32 [B]."""
+        pixels = phi_inverse(self.likelihood.mean(maps))
+        return (pixels - images.float()).square().mean(dim=(1, 2, 3))

@@ -1,0 +1,84 @@
+"""Densities against numeric integration and torch.distributions; the pixel map against the paper's formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Laplace, Normal, SigmoidTransform, TransformedDistribution
+
+from dalle_scale.nn.likelihood import Gaussian, LogitLaplace, phi, phi_inverse, to_bytes
+
+
+def maps_of(mu: float, ln_b: float, shape: tuple[int, ...]) -> Tensor:
+    """Decoder maps with one location and one scale everywhere."""
+    return torch.cat([torch.full((1, 3, *shape), mu), torch.full((1, 3, *shape), ln_b)], dim=1)
+
+
+@pytest.mark.parametrize("mu", [-2.0, 0.0, 1.3])
+@pytest.mark.parametrize("ln_b", [-2.0, 0.0, 0.5])
+@pytest.mark.parametrize("floor", [None, -1.0])
+def test_logit_laplace_integrates_to_one(mu: float, ln_b: float, floor: float | None) -> None:
+    # midpoints in y = logit x, where the density has no poles: dx = x (1 - x) dy
+    step = 1e-3
+    y = torch.arange(-14.0, 14.0, step, dtype=torch.float64) + step / 2
+    x = torch.sigmoid(y)[None, None, None].expand(1, 3, 1, -1)
+    nll = LogitLaplace(floor).nll(maps_of(mu, ln_b, (1, len(y))), x)
+    integral = (torch.exp(-nll[0, 0, 0]) * (x * (1 - x))[0, 0, 0]).sum() * step
+    scale = math.exp(ln_b) + (math.exp(floor) if floor is not None else 0)
+    tails = 0.5 * (math.exp(-(14 - mu) / scale) + math.exp(-(14 + mu) / scale))
+    assert float(integral) == pytest.approx(1 - tails, abs=1e-4)
+
+
+def test_logit_laplace_is_a_laplace_variable_through_a_sigmoid() -> None:
+    torch.manual_seed(0)
+    x = phi(torch.randint(256, (2, 3, 5, 4)))
+    maps = torch.randn(2, 6, 5, 4)
+    reference = TransformedDistribution(Laplace(maps[:, :3], maps[:, 3:].exp()), SigmoidTransform())
+    torch.testing.assert_close(LogitLaplace().nll(maps, x), -reference.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def test_logit_laplace_by_the_formula() -> None:
+    mu, ln_b, x = 0.3, -0.7, 0.62
+    b = math.exp(ln_b)
+    density = 1 / (2 * b * x * (1 - x)) * math.exp(-abs(math.log(x / (1 - x)) - mu) / b)
+    nll = LogitLaplace().nll(maps_of(mu, ln_b, (1, 1)), torch.full((1, 3, 1, 1), x))
+    torch.testing.assert_close(nll, torch.full((1, 3, 1, 1), -math.log(density)))
+
+
+def test_floor_bounds_the_scale_and_keeps_its_gradient() -> None:
+    ln_b = torch.tensor([-20.0, 3.0])
+    maps = torch.cat([torch.zeros(1, 3, 1, 2), ln_b.expand(1, 3, 1, 2)], dim=1).requires_grad_()
+    target = torch.full((1, 3, 1, 2), 0.5)  # logit 0 = mu: nll is ln b + constant
+    bounded = LogitLaplace(-2.0).nll(maps, target) - LogitLaplace(None).nll(maps_of(0.0, 0.0, (1, 2)), target)
+    assert bounded[0, 0, 0].tolist() == pytest.approx([-2.0, math.log(math.exp(3) + math.exp(-2))], abs=1e-5)
+    (gradient,) = torch.autograd.grad(LogitLaplace(-2.0).nll(maps, torch.full((1, 3, 1, 2), 0.8)).sum(), maps)
+    assert gradient.isfinite().all() and gradient[:, 3:].ne(0).all()
+
+
+def test_gaussian_is_normal() -> None:
+    torch.manual_seed(0)
+    x, maps = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(Gaussian(0.05).nll(maps, x), -Normal(maps, 0.05).log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def test_phi_is_the_papers_map() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    expected = (1 - 2 * 0.1) / 255 * torch.arange(256, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(phi(levels).double(), expected, rtol=0, atol=1e-6)
+    assert levels.tolist() == list(range(256)), "the input must stay as it was"
+    floats = torch.arange(256.0)
+    phi(floats)
+    assert floats.tolist() == list(range(256)), "the input must stay as it was"
+
+
+def test_inverses() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_bytes(phi(levels)), levels)
+    torch.testing.assert_close(phi_inverse(phi(levels)), levels.float(), rtol=0, atol=1e-3)
+    assert phi_inverse(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
+    for likelihood in (LogitLaplace(), Gaussian(0.1)):
+        maps = likelihood.location(phi(levels)).view(1, 1, 16, 16).expand(1, likelihood.channels, 16, 16)
+        assert torch.equal(to_bytes(likelihood.mean(maps))[0, 0].flatten(), levels)
