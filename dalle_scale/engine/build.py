@@ -1,0 +1,136 @@
+"""The process group, and an engine for each net. With `masters` the only module that imports DeepSpeed."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns at import
+
+import deepspeed
+
+from dalle_scale import dist
+from dalle_scale.config import OptimConfig, RunConfig
+from dalle_scale.engine import ds_config, optim
+from dalle_scale.engine.player import Player
+from dalle_scale.types import Nets
+
+
+def start() -> None:
+    """Join the process group that the launcher's environment describes, quietly; without a launcher, a group of one."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if dist.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        processes_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # what DeepSpeed calls, on every rank
+    # An all-reduce for inference on CPUs that training does not use; compiling it takes half a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.device().type == "cuda":
+        torch.cuda.set_device(dist.device())
+    deepspeed.init_distributed(verbose=False)
+
+
+def share(nets: Nets) -> None:
+    """Move the nets to this rank's device and give them rank 0's parameters and buffers. DeepSpeed would leave the
+    buffers out."""
+    for net in nets.values():
+        net.to(dist.device())
+        for tensor in [*net.parameters(), *net.buffers()]:
+            dist.broadcast(tensor.data)
+
+
+class Players(dict[str, Player]):
+    """All nets in training, by name."""
+
+    @property
+    def modules(self) -> Nets:
+        """The bare modules."""
+        return {name: player.module for name, player in self.items()}
+
+    def prefix(self, name: str) -> str:
+        """What tells the numbers of several nets apart in the log."""
+        return f"{name}/" if len(self) > 1 else ""
+
+    def numbers(self) -> dict[str, float]:
+        """What the nets have to say in the log."""
+        return {
+            self.prefix(name) + key: value for name, player in self.items() for key, value in player.numbers().items()
+        }
+
+    def losses_finite(self) -> bool:
+        """Whether all losses on this rank were finite so far. Waits for the device."""
+        return all(player.losses_finite() for player in self.values())
+
+    def healthy(self) -> bool:
+        """Whether losses on this rank and the weights that it updates are finite. Waits for the device."""
+        return all(player.healthy() for player in self.values())
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[Nets]:
+        """The nets as the loss of player `name` may use them: its own engine; of the others the bare modules, frozen.
+        Calling another engine, or leaving its parameters trainable, breaks DeepSpeed's bookkeeping."""
+        others = [p for other in self.values() if other.name != name for p in other.module.parameters()]
+        trained = [parameter for parameter in others if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield {**self.modules, name: self[name].engine}
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Nets]:
+        """All nets with their averaged weights, whole and in eval mode, without gradients. Collective."""
+        with ExitStack() as stack, torch.no_grad():
+            yield {name: stack.enter_context(player.evaluating()) for name, player in self.items()}
+
+
+def build(config: RunConfig, nets: Nets) -> Players:
+    """Engines for `nets`, whose weights and buffers must be equal on all ranks (`share`)."""
+    players = Players()
+    for name, net in nets.items():
+        if config.engine.activation_checkpointing:
+            _recompute_activations(net)
+        twin = Player.twin_of(net, config, name)
+        engine = _engine(net, config.optim[name], ds_config.derive(config, name, dist.world_size()))
+        players[name] = Player(name, engine, config, twin)
+        for buffer_name, buffer in net.named_buffers():
+            assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"
+    gc.freeze()  # modules and engines stay to the end: spare every collection from looking at them, the last one too
+    return players
+
+
+def _recompute_activations(net: nn.Module) -> None:
+    """Switch on recomputation in every module that offers it."""
+    for module in net.modules():
+        if hasattr(module, "activation_checkpointing"):
+            setattr(module, "activation_checkpointing", True)  # noqa: B010 (not an attribute of every module)
+
+
+def _engine(net: nn.Module, config: OptimConfig, derived: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around one net."""
+    for name, parameter in net.named_parameters():
+        assert parameter.ndim > 0, f"{name} has no dimensions, and DeepSpeed 0.19 cannot share it: give it shape [1]"
+    optimizer = optim.build(net, config)
+    # At ZeRO 0 in bf16 the constructor takes a step to allocate states: it must change nothing and not be counted
+    optim.set_lr(optimizer, 0.0)
+    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived)
+    optimizer.state.clear()
+    if dist.world_size() == 1 and derived["zero_optimization"]["stage"] == 0:
+        engine.enable_backward_allreduce = False  # averaging over one rank costs 5 % of a small model's time
+    return engine

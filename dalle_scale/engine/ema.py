@@ -1,0 +1,59 @@
+"""Exponential moving average of the weights: fp32, and each rank averages only what it updates.
+
+An average of 16-bit weights stands still (a step of 1e-4 of the difference is below their resolution), and averaging
+gathered weights would cost a collective per update. So the average lives beside the fp32 weights that this rank owns,
+without communication, and is gathered only where it is used: previews, validation, exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dalle_scale.engine import masters
+
+
+class Ema:
+    """average <- average + (1 - decay) * (weights - average) after every update; starts at the initial weights."""
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.engine = engine
+        self.decay = decay
+        self.average = [tensor.clone() for tensor in masters.owned(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the current weights."""
+        torch._foreach_lerp_(self.average, masters.owned(self.engine), 1 - self.decay)
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Inside the block the fp32 weights hold the average, so that gathering them gives it; no training there."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def save(self, path: Path) -> None:
+        """Write this rank's part."""
+        save_file({str(index): tensor.contiguous() for index, tensor in enumerate(self.average)}, path)
+
+    def load(self, path: Path) -> None:
+        """Read this rank's part back."""
+        saved = load_file(path)
+        assert len(saved) == len(self.average), f"{path}: {len(saved)} tensors, expected {len(self.average)}"
+        for index, tensor in enumerate(self.average):
+            tensor.copy_(saved[str(index)])
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, weights in zip(self.average, masters.owned(self.engine), strict=True):
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,151 @@
+"""One net in training: its engine, its schedule and the average of its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle_scale import dist
+from dalle_scale.config import RunConfig
+from dalle_scale.engine import masters, optim
+from dalle_scale.engine.ema import Ema
+from dalle_scale.engine.schedule import Schedule
+from dalle_scale.types import UserError
+
+MAX_SKIPS = 50  # fp16 updates in a row that overflow before the run stops
+
+
+class Player:
+    """Made by `build`. `twin` is a copy of the net without weights, for evaluation where the net itself cannot serve:
+    because it has an average, or because ZeRO 3 cuts its weights."""
+
+    def __init__(self, name: str, engine: Any, config: RunConfig, twin: nn.Module | None) -> None:
+        optim_config = config.optim[name]
+        self.name = name
+        self.engine = engine
+        self.module: nn.Module = engine.module
+        self.schedule = Schedule(optim_config.schedule, config.updates)
+        self.ema = Ema(engine, optim_config.ema_decay) if optim_config.ema_decay > 0 else None
+        self._twin = twin
+        self._skips_allowed = MAX_SKIPS if config.engine.dtype == "fp16" else 0
+        self._skipped = 0  # updates in a row
+        self._totals: list[Tensor] = []  # losses of this update's micro-batches
+        self._finite = torch.ones((), dtype=torch.bool, device=dist.device())
+
+    @staticmethod
+    def twin_of(net: nn.Module, config: RunConfig, name: str) -> nn.Module | None:
+        """The `twin` of a net that is not yet in an engine, if it will need one."""
+        if config.engine.zero < 3 and config.optim[name].ema_decay == 0:
+            return None
+        memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in net.buffers()}
+        memo |= {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in net.parameters()}
+        return copy.deepcopy(net, memo)  # everything but the tensors
+
+    def numbers(self) -> dict[str, float]:
+        """For the log: learning rate of the first param group; fp16: loss scale and updates skipped so far."""
+        numbers = {"lr": float(self.engine.optimizer.param_groups[0]["lr"])}
+        if self._skips_allowed:
+            numbers |= {"loss_scale": self.engine.optimizer.loss_scale, "skipped_updates": self.engine.skipped_steps}
+        return numbers
+
+    def backward(self, total: Tensor) -> None:
+        """Back-propagate the loss of one micro-batch; gradients are averaged over micro-batches and ranks."""
+        self._totals.append(total.detach())
+        self.engine.backward(total)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # only counts
+
+    def step(self, update: int) -> None:
+        """Finish update `update` (counted from 0) after its last micro-batch: optimizer step and average.
+
+        Raises:
+            UserError: gradients are not finite (fp16: many times in a row).
+        """
+        optim.set_lr(self.engine.optimizer, self.schedule.factor(update))
+        self.engine.step()
+        mean = torch.stack(self._totals).mean()
+        self._totals.clear()
+        self._finite &= torch.isfinite(mean)
+        self.schedule.observe(mean)
+        self._skipped = 0 if self.engine.was_step_applied() else self._skipped + 1
+        if self._skipped > self._skips_allowed:
+            raise UserError(
+                f"update {update + 1}: the gradients of '{self.name}' are not finite; lower optim.{self.name}.lr or "
+                f"set optim.{self.name}.clip_norm, and go on from the last checkpoint"
+            )
+        if self.ema is not None:
+            self.ema.update()
+
+    def losses_finite(self) -> bool:
+        """Whether all losses on this rank were finite so far. Waits for the device."""
+        return bool(self._finite)
+
+    def healthy(self) -> bool:
+        """Whether the losses on this rank and the weights that it updates are finite. Waits for the device."""
+        return self.losses_finite() and all(bool(t.isfinite().all()) for t in masters.owned(self.engine))
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The averaged weights (the weights if there is no average) and buffers: fp32 `state_dict` on the CPU of
+        rank 0, empty elsewhere. Collective."""
+        with self._average_in_place():
+            return masters.full_state(self.engine)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The net with whole, averaged weights in eval mode; any of its methods may be called. Collective.
+
+        Where there is a twin, it takes the memory of the working weights, whole, until the block ends.
+        """
+        module = self.module if self._twin is None else self._filled_twin()
+        modes = [(child, child.training) for child in module.modules()]
+        module.eval()
+        try:
+            yield module
+        finally:
+            for child, mode in modes:
+                child.training = mode
+            if self._twin is not None:
+                self._twin.to("meta")
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of engine and average below `folder`. Collective."""
+        self.engine.save_checkpoint(str(folder), tag=self.name, save_latest=False)
+        if self.ema is not None and (self._sharded or dist.is_main()):
+            self.ema.save(folder / self.name / self._ema_file)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, for the same net, optimizer, ZeRO stage and (above 0) world size. Collective."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=self.name)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        if self.ema is not None:
+            self.ema.load(folder / self.name / self._ema_file)
+
+    @torch.no_grad()
+    def _filled_twin(self) -> nn.Module:
+        """The twin on this rank's device, with the working precision's averaged weights and the net's buffers."""
+        assert self._twin is not None
+        with self._average_in_place():
+            state = masters.full_state(self.engine, everywhere=True)
+        twin = self._twin.to_empty(device=dist.device())
+        for name, parameter in twin.named_parameters():
+            parameter.data = state[name].to(self.module.get_parameter(name).dtype)
+        for name, buffer in twin.named_buffers():
+            buffer.copy_(self.module.get_buffer(name))
+        return twin
+
+    def _average_in_place(self) -> Any:
+        return nullcontext() if self.ema is None else self.ema.in_place_of_weights()
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.engine.zero_optimization_stage() > 0)
+
+    @property
+    def _ema_file(self) -> str:
+        return f"ema_rank_{dist.rank() if self._sharded else 0:05d}.safetensors"

@@ -1,0 +1,222 @@
+"""Checkpoints on disk: nothing half-written is ever found, and what does not fit is refused in one line.
+
+What engines put into them is tested with real engines in tests/dist.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_scale.checkpoint import atomic, resume
+from dalle_scale.config import RunConfig, parse
+from dalle_scale.engine.schedule import Schedule
+from dalle_scale.types import UserError
+
+
+class Counter:
+    """The smallest thing that can be saved."""
+
+    def __init__(self, config: RunConfig, value: int = 0) -> None:
+        self.schedule = Schedule(config.optim["model"].schedule, config.updates)
+        self.value = value
+
+    def save(self, folder: Path) -> None:
+        (folder / "model").mkdir()
+        (folder / "model" / "value").write_text(str(self.value))
+
+    def load(self, folder: Path) -> None:
+        self.value = int((folder / "model" / "value").read_text())
+
+
+def make(run: Path, **changes: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "stage": "dvae",
+        "run": str(run),
+        "updates": 100,
+        "batch_samples": 8,
+        "model": {"vocab": 64, "multipliers": [1, 2]},
+        "data": {"train": "x"},
+        "optim": {"model": {"lr": 0.1, "schedule": {"kind": "plateau"}}},
+    }
+    for key, value in changes.items():
+        node = tree
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return parse(RunConfig, tree, "test")
+
+
+def save(run: Path, update: int, keep: int = 2, **changes: Any) -> Counter:
+    config = make(run, **changes)
+    part = Counter(config, value=update * 10)
+    part.schedule.halvings = update
+    resume.save(run, update, config, {"model": part}, {"next_batch": update}, keep)
+    return part
+
+
+def updates(run: Path) -> list[int]:
+    return [checkpoint.update for checkpoint in resume.committed(run)]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    found = resume.find(tmp_path, "auto")
+    assert found is not None
+    assert (found.update, found.world_size, found.stream) == (7, 1, {"next_batch": 7})
+    config = make(tmp_path)
+    resume.check(found, config, world_size=1)
+    part = Counter(config)
+    resume.load(found, {"model": part})
+    assert part.value == 70 and part.schedule.halvings == 7
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for update in (1, 2, 10, 9_999_999_999):
+        save(tmp_path, update, keep=2)
+    assert updates(tmp_path) == [10, 9_999_999_999]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_the_update_is_read_from_inside(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 6)
+    folder = tmp_path / "checkpoints"
+    (folder / "00000005").rename(folder / "best")
+    (folder / "00000006").rename(folder / "00000001")
+    found = resume.find(tmp_path, "auto")
+    assert found is not None and found.update == 6 and updates(tmp_path) == [5, 6]
+
+
+def test_uncommitted_folders_do_not_exist(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 6)
+    (tmp_path / "checkpoints" / "00000006" / "COMMIT").unlink()
+    found = resume.find(tmp_path, "auto")
+    assert found is not None and found.update == 5
+    assert resume.find(tmp_path / "other", "auto") is None
+
+
+@pytest.mark.parametrize("step", ["part", "sync", "publish", "write"])
+def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """No space at any point of the way: the previous checkpoint is found, and the next save succeeds."""
+    save(tmp_path, 5, keep=1)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Counter, "save") if step == "part" else (atomic, step)), full)
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, 6, keep=1)
+    assert updates(tmp_path) == [5]
+    found = resume.find(tmp_path, "auto")
+    assert found is not None and found.update == 5
+    save(tmp_path, 6, keep=1)
+    assert updates(tmp_path) == [6]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000006"]
+
+
+def test_saving_an_update_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    resume.save(tmp_path, 5, make(tmp_path), {"model": Counter(make(tmp_path), 99)}, {}, keep=2)
+    (found,) = resume.committed(tmp_path)
+    part = Counter(make(tmp_path))
+    resume.load(found, {"model": part})
+    assert part.value == 99
+
+
+def truncate(folder: Path) -> None:
+    (folder / "model" / "value").write_text("")
+
+
+def remove(folder: Path) -> None:
+    (folder / "model" / "value").unlink()
+
+
+def other_format(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    text = json.dumps({**state, "format": "dalle_scale checkpoint 9"}, indent=1)
+    (folder / "state.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"model/value: damaged checkpoint \(0 bytes, 2 bytes were saved\)"),
+        (remove, r"model/value: damaged checkpoint \(missing, 2 bytes"),
+        (other_format, "written by another version"),
+    ],
+)
+def test_damage_is_told(tmp_path: Path, damage: Any, message: str) -> None:
+    save(tmp_path, 5)
+    damage(tmp_path / "checkpoints" / "00000005")
+    with pytest.raises(UserError, match=message):
+        resume.find(tmp_path, "auto")
+
+
+def test_resume_no_does_not_touch_a_run(tmp_path: Path) -> None:
+    assert resume.find(tmp_path, "no") is None
+    save(tmp_path, 5)
+    with pytest.raises(UserError, match="holds a run with 5 updates; take another run="):
+        resume.find(tmp_path, "no")
+
+
+def test_resume_from_a_folder(tmp_path: Path) -> None:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 6)
+    folder = str(tmp_path / "a" / "checkpoints" / "00000005")
+    found = resume.find(tmp_path / "b", folder)
+    assert found is not None and found.update == 5
+    with pytest.raises(UserError, match="goes on to update 6; take another run="):
+        resume.find(tmp_path / "a", folder)
+    with pytest.raises(UserError, match="not a committed checkpoint"):
+        resume.find(tmp_path / "b", str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model__vocab": 128}, "saved with model.vocab=64, this run has 128"),
+        ({"model__multipliers": [1, 4]}, r"model.multipliers=\[1, 2\], this run has \[1, 4\]"),
+        ({"model__stem": "patch"}, r"model.stem=\(default\), this run has 'patch'"),
+        ({"stage": "dalle"}, "stage='dvae', this run has 'dalle'"),
+        ({"optim__model__lr": 0.2}, "optim.model.lr=0.1, this run has 0.2"),
+        ({"optim__model__schedule__kind": "cosine"}, "optim.model.schedule.kind='plateau'"),
+        ({"batch_samples": 16}, "batch_samples=8"),
+        ({"seed": 1}, "seed=0"),
+        ({"engine__zero": 1}, "engine.zero=0"),
+        ({"engine__dtype": "bf16"}, "engine.dtype='fp32'"),
+        ({"data__text_tokenizer": "y"}, "data.text_tokenizer"),
+        ({"updates": 4}, "has 5 updates, more than updates=4"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    save(tmp_path, 5)
+    (found,) = resume.committed(tmp_path)
+    with pytest.raises(UserError, match=told) as error:
+        resume.check(found, make(tmp_path, **changes), world_size=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"updates": 200}, {"log__every": 1}, {"data__train": "moved"}, {"engine__micro_batch_samples": 2}]
+)
+def test_what_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
+    save(tmp_path, 5)
+    (found,) = resume.committed(tmp_path)
+    resume.check(found, make(tmp_path / "elsewhere", **changes), world_size=1)
+
+
+def test_world_size(tmp_path: Path) -> None:
+    save(tmp_path / "replicated", 5)
+    (found,) = resume.committed(tmp_path / "replicated")
+    resume.check(found, make(tmp_path / "replicated"), world_size=2)
+    save(tmp_path / "cut", 5, engine__zero=1)
+    (found,) = resume.committed(tmp_path / "cut")
+    with pytest.raises(UserError, match="saved at world size 1, this run has 2; ZeRO 1 states cannot be redistributed"):
+        resume.check(found, make(tmp_path / "cut", engine__zero=1), world_size=2)

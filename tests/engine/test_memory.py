@@ -1,0 +1,65 @@
+"""The memory estimate: against what plain PyTorch allocates, and against the formulas of ZeRO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toys.autoencoder import Net
+
+from dalle_scale.config import RunConfig, parse
+from dalle_scale.engine import memory, optim
+
+
+def make(kind: str = "adamw", ema_decay: float = 0.9, **engine: Any) -> RunConfig:
+    section = {"lr": 0.1, "kind": kind, "ema_decay": ema_decay}
+    tree = {"stage": "toy", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
+    return parse(RunConfig, {**tree, "engine": engine, "optim": {"model": section}}, "test")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_equals_what_torch_allocates_at_zero_0(kind: str) -> None:
+    net = Net(8, 16)
+    optimizer = optim.build(net, make(kind).optim["model"])
+    net(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).sum().backward()
+    gradients = sum(4 * parameter.grad.numel() for parameter in net.parameters() if parameter.grad is not None)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    sizes = memory.estimate(net, make(kind), "model", world_size=2)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    assert sizes == {
+        "weights": 4 * parameters,
+        "fp32 master weights": 0,
+        "gradients": gradients,
+        "optimizer": sum(4 * state.numel() for state in states),
+        "average": 4 * parameters,
+        "buffers": 4 + 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "masters", "gradients", "optimizer"),
+    [
+        ({"zero": 1}, 4, 1, 4, 2),
+        ({"zero": 2}, 4, 1, 1, 2),
+        ({"zero": 3}, 1, 1, 1, 2),
+        ({"zero": 0, "dtype": "bf16"}, 2, 4, 2, 8),
+        ({"zero": 2, "dtype": "bf16"}, 2, 1, 0.5, 2),
+    ],
+)
+def test_bytes_a_parameter_on_four_ranks(
+    engine: dict[str, Any], weights: float, masters: float, gradients: float, optimizer: float
+) -> None:
+    """arXiv 1910.02054, Fig. 1, with fp32 working weights where the dtype says so."""
+    net = torch.nn.Linear(999, 1000, device="meta")  # a million parameters without memory
+    sizes = memory.estimate(net, make(ema_decay=0.0, **engine), "model", world_size=4)
+    want = {"weights": weights, "fp32 master weights": masters, "gradients": gradients, "optimizer": optimizer}
+    assert sizes == {**{kind: 1e6 * size for kind, size in want.items()}, "average": 0, "buffers": 0}
+
+
+def test_report_tells_everything() -> None:
+    config = make(zero=2)
+    text = memory.report(config, {"model": torch.nn.Linear(999, 1000, device="meta")}, 2.5e6, world_size=4)
+    assert "zero: 2" in text and "2.500e+06 a sample, 2.000e+07 an update" in text
+    assert "1,000,000 parameters" in text and "each of 4 ranks at ZeRO 2" in text
