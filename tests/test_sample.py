@@ -1,0 +1,200 @@
+"""From a folder to pictures: the exported model with its tokenizers, and the program around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from torch import nn
+
+from dalle_scale import stages
+from dalle_scale.checkpoint import export
+from dalle_scale.sample import Sampler, candidate_seed
+from dalle_scale.types import UserError
+
+PROGRAM = Path(__file__).parents[1] / "launch" / "sample.py"
+PROMPTS = ["a red circle", "a blue square above a circle", "two circles"]
+
+
+def fresh_weights(stage):
+    """Weights that spread the logits, so that draws differ."""
+    torch.manual_seed(0)
+    nets = stage.nets()
+    for parameter in nets["model"].parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return {"model": nets["model"].state_dict()}
+
+
+def export_stage(folder, name, parts, **sizes):
+    """An export of an untrained stage."""
+    stage = stages.resolve(name)
+    config = stage.Config(**sizes)
+    export.save(folder, name, config, fresh_weights(stage(config)), parts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An export of a small dalle model with both tokenizers."""
+    root = tmp_path_factory.mktemp("exports")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROMPTS * 20),
+        model_prefix=str(root / "text"),
+        vocab_size=40,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = export_stage(
+        root / "dvae", "dvae", {}, image_size=16, downsampling=4, vocab=12, stem="patch", n_hid=8, multipliers=(1,)
+    )
+    parts = {"text_tokenizer": root / "text.model", "tokenizer": tokenizer}
+    sizes = {"text_vocab": 48, "text_length": 8, "image_vocab": 12, "grid": 4, "width": 16, "layers": 2, "heads": 2}
+    return export_stage(root / "dalle", "dalle", parts, **sizes, conv_kernel=3)
+
+
+def collect(batches):
+    """{(prompt, candidate): (seed, image)} of all batches."""
+    return {
+        (index, candidate): (seed, image)
+        for batch in batches
+        for index, candidate, seed, image in zip(
+            batch.prompt_index, batch.candidate, batch.seed, batch.images, strict=True
+        )
+    }
+
+
+def test_every_candidate_of_every_prompt_once(folder):
+    sampler = Sampler(folder)
+    batches = list(sampler.draw(PROMPTS, candidates=4, seed=3, batch_samples=5))
+    assert [len(batch.images) for batch in batches] == [5, 5, 2]
+    drawn = collect(batches)
+    assert sorted(drawn) == [(prompt, candidate) for prompt in range(3) for candidate in range(4)]
+    for (prompt, candidate), (seed, image) in drawn.items():
+        assert seed == candidate_seed(3, PROMPTS[prompt], candidate)
+        assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+
+
+def test_pictures_depend_on_prompt_and_seed_only(folder):
+    """Not on batch size, on other prompts, or on how many candidates there are."""
+    sampler = Sampler(folder)
+    drawn = collect(sampler.draw(PROMPTS, candidates=4, seed=3, guidance=2.0))
+    again = collect(sampler.draw(PROMPTS[:0:-1], candidates=2, seed=3, batch_samples=1, guidance=2.0))
+    for (prompt, candidate), (seed, image) in again.items():
+        expected_seed, expected = drawn[2 - prompt, candidate]
+        assert seed == expected_seed and torch.equal(image, expected)
+    other = collect(sampler.draw(PROMPTS, candidates=1, seed=4, guidance=2.0))
+    assert any(not torch.equal(other[index, 0][1], drawn[index, 0][1]) for index in range(3))
+
+
+def test_pictures_are_the_stages_codes_decoded(folder):
+    sampler = Sampler(folder)
+    [batch] = sampler.draw(PROMPTS[:1], candidates=3, seed=0, top_k=5)
+    text = sampler.text.encode(PROMPTS[:1] * 3, 8)
+    codes = sampler.stage.sample(sampler.nets, text, torch.tensor(batch.seed), top_k=5)
+    assert torch.equal(batch.images, export.open_tokenizer(folder.parent / "dvae").decode(codes))
+
+
+def test_candidate_seeds_are_distinct_and_fit_int64():
+    seeds = {
+        candidate_seed(seed, prompt, candidate) for seed in range(4) for prompt in PROMPTS for candidate in range(50)
+    }
+    assert len(seeds) == 600 and min(seeds) >= 0 and max(seeds) < 2**63
+    assert candidate_seed(1, "a", 11) != candidate_seed(11, "a", 1)
+
+
+def test_prime_keeps_the_top_of_a_picture(folder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "prime.png")
+    sampler = Sampler(folder)
+    prime = sampler.prime_codes(tmp_path / "prime.png", rows=2)
+    whole = sampler.image_tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    assert torch.equal(prime, whole[0, :8])
+    [everything] = sampler.draw(PROMPTS[:1], 2, 0, prime=whole[0])
+    assert torch.equal(everything.images, sampler.image_tokenizer.decode(whole).expand(2, -1, -1, -1))
+    [batch] = sampler.draw(PROMPTS[:1], 2, 0, prime=prime)
+    assert not torch.equal(batch.images[0], batch.images[1])
+
+
+def test_prime_that_cannot_be(folder, tmp_path):
+    sampler = Sampler(folder)
+    with pytest.raises(UserError, match="prime rows: 5, but pictures have 4 rows"):
+        sampler.prime_codes(tmp_path / "x.png", rows=5)
+    with pytest.raises(UserError, match=r"x\.png"):
+        sampler.prime_codes(tmp_path / "x.png", rows=1)
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"x\.png.*decode"):
+        sampler.prime_codes(tmp_path / "x.png", rows=1)
+
+
+def test_long_prompts_are_cut_and_counted(folder):
+    sampler = Sampler(folder)
+    list(sampler.draw([*PROMPTS, "a red circle " * 20], candidates=2, seed=0))
+    assert sampler.text.truncated_samples >= 1
+
+
+def test_exports_that_cannot_draw(folder, tmp_path):
+    with pytest.raises(UserError, match="stage 'dvae' does not draw pictures"):
+        Sampler(folder.parent / "dvae")
+    sizes = {"text_vocab": 48, "text_length": 8, "image_vocab": 12, "grid": 4, "width": 16, "layers": 1, "heads": 2}
+    bare = export_stage(tmp_path / "bare", "dalle", {}, **sizes)
+    with pytest.raises(UserError, match="no image tokenizer"):
+        Sampler(bare)
+    half = export_stage(tmp_path / "half", "dalle", {"tokenizer": folder.parent / "dvae"}, **sizes)
+    with pytest.raises(UserError, match="no text tokenizer"):
+        Sampler(half)
+    assert Sampler(half, text_tokenizer=folder.parent / "text.model").text.vocab == 48
+
+
+@pytest.mark.parametrize("options", [{"candidates": 0}, {"batch_samples": 0}, {"top_p": 2.0}, {"temperature": -1.0}])
+def test_wrong_parameters_are_said_before_the_first_batch(folder, options):
+    with pytest.raises(UserError):
+        Sampler(folder).draw(PROMPTS, **{"candidates": 1, "seed": 0, **options})
+
+
+def run_program(*arguments, **environment):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+
+
+def test_program(folder, tmp_path):
+    """Prompts from both sources; files, rows and grid; deepspeed and webdataset cannot be imported."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "two circles", "group": "x"}\n')
+    for name in ("deepspeed", "webdataset"):
+        (tmp_path / "without" / name).mkdir(parents=True)
+        (tmp_path / "without" / name / "__init__.py").write_text("raise ImportError")
+    arguments = ["--model", folder, "--out", tmp_path / "out", "--candidates", 2, "--seed", 5, "--batch", 3]
+    arguments += ["--prompts", PROMPTS[0], "--prompt-file", tmp_path / "prompts.jsonl"]
+    done = run_program(*arguments, PYTHONPATH=str(tmp_path / "without"))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [(row["prompt_index"], row["prompt"], row["candidate"]) for row in rows] == [
+        (0, "a red circle", 0),
+        (0, "a red circle", 1),
+        (1, "two circles", 0),
+        (1, "two circles", 1),
+    ]
+    drawn = collect(Sampler(folder).draw(["a red circle", "two circles"], candidates=2, seed=5))
+    for row in rows:
+        seed, image = drawn[row["prompt_index"], row["candidate"]]
+        pixels = np.asarray(Image.open(tmp_path / "out" / row["file"]))
+        assert row["seed"] == seed and np.array_equal(pixels, image.permute(1, 2, 0).numpy())
+    assert Image.open(tmp_path / "out" / "grid.png").size == (2 * 18 - 2, 2 * 18 - 2)
+
+
+def test_wrong_value_is_one_line_and_keeps_what_was_there(folder, tmp_path):
+    (tmp_path / "samples.jsonl").write_text("earlier\n")
+    done = run_program("--model", folder, "--out", tmp_path, "--prompts", "a", "--top-p", 0)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: top_p: 0.0 is not in (0, 1]; 1 keeps all codes"
+    assert (tmp_path / "samples.jsonl").read_text() == "earlier\n"
