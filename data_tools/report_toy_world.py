@@ -1,0 +1,155 @@
+"""Judge the demo's samples and make its gallery and report.
+
+    python data_tools/report_toy_world.py --run runs/demo
+
+Reads <run>/world/prompts.jsonl, <run>/samples, <run>/reranked and the dVAE's export; writes <run>/report.json,
+<run>/gallery.png and <run>/gallery.html. A picture counts as right when the judge (dalle_scale/data/toy_judge.py)
+reads every attribute of the caption's scene from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dalle_scale import gallery, log
+from dalle_scale.checkpoint import export
+from dalle_scale.config import DataConfig
+from dalle_scale.data import toy_judge
+from dalle_scale.data.pipeline import open_stream
+from dalle_scale.data.toy_world import Scene, Thing
+from dalle_scale.stages import dvae
+from dalle_scale.types import UserError
+
+ROWS_OF_GROUP = 9  # captions of each group that the gallery shows
+TITLES = {
+    "one_object/seen": "One object, combinations seen in training",
+    "one_object/held_out": "One object, a combination never seen",
+    "two_objects/seen": "Two objects, combinations seen in training",
+    "two_objects/held_out": "Two objects, a combination never seen",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture and whether it shows its caption's scene."""
+
+    image: NDArray[np.uint8]  # [32, 32, 3]
+    right: bool
+
+
+def main() -> None:
+    """Judge, write the report, draw the gallery."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run of launch/demo.py")
+    run = parser.parse_args().run
+    prompts = read_rows(run / "world" / "prompts.jsonl")
+    candidates: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_rows(run / "reranked" / "scores.jsonl"):
+        candidates[row["prompt_index"]].append(row)
+
+    report: dict[str, Any] = defaultdict(dict)
+    rows: list[gallery.Row] = []
+    for group, title in TITLES.items():
+        members = [index for index, prompt in enumerate(prompts) if prompt["group"] == group]
+        judged = [judge(run, prompts[index], candidates[index]) for index in members]
+        objects, split = group.split("/")
+        report[objects][split] = {
+            "captions": len(members),
+            "first": share(first.right for _, first, _ in judged),
+            "best_of_16": share(best.right for _, _, best in judged),
+        }
+        captions = [prompts[index]["prompt"] for index in members]
+        shown = list(zip(captions, judged, strict=True))[:ROWS_OF_GROUP]
+        rows += [gallery.Row(caption, tuple(map(cell, pictures)), title) for caption, pictures in shown]
+    report["tokenizer"] = tokenizer_quality(run)
+    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    columns = ("true scene", "first candidate", "best of 16")
+    gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
+
+
+def judge(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Shown, Shown, Shown]:
+    """The true picture, the first candidate and the one that CLIP ranks first."""
+    fields = prompt["scene"]
+    things = tuple(Thing(**thing) for thing in fields["things"])
+    scene = Scene(things, fields["relation"], fields["background"])
+
+    def show(path: Path) -> Shown:
+        image = np.asarray(Image.open(path).convert("RGB"))
+        return Shown(image, toy_judge.same(scene, toy_judge.read(image)))
+
+    if len(candidates) != 16:
+        raise UserError(f"{run}/reranked: '{prompt['prompt']}' has {len(candidates)} candidates, the report needs 16")
+    first = next(row for row in candidates if row["candidate"] == 0)
+    best = next(row for row in candidates if row["rank"] == 1)
+    return show(run / "world" / prompt["truth"]), *(show(run / "samples" / row["file"]) for row in (first, best))
+
+
+def share(marks: Iterable[bool]) -> float:
+    """Share of true values, 0..1."""
+    return round(float(np.mean(list(marks))), 4)
+
+
+def cell(shown: Shown) -> gallery.Picture:
+    """A picture of the gallery with its mark."""
+    return gallery.Picture(torch.from_numpy(shown.image.copy()).permute(2, 0, 1), shown.right)
+
+
+def tokenizer_quality(run: Path) -> dict[str, float]:
+    """PSNR, share of codes used and perplexity of the dVAE's hard codes on the held-out pictures."""
+    opened = export.load(run / "dvae" / "export")
+    stage = cast(dvae.Stage, opened.stage)
+    source = str(run / "world" / "valid")
+    stream = open_stream(
+        DataConfig(train=source),
+        source,
+        stage.needs,
+        seed=0,
+        batch_samples=128,
+        micro_batch_samples=128,
+        rank=0,
+        world_size=1,
+        train=False,
+        ledger=None,
+    )
+    with torch.inference_mode():
+        batches = (batch for parts in stream.batches(0, stream.batches_per_epoch) for batch in parts)
+        quality = stage.evaluate(opened.nets, batches)
+    return {"psnr_db": quality["psnr_db"], "codes_used": quality["codes_used"], "perplexity": quality["perplexity"]}
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The report in a few lines below the gallery's title."""
+    lines = [
+        f"{title}: first candidate {scores['first']:.0%} right, best of 16 by CLIP {scores['best_of_16']:.0%} "
+        f"({scores['captions']} captions)"
+        for group, title in TITLES.items()
+        for scores in [report[group.split("/")[0]][group.split("/")[1]]]
+    ]
+    tokenizer = report["tokenizer"]
+    return [*lines, f"Tokenizer: PSNR {tokenizer['psnr_db']:.1f} dB, {tokenizer['codes_used']:.0%} of the codes used"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the steps of launch/demo.py before this one")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    log.guarded(main)

@@ -1,0 +1,71 @@
+"""Every command of the README runs, as it stands there, on a few pictures; training commands get smaller by overrides
+at their end."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+MODEL = "model.text_vocab=400 model.text_length=8 model.image_vocab=32 model.grid=4 model.image_size=32"
+SMALLER = {  # program and config -> what makes it small
+    "configs/dvae/paper_256.yaml": "updates=2 batch_samples=8 engine.dtype=fp32 engine.micro_batch_samples=4 "
+    "model.image_size=32 model.vocab=32 model.n_hid=8 model.n_init=8 data.workers=0 log.valid_samples=4",
+    "configs/dalle/small_256.yaml": "updates=2 batch_samples=8 engine.dtype=fp32 model.width=32 model.layers=4 "
+    f"model.heads=2 {MODEL} data.workers=0 log.valid_samples=4",
+}
+DATA = (
+    "data.train=runs/pictures/shards/train data.valid=runs/pictures/shards/valid "
+    "data.text_tokenizer=runs/pictures/text.model model.text_vocab=400"
+)
+REPLACED = {  # sizes that the small data set cannot have
+    "--min-side 256": "--min-side 32",
+    "--valid-share 0.02": "--valid-share 0.2",
+    "--vocab 16384": "--vocab 320",
+    "--candidates 64": "--candidates 4",
+    "--keep 8": "--keep 2",
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's code blocks."""
+    blocks = README.split("```")[1::2]
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def test_make_targets():
+    for line in commands()[:2]:
+        target = line.split("#")[0].split()
+        assert target[0] == "make"
+        dry = subprocess.run([*target, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert dry.returncode == 0, dry.stderr
+
+
+def test_own_pictures(tmp_path):
+    for name in ("launch", "data_tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rng = np.random.default_rng(0)
+    (tmp_path / "my_pictures").mkdir()
+    for index in range(40):
+        colour = rng.integers(0, 256, 3, dtype=np.uint8)
+        Image.fromarray(np.full((40, 40, 3), colour)).save(tmp_path / "my_pictures" / f"{index}.jpg")
+        (tmp_path / "my_pictures" / f"{index}.txt").write_text(f"a picture of colour {colour}")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    clip = f"deepspeed launch/train.py configs/tiny/clip.yaml run=runs/pictures/clip {DATA} updates=2"
+    ran = 0
+    for line in [*commands()[2:-1], clip, commands()[-1]]:
+        for large, small in REPLACED.items():
+            line = line.replace(large, small)
+        line += next((f" {smaller}" for part, smaller in SMALLER.items() if part in line), "")
+        done = subprocess.run(
+            shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        ran += 1
+    assert ran == 10 and list((tmp_path / "runs/pictures/best/best").glob("*.png"))
