@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+
+from dalle_scale.steps import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "deepspeed", "numpy", "open-clip-torch", "sentencepiece")
@@ -19,17 +20,12 @@ def describe() -> dict[str, object]:
     """Command, hardware, versions, commit and date of this process."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "command": typed("python", *sys.argv),
+        "command": Programs(ROOT).typed(["python", *sys.argv]),
         "hardware": f"{os.cpu_count()} x {_processor()}",
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "commit": commit.stdout.strip(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-
-
-def typed(*command: str) -> str:
-    """A command as one would type it in the project's folder."""
-    return shlex.join(part.removeprefix(f"{ROOT}/") for part in command)
 
 
 def _processor() -> str:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from environment import describe, typed
+from environment import ROOT, describe
 
 from dalle_scale import log
 from dalle_scale.checkpoint import export
 from dalle_scale.config import DataConfig
 from dalle_scale.data.pipeline import open_stream
 from dalle_scale.stages import dvae
+from dalle_scale.steps import Programs
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 12
@@ -78,7 +79,7 @@ def training(run: Path) -> dict[str, object]:
     _, program, *arguments = shlex.split((run / "log").read_text().splitlines()[0])
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     return {
-        "command": typed("deepspeed", program, *arguments),
+        "command": Programs(ROOT).typed(["deepspeed", program, *arguments]),
         "updates": rows[-1]["update"],
         "seconds": round(rows[-1]["time_seconds"] - rows[0]["time_seconds"]),
     }

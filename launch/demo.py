@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_scale import log
+from dalle_scale.steps import Command, Programs
 from dalle_scale.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = Programs(ROOT)
 RUN = Path("runs/demo")
 BASE_MINUTES = 8.0
 FIXED_MINUTES = 2.5  # of it not spent on the updates that more minutes multiply
@@ -48,36 +46,32 @@ def size_for(minutes: float) -> Size:
 TINY = Size(train_samples=512, prompts=4, dvae_updates=6, dalle_updates=6, clip_updates=6)
 
 
-def steps(size: Size) -> dict[str, list[str]]:
+def steps(size: Size) -> dict[str, Command]:
     """The commands of the demo, by the name of the step."""
-    python = [sys.executable]
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", "2"]
+    python = PROGRAMS.python
 
-    def run(launcher: list[str], program: str, *arguments: str) -> list[str]:
-        return [*launcher, str(ROOT / program), *arguments]
+    def train(stage: str, updates: int) -> Command:
+        return PROGRAMS.deepspeed("launch/train.py", str(ROOT / f"configs/demo/{stage}.yaml"), f"updates={updates}")
 
-    def train(stage: str, updates: int) -> list[str]:
-        return run(deepspeed, "launch/train.py", str(ROOT / f"configs/demo/{stage}.yaml"), f"updates={updates}")
-
-    def encode(split: str) -> list[str]:
+    def encode(split: str) -> Command:
         shards, out = f"--shards={RUN}/world/{split}", f"--out={RUN}/codes/{split}"
-        return run(python, "launch/encode.py", f"--tokenizer={RUN}/dvae/export", shards, out)
+        return python("launch/encode.py", f"--tokenizer={RUN}/dvae/export", shards, out)
 
     make_world = [f"--out={RUN}/world", f"--train={size.train_samples}", f"--prompts={size.prompts}"]
     text_tokenizer = [f"{RUN}/world/train", "--vocab=448", f"--out={RUN}/text.model"]
     sample = [f"--model={RUN}/dalle/export", f"--prompt-file={RUN}/world/prompts.jsonl", f"--out={RUN}/samples"]
     rerank = [f"--samples={RUN}/samples", f"--clip={RUN}/clip/export", "--keep=1", f"--out={RUN}/reranked"]
     return {
-        "shards": run(python, "data_tools/make_toy_world.py", *make_world),
-        "text_tokenizer": run(python, "data_tools/train_tokenizer.py", *text_tokenizer),
+        "shards": python("data_tools/make_toy_world.py", *make_world),
+        "text_tokenizer": python("data_tools/train_tokenizer.py", *text_tokenizer),
         "dvae": train("dvae", size.dvae_updates),
         "encode": encode("train"),
         "encode_valid": encode("valid"),
         "transformer": train("dalle", size.dalle_updates),
         "clip": train("clip", size.clip_updates),
-        "sample": run(python, "launch/sample.py", *sample, "--candidates=16", "--batch=1024"),
-        "rerank": run(python, "launch/rerank.py", *rerank),
-        "report": run(python, "data_tools/report_toy_world.py", f"--run={RUN}"),
+        "sample": python("launch/sample.py", *sample, "--candidates=16", "--batch=1024"),
+        "rerank": python("launch/rerank.py", *rerank),
+        "report": python("data_tools/report_toy_world.py", f"--run={RUN}"),
     }
 
 
@@ -92,27 +86,12 @@ def main() -> None:
     if RUN.exists():
         print(f"Removing {RUN} of an earlier run: the demo starts from scratch.")
         shutil.rmtree(RUN)
-    commands = steps(TINY if options.tiny else size_for(options.minutes))
-    seconds: dict[str, float] = {}
-    for number, (name, command) in enumerate(commands.items(), start=1):
-        print(f"\n[{number}/{len(commands)}] {name}\n$ {typed(command)}", flush=True)
-        start = time.perf_counter()
-        code = subprocess.run(command).returncode
-        if code:
-            print(f"error: the step '{name}' failed with exit code {code}", file=sys.stderr)
-            sys.exit(code)
-        seconds[name] = round(time.perf_counter() - start, 1)
-    seconds["total"] = round(sum(seconds.values()), 1)
+    seconds = PROGRAMS.run(steps(TINY if options.tiny else size_for(options.minutes)))
     path = RUN / "report.json"
     report = {**json.loads(path.read_text()), "seconds": seconds}
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     print(f"\nOpen {RUN / 'gallery.png'} (or {RUN / 'gallery.html'} in a browser).")
-
-
-def typed(command: list[str]) -> str:
-    """The command as one would type it in the project's folder."""
-    return shlex.join([Path(command[0]).name, *(part.removeprefix(f"{ROOT}/") for part in command[1:])])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "sample": {"nn", "stages", "checkpoint", "data"},
     "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
     "gallery": set(),
+    "steps": set(),
     "train": {"engine", "checkpoint"},
 }
 HOMES = {  # package -> files of the library that may import it

@@ -1,0 +1,80 @@
+"""Captions of a data set as prompts, each with its picture to compare with.
+
+    python data_tools/pick_prompts.py runs/pictures/shards/valid --count 64 --out runs/pictures/prompts
+
+Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sample.py --prompt-file, and the pictures as
+<out>/truth/*.png. Captions are distinct; which ones is decided by hash, so the same command picks the same again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dalle_scale import log
+from dalle_scale.checkpoint import atomic
+from dalle_scale.data.decode import decode
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.order import sample_seeds
+from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.transforms import square
+from dalle_scale.types import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, pick, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, help="folder of a data set with pictures and captions")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--count", type=int, default=64, help="captions; fewer where there are not as many")
+    parser.add_argument("--size", type=int, help="side of the pictures' centre squares in pixels; default: as they are")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.count < 1 or (args.size is not None and args.size < 1):
+        raise UserError("--count and --size: at least 1")
+    (args.out / "truth").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for key, caption, pixels in pick(Manifest.open(args.shards), args.count, args.seed):
+        file = f"truth/{len(rows):05d}.png"
+        Image.fromarray(pixels if args.size is None else square(pixels, args.size)).save(args.out / file)
+        rows.append({"prompt": caption, "key": key, "truth": file})
+    if not rows:
+        raise UserError(f"{args.shards}: none of its samples can be read")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic.write(args.out / "prompts.jsonl", "".join(lines))
+    log.say(f"{args.out / 'prompts.jsonl'}: {len(rows)} captions")
+
+
+def pick(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(key, caption, pixels [H, W, 3]) of up to `count` samples with distinct captions; unreadable ones are passed
+    over.
+
+    Raises:
+        UserError: the data set holds no pictures or no captions.
+    """
+    if not manifest.holds_images or "txt" not in manifest.members:
+        raise UserError(f"{manifest.folder}: prompts need pictures and captions (txt); it holds {[*manifest.members]}")
+    captions: set[str] = set()
+    reader = Reader(manifest)
+    for sample in np.argsort(sample_seeds(seed, 0, np.arange(manifest.num_samples)), kind="stable").tolist():
+        if len(captions) == count:
+            break
+        try:
+            caption = reader.read(sample, "txt").decode()
+            if caption in captions:
+                continue
+            pixels = decode(reader.read_image(sample))
+        except (BadSample, UnicodeDecodeError):
+            continue
+        captions.add(caption)
+        yield manifest.key(sample), caption, pixels
+    reader.close()
+
+
+if __name__ == "__main__":
+    log.guarded(main)

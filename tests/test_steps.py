@@ -1,0 +1,25 @@
+"""Programs run in order, as typed; the first failure ends the row."""
+
+import pytest
+
+from dalle_scale.steps import Programs
+from dalle_scale.types import UserError
+
+
+def test_order_times_and_failure(tmp_path, capfd):
+    (tmp_path / "say.py").write_text("import sys; print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
+    programs = Programs(tmp_path)
+    good = {name: programs.python("say.py", name) for name in ("one", "two words")}
+    seconds = programs.run(good)
+    assert list(seconds) == ["one", "two words", "total"] and seconds["total"] >= seconds["one"] > 0
+    printed = capfd.readouterr().out.split("\n")
+    assert "[2/2] two words" in printed and printed.index("one") < printed.index("two words")
+    assert any(line.endswith("say.py 'two words'") and str(tmp_path) not in line for line in printed)
+    with pytest.raises(UserError, match="step 'b' failed with exit code 1"):
+        programs.run({"b": programs.python("say.py", "bad"), "c": programs.python("say.py", "never")})
+    assert "never" not in capfd.readouterr().out.replace("'never'", "")
+
+
+def test_launcher_line(tmp_path):
+    line = Programs(tmp_path).typed(Programs(tmp_path).deepspeed("launch/train.py", "configs/x.yaml"))
+    assert line == "deepspeed -q --num_gpus 2 launch/train.py configs/x.yaml"
