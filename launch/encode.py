@@ -44,6 +44,7 @@ def main() -> None:
         "tokenizer": digest_of(args.tokenizer),
     }
     if is_done(args.out, info):
+        plan_path(args.out).unlink(missing_ok=True)  # a run that was stopped between its last two lines
         log.say(f"{args.out}: complete already")
         return
     if dist.world_size() > 1:
@@ -65,6 +66,7 @@ def main() -> None:
     dist.barrier()
     if dist.is_main():
         shards.commit(args.out, info)
+        plan_path(args.out).unlink()
         kept = Manifest.open(args.out).num_samples
         log.say(f"{args.out}: {kept:,} samples of {tokenizer.grid} x {tokenizer.grid} codes")
         if kept < source.num_samples:
@@ -85,8 +87,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def plan_path(out: Path) -> Path:
-    """Says what unfinished work is about; goes away with the parts."""
-    return shards.part_path(out, 0).with_name("info.json")
+    """Says what unfinished work is about."""
+    return out / "unfinished.json"
 
 
 def is_done(out: Path, info: dict[str, Any]) -> bool:

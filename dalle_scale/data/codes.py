@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dalle_scale import log
 from dalle_scale.data.decode import decode
-from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.manifest import Manifest, index_path
 from dalle_scale.data.reader import BadSample, Reader, ahead
-from dalle_scale.data.shards import Shard, part_path
+from dalle_scale.data.shards import Shard
 from dalle_scale.data.transforms import square
 
 MEMBER = "codes"
@@ -62,9 +62,9 @@ def encode_shards(
         encode: pictures -> codes int64 [B, N].
     """
     batches = []  # (shard, samples, whether they are its last)
-    for number in range(rank, len(source.shards), world_size):
-        if not part_path(out, number).exists():
-            samples = np.flatnonzero(source.shard == number).tolist()
+    for number in range(rank, source.num_shards, world_size):
+        if not index_path(out, number).exists():
+            samples = list(source.samples(number))
             chunks = [samples[at : at + batch_samples] for at in range(0, len(samples), batch_samples)]
             batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
     reader = Reader(source)
@@ -96,6 +96,6 @@ def _load(
             pictures.append(square(decode(reader.read_image(sample)), size))
             rows.append((source.key(sample), members))
         except BadSample as error:
-            bad.append({"shard": str(source.shard_path(sample)), "key": source.key(sample), "reason": str(error)})
+            bad.append({"shard": source.shard_url(sample), "key": source.key(sample), "reason": str(error)})
     stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
     return rows, torch.from_numpy(stacked).permute(0, 3, 1, 2), bad

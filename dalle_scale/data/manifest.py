@@ -1,15 +1,22 @@
-"""What a folder of shards holds: `manifest.parquet`, the only way into the data.
+"""What a data set holds: `manifest.parquet`, one row a shard, and for each shard `index/<number>.parquet`, one row a
+sample. The only way into the data.
 
-One row a sample: `shard` (number), `key`, and for each member extension `<ext>.offset`, `<ext>.length` and
-`<ext>.crc32` (null where the sample has no such member). Offsets are bytes from the start of the tar, so a sample is
-read without looking at any tar header. The table's metadata holds one JSON document: the shards (file, size in bytes,
-sha256, samples) and `info`, a free dictionary that says what the members are.
+A row of the manifest: `url` (a file below the folder, another path, or a remote address), `size_bytes`, `sha256`,
+`samples`, and the sha256 of the shard's index. Its metadata holds one JSON document: the names of the members and
+`info`, a free dictionary that says what they are. A row of an index: `key`, and for each member extension
+`<ext>.offset`, `<ext>.length` and `<ext>.crc32` (null where the sample has no such member). Offsets are bytes from the
+start of the tar, so a sample is read without looking at any tar header.
+
+Opening costs what the shards cost, not what the samples cost: an index is read when one of its samples is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,150 +29,228 @@ import pyarrow.parquet as pq
 from dalle_scale.types import UserError
 
 NAME = "manifest.parquet"
+INDEX = "index"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # members that hold an encoded picture
 _FIELDS = {"offset": np.dtype("<i8"), "length": np.dtype("<i8"), "crc32": np.dtype("<u4")}
+_SHARD = {"url": pa.string(), "size_bytes": pa.int64(), "sha256": pa.string(), "samples": pa.int64()}
 _METADATA = b"dalle_scale"
+_OPEN_INDICES = 64  # of 10,000 samples with three members each: some 50 MB
 
 
 @dataclass(frozen=True)
 class ShardFile:
     """One tar of the data set."""
 
-    file: str
+    url: str
     size_bytes: int
     sha256: str
     samples: int
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where one member (`png`, `txt`, ...) of every sample lies: arrays [N]; offset -1 = the sample has none."""
-
-    offset: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
-    crc32: npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The opened index of a data set of N samples."""
-
-    folder: Path
-    shards: tuple[ShardFile, ...]
-    info: dict[str, Any]
-    shard: npt.NDArray[np.int32]  # [N], index into `shards`
-    keys: pa.ChunkedArray  # [N] strings
-    members: dict[str, Member]
-    digest: str  # sha256 (hex) of all of the above but `folder`
+    index_sha256: str
 
     @property
-    def num_samples(self) -> int:
-        """N."""
-        return len(self.shard)
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched before it can be read."""
+        return "://" in self.url
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one member of one sample lies in its shard, in bytes."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one shard, n of them."""
+
+    keys: pa.ChunkedArray  # [n] strings
+    members: dict[str, tuple[npt.NDArray[Any], ...]]  # offset (-1 = the sample has none), length, crc32: [n] each
+
+    def entry(self, row: int, name: str) -> Entry | None:
+        """The member `name` of a sample, None if it has none."""
+        columns = self.members.get(name)
+        if columns is None or columns[0][row] < 0:
+            return None
+        return Entry(*(int(column[row]) for column in columns))
+
+
+class Manifest:
+    """An opened data set of N samples, numbered through all shards in order."""
+
+    def __init__(self, folder: Path, table: pa.Table, members: tuple[str, ...], info: dict[str, Any]) -> None:
+        self.folder = folder
+        self.members = members  # names that occur
+        self.info = info
+        self._table = table
+        self.starts: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(table["samples"].to_numpy())])  # [S + 1]
+        self.digest = _digest(table, info)  # sha256 (hex) of what the data set holds, wherever it lies
+        self._indices: OrderedDict[int, Index] = OrderedDict()
 
     @staticmethod
     def open(folder: str | Path) -> Manifest:
-        """Read `folder/manifest.parquet` and check that every shard is there in its full size.
+        """Read `folder/manifest.parquet` and check that every local shard is there in its full size.
 
         Raises:
             UserError: no manifest, or a shard is missing or has another size.
         """
         folder = Path(folder)
-        table, shards, info = _read(folder / NAME)
-        for shard in shards:
-            path = folder / shard.file
-            if not path.is_file():
-                raise UserError(f"{path}: this shard is missing; copy it back or build the shards again")
-            if path.stat().st_size != shard.size_bytes:
-                raise UserError(
-                    f"{path}: this shard has {path.stat().st_size} bytes, the manifest says {shard.size_bytes}; "
-                    "copy it again or build the shards again"
-                )
-        names = sorted(name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset"))
-        members = {
-            name: Member(
-                offset=_numbers(table, f"{name}.offset", absent=-1),
-                length=_numbers(table, f"{name}.length", absent=0),
-                crc32=_numbers(table, f"{name}.crc32", absent=0),
-            )
-            for name in names
-        }
-        shard_numbers = table["shard"].to_numpy()
-        digest = _digest(shards, info, shard_numbers, table["key"], members)
-        return Manifest(folder, shards, info, shard_numbers, table["key"], members, digest)
+        manifest = Manifest(folder, *_read(folder / NAME))
+        columns = (manifest._table[name].to_pylist() for name in ("url", "size_bytes"))
+        for url, size_bytes in zip(*columns, strict=True):
+            if "://" not in url:
+                _check_file(folder / url, size_bytes)
+        return manifest
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return int(self.starts[-1])
+
+    @property
+    def num_shards(self) -> int:
+        """S."""
+        return len(self.starts) - 1
+
+    @property
+    def shards(self) -> list[ShardFile]:
+        """All shards. Made anew at each call."""
+        return [self.shard(number) for number in range(self.num_shards)]
 
     @property
     def holds_images(self) -> bool:
         """Whether there are members that can be decoded to pictures."""
         return any(name in self.members for name in IMAGES)
 
-    def shard_path(self, sample: int) -> Path:
-        """The tar that one sample lies in."""
-        return self.folder / self.shards[int(self.shard[sample])].file
+    def shard(self, number: int) -> ShardFile:
+        """Shard number `number`."""
+        return ShardFile(**{name: self._table[name][number].as_py() for name in (*_SHARD, "index_sha256")})
+
+    def samples(self, shard: int) -> range:
+        """The samples of one shard."""
+        return range(int(self.starts[shard]), int(self.starts[shard + 1]))
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row in its index) of one sample."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
+    def entry(self, sample: int, name: str) -> Entry | None:
+        """Where the member `name` of one sample lies in its shard, None if it has none."""
+        shard, row = self.locate(sample)
+        return self.index(shard).entry(row, name)
 
     def key(self, sample: int) -> str:
         """The key of one sample."""
-        return str(self.keys[sample].as_py())
+        shard, row = self.locate(sample)
+        return str(self.index(shard).keys[row].as_py())
+
+    def shard_url(self, sample: int) -> str:
+        """Where the tar lies that holds one sample."""
+        url = str(self._table["url"][self.locate(sample)[0]].as_py())
+        return url if "://" in url else str(self.folder / url)
+
+    def index(self, shard: int) -> Index:
+        """The samples of one shard; those used last stay in memory.
+
+        Raises:
+            UserError: the index file is missing or not the one that the manifest was made with.
+        """
+        index = self._indices.get(shard)
+        if index is None:
+            index = _read_index(index_path(self.folder, shard), self.shard(shard))
+            if len(self._indices) >= _OPEN_INDICES:
+                self._indices.popitem(last=False)
+            self._indices[shard] = index
+        self._indices.move_to_end(shard)
+        return index
 
 
-def part(file: str, size_bytes: int, sha256: str, keys: list[str], members: dict[str, list[Any]]) -> pa.Table:
-    """The rows of one finished shard, with the shard's facts as metadata.
+def index_path(folder: str | Path, number: int) -> Path:
+    """Where the index of shard `number` lies; exists if and only if the shard is finished."""
+    return Path(folder) / INDEX / f"{number:06d}.parquet"
+
+
+def index_table(
+    url: str, size_bytes: int, sha256: str, keys: list[str], members: dict[str, list[tuple[int, int, int] | None]]
+) -> pa.Table:
+    """The index of one finished shard, with the shard's own row of the manifest as metadata.
 
     Args:
         members: for each extension a list as long as `keys` of (offset, length, crc32), or None where absent.
     """
     columns: dict[str, pa.Array] = {"key": pa.array(keys, pa.string())}
     for name, entries in sorted(members.items()):
-        for index, (field, dtype) in enumerate(_FIELDS.items()):
-            values = [None if entry is None else entry[index] for entry in entries]
+        for position, (field, dtype) in enumerate(_FIELDS.items()):
+            values = [None if entry is None else entry[position] for entry in entries]
             columns[f"{name}.{field}"] = pa.array(values, pa.from_numpy_dtype(dtype))
-    facts = {"file": file, "size_bytes": size_bytes, "sha256": sha256, "samples": len(keys)}
-    return pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(facts).encode()})
+    row = {"url": url, "size_bytes": size_bytes, "sha256": sha256, "samples": len(keys)}
+    return pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(row).encode()})
 
 
-def merge(parts: list[pa.Table], info: dict[str, Any]) -> pa.Table:
-    """The manifest of the shards whose `part` tables are given, in that order."""
-    shards = [json.loads(table.schema.metadata[_METADATA]) for table in parts]
-    rows = [
-        table.add_column(0, "shard", pa.array(np.full(len(table), number, np.int32)))
-        for number, table in enumerate(parts)
-    ]
-    table = pa.concat_tables([row.replace_schema_metadata(None) for row in rows], promote_options="default")
-    document = json.dumps({"shards": shards, "info": info}, sort_keys=True)
-    return table.replace_schema_metadata({_METADATA: document.encode()})
+def manifest_table(folder: Path, info: dict[str, Any]) -> pa.Table:
+    """The manifest of all shards whose indices lie below `folder`."""
+    rows, members = [], set()
+    for path in sorted((folder / INDEX).glob("*.parquet")):
+        data = path.read_bytes()
+        schema = pq.read_schema(io.BytesIO(data))
+        rows.append(json.loads(schema.metadata[_METADATA]) | {"index_sha256": hashlib.sha256(data).hexdigest()})
+        members |= {name.removesuffix(".offset") for name in schema.names if name.endswith(".offset")}
+    schema = pa.schema({**_SHARD, "index_sha256": pa.string()})
+    document = {"info": info, "members": sorted(members)}
+    table = pa.Table.from_pylist(rows, schema)
+    return table.replace_schema_metadata({_METADATA: json.dumps(document, sort_keys=True).encode()})
 
 
-def _read(path: Path) -> tuple[pa.Table, tuple[ShardFile, ...], dict[str, Any]]:
-    """The table, shards and info of a manifest file."""
+def _read(path: Path) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
+    """Table, member names and info of a manifest file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a data set is a folder written by data_tools/build_shards.py")
+        raise UserError(
+            f"{path}: no such file; a data set is a folder written by data_tools/build_shards.py, or made of existing "
+            "tars by data_tools/index_shards.py"
+        )
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, use_threads=False)
         document = json.loads(table.schema.metadata[_METADATA])
-        return table, tuple(ShardFile(**shard) for shard in document["shards"]), document["info"]
+        table = table.select([*_SHARD, "index_sha256"]).combine_chunks()
+        return table, tuple(document["members"]), document["info"]
     except (pa.ArrowException, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a manifest of this program, or damaged; build the shards again") from None
 
 
-def _numbers(table: pa.Table, column: str, absent: int) -> Any:
-    """One column as a numpy array with `absent` in place of nulls."""
-    return table[column].fill_null(absent).to_numpy()
+def _check_file(path: Path, size_bytes: int) -> None:
+    try:
+        found = os.stat(path).st_size
+    except OSError:
+        raise UserError(f"{path}: this shard is missing; copy it back or build the shards again") from None
+    if found != size_bytes:
+        raise UserError(
+            f"{path}: this shard has {found} bytes, the manifest says {size_bytes}; "
+            "copy it again or build the shards again"
+        )
 
 
-def _digest(
-    shards: tuple[ShardFile, ...],
-    info: dict[str, Any],
-    shard_numbers: npt.NDArray[np.int32],
-    keys: pa.ChunkedArray,
-    members: dict[str, Member],
-) -> str:
-    """sha256 of the manifest's content; does not depend on how parquet encodes it."""
-    sha = hashlib.sha256(json.dumps([[vars(shard) for shard in shards], info], sort_keys=True).encode())
-    sha.update(shard_numbers.astype("<i4").tobytes())
-    for chunk in keys.chunks:
-        sha.update("\n".join(chunk.to_pylist()).encode() + b"\n")
-    for name, member in members.items():
-        sha.update(name.encode())
-        for field, dtype in _FIELDS.items():
-            sha.update(getattr(member, field).astype(dtype).tobytes())
+def _read_index(path: Path, shard: ShardFile) -> Index:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise UserError(f"{path}: this shard's index is missing; copy it back or index the shards again") from None
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise UserError(f"{path}: not the index that the manifest was made with; copy it again or index again")
+    table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    names = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
+    absent = {"offset": -1, "length": 0, "crc32": 0}
+    members = {
+        name: tuple(table[f"{name}.{field}"].fill_null(absent[field]).to_numpy() for field in _FIELDS) for name in names
+    }
+    return Index(table["key"], members)
+
+
+def _digest(table: pa.Table, info: dict[str, Any]) -> str:
+    """sha256 of info and of every shard's content and index: the same wherever the shards lie."""
+    sha = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for name in ("size_bytes", "sha256", "samples", "index_sha256"):
+        sha.update(json.dumps(table[name].to_pylist()).encode())
     return sha.hexdigest()

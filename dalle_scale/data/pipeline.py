@@ -183,7 +183,7 @@ class Stream:
         descriptor = os.open(self._ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for sample, reason in rows.bad:
             row = {
-                "shard": str(self._manifest.shard_path(sample)),
+                "shard": self._manifest.shard_url(sample),
                 "key": self._manifest.key(sample),
                 "reason": reason,
                 "epoch": self._plan.epoch(rows.number),

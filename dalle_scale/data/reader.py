@@ -35,26 +35,31 @@ class Reader:
         Raises:
             BadSample: the sample has no such member, or its bytes are not those that were written.
         """
-        member = self._manifest.members[name]
-        offset, length = int(member.offset[sample]), int(member.length[sample])
-        if offset < 0:
-            raise BadSample(f"no member '{name}'")
-        try:
-            data = os.pread(self._descriptor(int(self._manifest.shard[sample])), length, offset)
-        except OSError as error:
-            raise BadSample(f"cannot read '{name}': {error.strerror}") from None
-        if len(data) != length:
-            raise BadSample(f"'{name}' ends after {len(data)} of {length} bytes")
-        if zlib.crc32(data) != member.crc32[sample]:
-            raise BadSample(f"checksum of '{name}' is wrong")
-        return data
+        shard, row = self._manifest.locate(sample)
+        return self._read(shard, row, name)
 
     def read_image(self, sample: int) -> bytes:
         """The encoded picture, whatever its extension. Raises BadSample as `read`."""
-        for name in self._images:
-            if self._manifest.members[name].offset[sample] >= 0:
-                return self.read(sample, name)
-        raise BadSample("no image")
+        shard, row = self._manifest.locate(sample)
+        index = self._manifest.index(shard)
+        name = next((name for name in self._images if index.entry(row, name) is not None), None)
+        if name is None:
+            raise BadSample("no image")
+        return self._read(shard, row, name)
+
+    def _read(self, shard: int, row: int, name: str) -> bytes:
+        entry = self._manifest.index(shard).entry(row, name)
+        if entry is None:
+            raise BadSample(f"no member '{name}'")
+        try:
+            data = os.pread(self._descriptor(shard), entry.length, entry.offset)
+        except OSError as error:
+            raise BadSample(f"cannot read '{name}': {error.strerror}") from None
+        if len(data) != entry.length:
+            raise BadSample(f"'{name}' ends after {len(data)} of {entry.length} bytes")
+        if zlib.crc32(data) != entry.crc32:
+            raise BadSample(f"checksum of '{name}' is wrong")
+        return data
 
     def close(self) -> None:
         """Close all files; they open again when they are needed."""
@@ -67,7 +72,7 @@ class Reader:
         if file is None:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            file = self._files[shard] = FileIO(self._manifest.folder / self._manifest.shards[shard].file)
+            file = self._files[shard] = FileIO(self._manifest.folder / self._manifest.shard(shard).url)
         self._files.move_to_end(shard)
         return file.fileno()
 

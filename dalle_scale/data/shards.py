@@ -1,9 +1,9 @@
 """Write a data set: plain webdataset tars and their manifest, the same bytes on every run.
 
 A sample is a key and its members (`{"png": ..., "txt": ...}`); the members of a sample lie side by side in the tar as
-`<key>.<extension>`. A shard is written under another name, flushed to disk and renamed, then its rows are kept in
-`parts/`; the manifest is made from all parts at the end. So several processes can write shards of one data set, and
-work that was cut off goes on at the first shard without a part. No manifest = the data set is not finished.
+`<key>.<extension>`. A shard is written under another name, flushed to disk and renamed, then its index is written to
+`index/`; the manifest is made from all indices at the end. So several processes can write shards of one data set, and
+work that was cut off goes on at the first shard without an index. No manifest = the data set is not finished.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dalle_scale.data import manifest
@@ -27,7 +28,6 @@ from dalle_scale.types import UserError
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 _EXTENSION = re.compile(r"[a-z0-9_]{1,32}")
-_PARTS = "parts"
 
 
 class ShardWriter:
@@ -106,8 +106,8 @@ class Shard:
         self._members: dict[str, list[tuple[int, int, int] | None]] = {}
         self._sha = hashlib.sha256()
         self._position = 0
-        self._part = part_path(folder, number)
-        self._part.parent.mkdir(parents=True, exist_ok=True)
+        self._index = manifest.index_path(folder, number)
+        self._index.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._file: BinaryIO = self._temporary.open("wb")
 
@@ -130,14 +130,13 @@ class Shard:
             entries.extend([None] * (self.num_samples - len(entries)))
 
     def close(self) -> None:
-        """Put the tar and its rows in place, for good."""
+        """Put the tar and its index in place, for good."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._position % tarfile.RECORDSIZE))
         self._file.close()
         _publish(self._temporary, self.path)
-        rows = manifest.part(self.path.name, self._position, self._sha.hexdigest(), self._keys, self._members)
-        with atomic(self._part) as temporary:
-            pq.write_table(rows, temporary)
+        table = manifest.index_table(self.path.name, self._position, self._sha.hexdigest(), self._keys, self._members)
+        write_table(table, self._index)
 
     def abandon(self) -> None:
         """Drop what was written."""
@@ -151,29 +150,27 @@ class Shard:
 
 
 def commit(folder: str | Path, info: dict[str, Any]) -> None:
-    """Make the manifest from all parts: from now on the data set exists.
+    """Make the manifest from all indices: from now on the data set exists.
 
     Raises:
-        UserError: there is no part, that is, no sample.
+        UserError: there is no index, that is, no sample.
     """
     folder = Path(folder)
-    parts = sorted((folder / _PARTS).glob("*.parquet"))
-    if not parts:
+    table = manifest.manifest_table(folder, info)
+    if not len(table):
         raise UserError(f"{folder}: no samples, so no data set was written")
-    table = manifest.merge([pq.read_table(path) for path in parts], info)
-    with atomic(folder / manifest.NAME) as temporary:
+    write_table(table, folder / manifest.NAME)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a parquet file, whole or not at all."""
+    with atomic(path) as temporary:
         pq.write_table(table, temporary)
-    shutil.rmtree(folder / _PARTS)
 
 
 def shard_name(number: int) -> str:
     """File name of shard `number`."""
     return f"shard-{number:06d}.tar"
-
-
-def part_path(folder: str | Path, number: int) -> Path:
-    """Where the rows of shard `number` are kept until `commit`; exists if and only if the shard is finished."""
-    return Path(folder) / _PARTS / f"{number:06d}.parquet"
 
 
 @contextmanager
@@ -201,7 +198,7 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier writer left: the manifest first, so that a half-removed data set is never opened."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    shutil.rmtree(folder / manifest.INDEX, ignore_errors=True)
     for path in [*folder.glob("shard-??????.tar"), *folder.glob(".*.tmp")]:
         path.unlink()
 

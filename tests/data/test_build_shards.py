@@ -54,8 +54,7 @@ def samples(folder: Path) -> dict[str, tuple[bytes, str]]:
     reader = Reader(manifest)
     result = {}
     for index in range(manifest.num_samples):
-        kind = next(name for name in ("jpg", "png", "webp") if name in manifest.members
-                    and manifest.members[name].offset[index] >= 0)  # fmt: skip
+        kind = next(name for name in ("jpg", "png", "webp") if manifest.entry(index, name))
         result[reader.read(index, "txt").decode()] = (reader.read(index, kind), kind)
     assert len(result) == manifest.num_samples
     return result

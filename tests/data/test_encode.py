@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "images", 45, size=40)
     manifest = Manifest.open(folder / "images")
     with (folder / "images" / "shard-000001.tar").open("r+b") as file:
-        file.seek(int(manifest.members["png"].offset[25]) + 20)
+        file.seek(int(manifest.entry(25, "png").offset) + 20)
         file.write(b"damage")
     save_tokenizer(folder / "dvae", seed=0)
     save_tokenizer(folder / "other", seed=1)
@@ -75,7 +75,7 @@ def run(work: Path, out: str, tokenizer: str = "dvae") -> tuple[int, str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_goes_on_where_it_was_cut_off(work, done):
     out, info = work / "cut", Manifest.open(done).info
     tokenizer = export.open_tokenizer(work / "dvae")
     codes.encode_shards(Manifest.open(work / "images"), out, 32, tokenizer.encode, 8, rank=0, world_size=2)
-    shards.part_path(out, 0).with_name("info.json").write_text(json.dumps(info))
+    (out / "unfinished.json").write_text(json.dumps(info))
     (out / ".shard-000001.tar.tmp").write_bytes(b"half a shard")
     before = {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
     assert run(work, "cut")[0] == 0

@@ -205,7 +205,7 @@ def damaged(tmp_path) -> tuple[Path, dict[str, str]]:
             writer.add(f"{index:04d}", {name: data for name, data in members.items() if data is not None})
     manifest = Manifest.open(path)
     with (path / "shard-000001.tar").open("r+b") as file:
-        file.seek(int(manifest.members["png"].offset[76]) + 40)
+        file.seek(int(manifest.entry(76, "png").offset) + 40)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))

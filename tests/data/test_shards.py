@@ -1,6 +1,7 @@
 """Shards are plain tars with an exact index, the same bytes every time, and no damage passes unnoticed."""
 
 import hashlib
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dalle_scale.data import shards
-from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.manifest import Manifest, index_path
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.data.shards import Shard, ShardWriter, commit
 from dalle_scale.types import UserError
@@ -37,7 +37,7 @@ def read_all(manifest: Manifest) -> tuple[dict[str, dict[str, bytes]], int]:
     reader, good, bad = Reader(manifest), {}, 0
     for sample in range(manifest.num_samples):
         try:
-            names = [name for name, member in manifest.members.items() if member.offset[sample] >= 0]
+            names = [name for name in manifest.members if manifest.entry(sample, name)]
             good[manifest.key(sample)] = {name: reader.read(sample, name) for name in names}
         except BadSample:
             bad += 1
@@ -57,7 +57,7 @@ def test_reader_returns_what_was_written(tmp_path):
 
 def test_tarfile_and_webdataset_read_the_same(tmp_path):
     content = write(tmp_path)
-    paths = [str(tmp_path / shard.file) for shard in Manifest.open(tmp_path).shards]
+    paths = [str(tmp_path / shard.url) for shard in Manifest.open(tmp_path).shards]
     entries = {}
     for path in paths:
         with tarfile.open(path) as tar:
@@ -74,19 +74,20 @@ def test_manifest_states_the_facts_of_the_files(tmp_path):
     content = write(tmp_path)
     manifest = Manifest.open(tmp_path)
     for shard in manifest.shards:
-        data = (tmp_path / shard.file).read_bytes()
+        data = (tmp_path / shard.url).read_bytes()
         assert (shard.size_bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert manifest.members["txt"].crc32[5] == zlib.crc32(content["key-5"]["txt"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "manifest.parquet",
-        *(shard.file for shard in manifest.shards),
-    ]
+    entry = manifest.entry(5, "txt")
+    assert entry.crc32 == zlib.crc32(content["key-5"]["txt"]) and entry.length == len(content["key-5"]["txt"])
+    assert [manifest.samples(shard) for shard in range(3)] == [range(3), range(3, 6), range(6, 7)]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["index", "manifest.parquet", *(shard.url for shard in manifest.shards)]
+    assert len(list((tmp_path / "index").iterdir())) == 3
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b")
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    files = [path.relative_to(tmp_path / "a") for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     write(tmp_path / "b", samples=5, per_shard=5, overwrite=True)
     assert [path.name for path in sorted((tmp_path / "b").glob("*.tar"))] == ["shard-000000.tar"]
@@ -108,9 +109,9 @@ def test_shards_of_several_processes_are_one_data_set(tmp_path):
         shard = Shard(tmp_path / "many", number)
         for key in keys[3 * number : 3 * number + 3]:
             shard.add(key, content[key])
-        assert not shards.part_path(tmp_path / "many", number).exists()
+        assert not index_path(tmp_path / "many", number).exists()
         shard.close()
-        assert shards.part_path(tmp_path / "many", number).exists()
+        assert index_path(tmp_path / "many", number).exists()
     commit(tmp_path / "many", {"kind": "test"})
     assert Manifest.open(tmp_path / "many").digest == Manifest.open(tmp_path / "one").digest
 
@@ -154,7 +155,7 @@ def test_missing_replaced_and_foreign_files_are_named_at_open(tmp_path):
 def test_every_flipped_byte_is_found_or_harmless(tmp_path):
     content = write(tmp_path, samples=3)
     manifest = Manifest.open(tmp_path)
-    path = tmp_path / manifest.shards[0].file
+    path = tmp_path / manifest.shard(0).url
     sound = path.read_bytes()
     found = 0
     for position in range(0, len(sound), 13):  # headers, payloads and padding alike
@@ -169,7 +170,7 @@ def test_every_flipped_byte_is_found_or_harmless(tmp_path):
 def test_a_cut_shard_gives_no_half_sample(tmp_path):
     content = write(tmp_path, samples=3)
     manifest = Manifest.open(tmp_path)
-    path = tmp_path / manifest.shards[0].file
+    path = tmp_path / manifest.shard(0).url
     sound = path.read_bytes()
     for length in range(0, len(sound), 256):
         path.write_bytes(sound[:length])
@@ -183,3 +184,23 @@ def test_a_vanished_shard_is_a_reason_not_a_crash(tmp_path):
     manifest = Manifest.open(tmp_path)
     (tmp_path / "shard-000000.tar").unlink()
     assert read_all(manifest)[1] == 3
+
+
+def test_a_foreign_or_missing_index_is_named(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", samples=6)
+    path = index_path(tmp_path / "a", 2)
+    path.write_bytes(index_path(tmp_path / "b", 1).read_bytes())
+    manifest = Manifest.open(tmp_path / "a")
+    assert manifest.key(0) == "key-0", "only the index that is needed is read"
+    with pytest.raises(UserError, match=r"000002\.parquet: not the index"):
+        manifest.key(6)
+    path.unlink()
+    with pytest.raises(UserError, match=r"000002\.parquet: this shard's index is missing"):
+        Manifest.open(tmp_path / "a").key(6)
+
+
+def test_the_digest_does_not_depend_on_where_shards_lie(tmp_path):
+    write(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b" / "elsewhere")
+    assert Manifest.open(tmp_path / "a").digest == Manifest.open(tmp_path / "b" / "elsewhere").digest
