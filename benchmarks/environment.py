@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def describe() -> dict[str, object]:
         "commit": commit.stdout.strip(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def peer(name: str, *requirements: str) -> Path:
+    """The Python of an environment in which a peer is installed beside what this project has; made when it is missing.
+
+    The peer's own requirements win there, and nothing changes in the project's environment.
+    """
+    folder = Path("runs/benchmarks/environments") / name
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if not ready.exists():
+        print(f"installing {', '.join(requirements)} into {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        [packages] = folder.glob("lib/python*/site-packages")
+        (packages / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
+        ready.touch()
+    return python.absolute()
 
 
 def _processor() -> str:

@@ -19,13 +19,28 @@ from dalle_scale.types import StrictModel, UserError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class SourceConfig(StrictModel):
+    """One data set of a mixture."""
+
+    path: str  # folder with a manifest
+    weight: float = Field(default=1.0, gt=0)  # its share of the samples is this by the sum of all weights
+
+
+DataSource = str | tuple[SourceConfig, ...]
+
+
 class DataConfig(StrictModel):
     """Where samples come from and how they are read."""
 
-    train: str  # folder with a manifest, written by data_tools/build_shards.py or launch/encode.py
+    # folder with a manifest, written by data_tools/build_shards.py or launch/encode.py; or a list of {path, weight}
+    train: DataSource
     valid: str | None = None  # the same, held out
     text_tokenizer: str | None = None  # sentencepiece .model file, or a folder / name of a Hugging Face tokenizer
     workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in this process
+    threads: int = Field(default=1, ge=1)  # that decode pictures in each of them
+    window_shards: int = Field(default=16, gt=0)  # samples are shuffled among so many shards at a time
+    cache: str | None = None  # folder that remote shards are fetched to; the processes of a machine share it
+    cache_gib: float = Field(default=100.0, gt=0)  # its largest size
     max_bad_share: float = Field(default=0.01, ge=0, le=1)  # stop when more samples than this cannot be read
 
 

@@ -65,6 +65,7 @@ def main() -> None:
     )
     dist.barrier()
     if dist.is_main():
+        codes.join_ledger(args.out)
         shards.commit(args.out, info)
         plan_path(args.out).unlink()
         kept = Manifest.open(args.out).num_samples

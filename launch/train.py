@@ -21,7 +21,7 @@ import torch
 from dalle_scale import config as configs
 from dalle_scale import dist, log, stages
 from dalle_scale.checkpoint import export, resume
-from dalle_scale.config import RunConfig
+from dalle_scale.config import DataSource, RunConfig
 from dalle_scale.data.pipeline import Stream, open_stream
 from dalle_scale.engine import ds_config, memory
 from dalle_scale.types import Batch, Stage
@@ -87,7 +87,7 @@ def open_stage(config: RunConfig, with_tokenizer: bool) -> Stage:
     return stage_class(model_config, export.open_tokenizer(path, dist.device()) if path else None)
 
 
-def open_data(config: RunConfig, stage: Stage, source: str, train: bool, alone: bool = False) -> Stream:
+def open_data(config: RunConfig, stage: Stage, source: DataSource, train: bool, alone: bool = False) -> Stream:
     """This rank's share of a data set, or all of it (`alone`)."""
     world_size = 1 if alone else dist.world_size()
     return open_stream(

@@ -17,7 +17,7 @@ from dalle_scale import log
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest, index_path
 from dalle_scale.data.reader import BadSample, Reader, ahead
-from dalle_scale.data.shards import Shard
+from dalle_scale.data.shards import Shard, atomic
 from dalle_scale.data.transforms import square
 
 MEMBER = "codes"
@@ -56,7 +56,7 @@ def encode_shards(
     """Make a shard of codes from every world_size-th shard of images, starting at `rank`; those that exist stay.
 
     Pictures are centre squares, uint8 [B, 3, S, S]. Captions are carried over. What cannot be read is left out and
-    becomes a line of <out>/ledger.jsonl.
+    becomes a row of the shard's part of the ledger; `join_ledger` puts the parts together.
 
     Args:
         encode: pictures -> codes int64 [B, N].
@@ -69,6 +69,7 @@ def encode_shards(
             batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
     reader = Reader(source)
     shard: Shard | None = None
+    lost: list[dict[str, Any]] = []  # of this shard
     with ThreadPoolExecutor(max_workers=1) as pool:
         loaded = ahead(pool, lambda batch: _load(reader, source, batch[1], image_size), batches)
         progress = log.progress(loaded, "encode", f"batches of {batch_samples}", total=len(batches))
@@ -77,12 +78,26 @@ def encode_shards(
             values = encode(pictures).cpu().numpy() if rows else ()
             for (key, members), codes in zip(rows, values, strict=True):
                 shard.add(key, {**members, MEMBER: pack(codes)})
-            with (out / "ledger.jsonl").open("a") as ledger:
-                ledger.writelines(json.dumps(entry) + "\n" for entry in bad)
+            lost += bad
             if last:
+                with atomic(_ledger_part(out, number)) as temporary:  # first: an index says that all is there
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in lost))
                 shard.close()
-                shard = None
+                shard, lost = None, []
     reader.close()
+
+
+def join_ledger(out: Path) -> None:
+    """Make <out>/ledger.jsonl of the shards' parts, in their order, and remove the parts."""
+    parts = sorted(_ledger_part(out, 0).parent.glob("*.jsonl"))
+    with atomic(out / "ledger.jsonl") as temporary:
+        temporary.write_text("".join(part.read_text() for part in parts))
+    for part in parts:
+        part.unlink()
+
+
+def _ledger_part(out: Path, number: int) -> Path:
+    return index_path(out, number).with_suffix(".jsonl")
 
 
 def _load(

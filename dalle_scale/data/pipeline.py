@@ -7,38 +7,35 @@ them stop the run.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import PIL
+import simplejpeg
 
-from dalle_scale import log
-from dalle_scale.config import DataConfig
-from dalle_scale.data import codes, text, transforms
-from dalle_scale.data.decode import decode
+from dalle_scale import dist, log
+from dalle_scale.config import DataConfig, DataSource, SourceConfig
+from dalle_scale.data import codes, text
+from dalle_scale.data.cache import FetchError, ShardCache
+from dalle_scale.data.ledger import Ledger
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.order import Plan
-from dalle_scale.data.reader import BadSample, Reader, ahead
+from dalle_scale.data.order import MIXTURE_SLOTS, Plan, Source, quotas
+from dalle_scale.data.pool import Pool
+from dalle_scale.data.reader import ahead
+from dalle_scale.data.rows import RowReader, Rows
 from dalle_scale.types import Batch, Needs, UserError
 
 _FUSE_SAMPLES = 100  # fewer say nothing about the share of bad ones
-_Item = TypeVar("_Item")
+_FETCHES = 4  # shards fetched at a time ahead of their use
 
 
 def open_stream(
     config: DataConfig,
-    source: str,
+    source: DataSource,
     needs: Needs,
     *,
     seed: int,
@@ -49,112 +46,132 @@ def open_stream(
     train: bool,
     ledger: Path | None,
 ) -> Stream:
-    """Open the data set in the folder `source` for a stage that needs `needs`.
+    """Open a data set, or a mixture of several, for a stage that needs `needs`.
 
     Args:
+        source: folder of the data set; for a mixture the folders with their weights.
         batch_samples: the global batch; a multiple of micro_batch_samples * world_size.
         train: False reads in storage order, without augmentation and BPE dropout, the same in every epoch.
         ledger: file that a line is appended to for every sample that cannot be read.
 
     Raises:
-        UserError: the data set is not there or incomplete, or does not hold what the stage needs.
+        UserError: a data set is not there or incomplete, or does not hold what the stage needs.
     """
-    manifest = Manifest.open(source)
+    parts = (SourceConfig(path=source),) if isinstance(source, str) else source
+    manifests = [Manifest.open(part.path) for part in parts]
     tokenizer = _open_text(config, needs, train) if needs.text_length else None
-    _check_members(manifest, needs)
+    for manifest in manifests:
+        _check_members(manifest, needs)
+    weights = tuple(part.weight for part in parts)
+    _check_mixture(parts, manifests, weights)
     if not train:
-        needs = Needs(**{**vars(needs), "augment": "none", "bpe_dropout": 0.0})
+        needs = dataclasses.replace(needs, augment="none", bpe_dropout=0.0)
     plan = Plan(
-        manifest.digest, manifest.num_samples, seed, batch_samples, micro_batch_samples, rank, world_size, train
+        tuple(Source(manifest.digest, manifest.starts, config.window_shards) for manifest in manifests),
+        weights,
+        seed,
+        batch_samples,
+        micro_batch_samples,
+        rank,
+        world_size,
+        train,
     )
-    rows = RowReader(plan, manifest.folder, needs, config.text_tokenizer)
-    rows.open(manifest, tokenizer)
-    return Stream(rows, manifest, config, ledger)
+    cache = _open_cache(config, manifests)
+    folders = tuple(manifest.folder for manifest in manifests)
+    rows = RowReader(plan, folders, needs, config.text_tokenizer, cache, config.threads)
+    rows.open(manifests, tokenizer)
+    return Stream(rows, manifests, config, Ledger(ledger), cache)
 
 
 class Stream:
     """An endless sequence of global batches, of which this rank delivers its part. Made by `open_stream`."""
 
-    def __init__(self, rows: RowReader, manifest: Manifest, config: DataConfig, ledger: Path | None) -> None:
+    def __init__(
+        self, rows: RowReader, manifests: list[Manifest], config: DataConfig, ledger: Ledger, cache: ShardCache | None
+    ) -> None:
         self._rows = rows
         self._plan = rows.plan
-        self._manifest = manifest
+        self._manifests = manifests
+        self._name = ", ".join(str(manifest.folder) for manifest in manifests)
         self._config = config
         self._ledger = ledger
+        self._cache = cache
         self._samples = self._bad_samples = self._cut_captions = 0
         self._last_reason = ""
         self._told = False
 
     @property
     def manifest_digest(self) -> str:
-        """sha256 of what the data set holds."""
-        return self._manifest.digest
+        """sha256 of what is read."""
+        return self._plan.digest
 
     @property
     def num_samples(self) -> int:
-        """Samples of the data set."""
+        """Samples of the data set, or of all of a mixture together."""
         return self._plan.num_samples
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches of one epoch; empty slots fill up the last."""
+        """Global batches of one epoch; empty slots fill up the last. A mixture has no epochs in common: batches that
+        hold as many samples as all its data sets."""
         return self._plan.batches_per_epoch
 
     def batches(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the global batches `start` .. `stop - 1`, on the CPU.
+        """This rank's micro-batches of the global batches `start` .. `stop` - 1, on the CPU.
 
         Raises:
-            UserError: more samples than config.max_bad_share cannot be read.
+            UserError: more samples than config.max_bad_share cannot be read; a remote shard cannot be fetched.
         """
         source = self._from_workers(start, stop) if self._config.workers else self._from_thread(start, stop)
         try:
-            for rows in source:
-                self._account(rows)
-                yield self._micro_batches(rows.batch)
-                if (rows.number + 1) % self.batches_per_epoch == 0:
-                    self._tell()
+            with _Prefetch(self._plan, self._manifests, self._cache) as prefetch:
+                prefetch.at(start)
+                for rows in source:
+                    prefetch.at(rows.number + 1)
+                    self._account(rows)
+                    yield self._micro_batches(rows.batch)
+                    if (rows.number + 1) % self.batches_per_epoch == 0:
+                        self._tell()
         finally:
+            source.close()
             self._tell()
 
     def state(self, next_batch: int) -> dict[str, Any]:
         """All it takes to go on at global batch `next_batch`, at any world size and worker count."""
-        return {**self._identity(), "epoch": self._plan.epoch(next_batch), "next_batch": next_batch}
+        state = {**self._identity(), "epoch": self._plan.epoch(next_batch), "next_batch": next_batch}
+        return {**state, "decoders": _DECODERS}
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise UserError if `state` was saved for other data, another seed or another batch size."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
-                    f"{self._manifest.folder}: {name} is {value}, the checkpoint was written with {state.get(name)}; "
+                    f"{self._name}: {name} is {value}, the checkpoint was written with {state.get(name)}; "
                     "go on with the same data, seed and batch, or start a new run"
                 )
+        if (before := state.get("decoders", _DECODERS)) != _DECODERS:
+            log.say(f"pictures were decoded by {before} so far, now by {_DECODERS}: pixels may differ in the last bit")
 
     def _identity(self) -> dict[str, Any]:
         """What fixes the sequence of batches."""
         plan = self._plan
-        return {"manifest_digest": plan.digest, "seed": plan.seed, "batch_samples": plan.batch_samples}
+        return {
+            "manifest_digest": plan.digest,
+            "seed": plan.seed,
+            "batch_samples": plan.batch_samples,
+            "window_shards": self._config.window_shards,
+        }
 
-    def _from_thread(self, start: int, stop: int) -> Iterator[Rows]:
+    def _from_thread(self, start: int, stop: int) -> Generator[Rows, None, None]:
         """Read in this process, one batch ahead."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
-            yield from ahead(pool, self._rows.__getitem__, range(start, stop))
+            yield from ahead(pool, self._rows.read, range(start, stop))
 
-    def _from_workers(self, start: int, stop: int) -> Iterator[Rows]:
+    def _from_workers(self, start: int, stop: int) -> Generator[Rows, None, None]:
         """Read in `config.workers` processes."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])  # workers fork from there, torch already imported
-        loader: DataLoader[Rows] = DataLoader(
-            self._rows,
-            sampler=range(start, stop),
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self._config.workers,
-            multiprocessing_context=context,
-        )
-        try:
-            yield from loader
-        except UserError as error:  # torch puts the worker's traceback around it
-            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+        if start < stop:
+            with Pool(self._rows, self._config.workers, preload=(__name__,)) as pool:
+                yield from pool.batches(start, stop)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = self._plan.micro_batch_samples
@@ -166,31 +183,14 @@ class Stream:
         self._samples += int((rows.batch["id"] >= 0).sum()) + len(rows.bad)
         self._bad_samples += len(rows.bad)
         self._cut_captions += rows.cut_captions
-        self._last_reason = rows.bad[-1][1] if rows.bad else self._last_reason
-        self._write_ledger(rows)
+        self._last_reason = rows.bad[-1].reason if rows.bad else self._last_reason
+        self._ledger.add([{**dataclasses.asdict(bad), "step": rows.number} for bad in rows.bad])
         limit = self._config.max_bad_share
         if self._samples >= _FUSE_SAMPLES and self._bad_samples > limit * self._samples:
             raise UserError(
-                f"{self._manifest.folder}: {self._bad_samples} of {self._samples} samples cannot be read, more than "
+                f"{self._name}: {self._bad_samples} of {self._samples} samples cannot be read, more than "
                 f"data.max_bad_share = {limit}; the last one: {self._last_reason}; mend the data or raise the limit"
             )
-
-    def _write_ledger(self, rows: Rows) -> None:
-        """One line a bad sample, each in a single write, so that ranks may share the file."""
-        if self._ledger is None or not rows.bad:
-            return
-        self._ledger.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for sample, reason in rows.bad:
-            row = {
-                "shard": self._manifest.shard_url(sample),
-                "key": self._manifest.key(sample),
-                "reason": reason,
-                "epoch": self._plan.epoch(rows.number),
-                "step": rows.number,
-            }
-            os.write(descriptor, (json.dumps(row) + "\n").encode())
-        os.close(descriptor)
 
     def _tell(self) -> None:
         """Say once what did not go in as it is."""
@@ -198,121 +198,44 @@ class Stream:
             return
         share = f"of {self._samples:,} samples read by this process"
         if self._cut_captions:
-            log.say(
-                f"{self._manifest.folder}: {self._cut_captions:,} {share} had their captions cut to the text length"
-            )
+            log.say(f"{self._name}: {self._cut_captions:,} {share} had their captions cut to the text length")
         if self._bad_samples:
-            log.say(f"{self._manifest.folder}: {self._bad_samples:,} {share} were left out, see {self._ledger}")
+            log.say(f"{self._name}: {self._bad_samples:,} {share} were left out, see {self._ledger.path}")
         self._told = bool(self._cut_captions or self._bad_samples)
 
 
-@dataclass
-class Rows:
-    """This rank's part of one global batch, as a worker hands it over."""
+class _Prefetch:
+    """Fetches the remote shards of this window and the next while batches are read; one process a machine does."""
 
-    number: int
-    batch: Batch
-    bad: list[tuple[int, str]]  # sample, reason
-    cut_captions: int
+    def __init__(self, plan: Plan, manifests: list[Manifest], cache: ShardCache | None) -> None:
+        self._plan = plan
+        self._manifests = manifests
+        self._cache = cache if plan.train and dist.local_rank() == 0 else None
+        self._pool = ThreadPoolExecutor(max_workers=_FETCHES, thread_name_prefix="fetch") if self._cache else None
+        self._asked: set[tuple[int, int, int]] = set()  # source, epoch, window
 
+    def __enter__(self) -> _Prefetch:
+        return self
 
-class RowReader(Dataset[Rows]):
-    """Global batch number -> `Rows`. In a worker it opens its files at the first read."""
+    def __exit__(self, *unused: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def __init__(self, plan: Plan, folder: Path, needs: Needs, text_tokenizer: str | None) -> None:
-        self.plan = plan
-        self._folder = folder
-        self._needs = needs
-        self._text_path = text_tokenizer
-        self._reader: Reader | None = None
-        self._text: text.TextTokenizer | None = None
-        self._lock = threading.Lock()
+    def at(self, number: int) -> None:
+        """Global batch `number` is needed next."""
+        if self._pool is None:
+            return
+        for source, epoch, window in self._plan.windows_near(number):
+            if (source, epoch, window) not in self._asked:
+                self._asked.add((source, epoch, window))
+                for shard in self._plan.sources[source].shards_of_window(self._plan.seed, epoch, window):
+                    self._pool.submit(self._fetch, source, shard)
 
-    def open(self, manifest: Manifest, tokenizer: text.TextTokenizer | None) -> None:
-        """Use what is open already."""
-        self._reader = Reader(manifest)
-        self._text = tokenizer
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Workers get plain values, no open files and no index."""
-        return RowReader, (self.plan, self._folder, self._needs, self._text_path)
-
-    def __getitem__(self, number: int) -> Rows:
-        with self._lock:  # two iterators of one stream may be alive
-            if self._reader is None:
-                self._open()
-            return self._rows(number)
-
-    def _open(self) -> None:
-        manifest = Manifest.open(self._folder)
-        if manifest.digest != self.plan.digest:
-            raise UserError(f"{self._folder}: the data set was changed while it is in use; start again")
-        reads_text = self._text_path is not None and self._needs.text_length
-        self.open(manifest, text.open_text(str(self._text_path), self._needs.text_vocab) if reads_text else None)
-
-    def _rows(self, number: int) -> Rows:
-        ids = self.plan.ids(number)
-        seeds = self.plan.seeds(number, ids)
-        reasons: dict[int, str] = {}  # row -> why it cannot be used
-        cut_before = self._text.truncated_samples if self._text else 0
-        loaders = {"image": self._images, "text": self._captions, "codes": self._codes}
-        batch = {key: loaders[key](ids, seeds, reasons) for key in self._needs.keys}
-        bad = [(int(ids[row]), reason) for row, reason in sorted(reasons.items())]
-        ids[list(reasons)] = -1
-        empty = torch.from_numpy(ids < 0)
-        for tensor in batch.values():
-            tensor[empty] = 0
-        batch |= {"id": torch.from_numpy(ids), "seed": torch.from_numpy(seeds), "weight": (~empty).float()}
-        return Rows(number, batch, bad, self._text.truncated_samples - cut_before if self._text else 0)
-
-    def _images(self, ids: npt.NDArray[np.int64], seeds: npt.NDArray[np.int64], reasons: dict[int, str]) -> Tensor:
-        """uint8 [B, 3, S, S], channels last in memory."""
-        size, augment = self._needs.image_size, self._needs.augment
-        pixels = np.zeros((len(ids), size, size, 3), np.uint8)
-
-        def load(row: int, sample: int, reader: Reader) -> None:
-            picture = decode(reader.read_image(sample))
-            pixels[row] = transforms.transform(picture, size, augment, int(seeds[row]))
-
-        self._load_rows(ids, reasons, load)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-    def _captions(self, ids: npt.NDArray[np.int64], seeds: npt.NDArray[np.int64], reasons: dict[int, str]) -> Tensor:
-        """int64 [B, T]."""
-        captions = [""] * len(ids)
-
-        def load(row: int, sample: int, reader: Reader) -> None:
-            try:
-                captions[row] = reader.read(sample, "txt").decode()
-            except UnicodeDecodeError:
-                raise BadSample("the caption is not UTF-8") from None
-
-        self._load_rows(ids, reasons, load)
-        assert self._text is not None
-        return self._text.encode(captions, self._needs.text_length, self._needs.bpe_dropout, seeds.tolist())
-
-    def _codes(self, ids: npt.NDArray[np.int64], seeds: npt.NDArray[np.int64], reasons: dict[int, str]) -> Tensor:
-        """int64 [B, N]."""
-        num_codes, vocab = self._needs.num_codes, self._needs.code_vocab
-        out = np.zeros((len(ids), num_codes), np.int64)
-
-        def load(row: int, sample: int, reader: Reader) -> None:
-            out[row] = codes.unpack(reader.read(sample, codes.MEMBER), num_codes, vocab)
-
-        self._load_rows(ids, reasons, load)
-        return torch.from_numpy(out)
-
-    def _load_rows(
-        self, ids: npt.NDArray[np.int64], reasons: dict[int, str], load: Callable[[int, int, Reader], None]
-    ) -> None:
-        """Call `load` for every row that holds a sample; what cannot be used gets its reason."""
-        assert self._reader is not None
-        for row, sample in enumerate(ids.tolist()):
-            if sample >= 0 and row not in reasons:
-                try:
-                    load(row, sample, self._reader)
-                except BadSample as error:
-                    reasons[row] = str(error)
+    def _fetch(self, source: int, number: int) -> None:
+        shard = self._manifests[source].shard(number)
+        if shard.is_remote and self._cache is not None:
+            with suppress(FetchError):  # whoever needs the shard says it
+                self._cache.fetch(shard.url, shard.size_bytes, shard.sha256)
 
 
 def _open_text(config: DataConfig, needs: Needs, train: bool) -> text.TextTokenizer:
@@ -325,6 +248,36 @@ def _open_text(config: DataConfig, needs: Needs, train: bool) -> text.TextTokeni
             "train one with data_tools/train_tokenizer.py"
         )
     return tokenizer
+
+
+def _open_cache(config: DataConfig, manifests: list[Manifest]) -> ShardCache | None:
+    """The cache, if there are remote shards; it must hold two windows of each data set."""
+    remote = [manifest for manifest in manifests if manifest.has_remote_shards]
+    if not remote:
+        return None
+    if config.cache is None:
+        raise UserError(f"{remote[0].folder}: its shards are remote; name a folder for them: data.cache=...")
+    cap_bytes = int(config.cache_gib * 2**30)
+    needed_bytes = sum(manifest.largest_shards_bytes(2 * config.window_shards) for manifest in remote)
+    if cap_bytes < needed_bytes:
+        raise UserError(
+            f"data.cache_gib: {config.cache_gib} is less than two windows of shards take, {needed_bytes / 2**30:.1f}; "
+            "raise it or lower data.window_shards"
+        )
+    return ShardCache(Path(config.cache), cap_bytes)
+
+
+def _check_mixture(parts: tuple[SourceConfig, ...], manifests: list[Manifest], weights: tuple[float, ...]) -> None:
+    """Raise UserError for a mixture of nothing, an empty data set, twice the same one, or a weight that is no share."""
+    if not parts:
+        raise UserError("data.train: an empty list; name at least one data set")
+    for part, manifest, quota in zip(parts, manifests, quotas(weights), strict=True):
+        if not manifest.num_samples:
+            raise UserError(f"{part.path}: this data set holds no samples")
+        if not quota:
+            raise UserError(f"{part.path}: weight {part.weight} is less than one sample in {MIXTURE_SLOTS}; raise it")
+    if len({manifest.digest for manifest in manifests}) < len(manifests):
+        raise UserError("data.train: the same data set twice; give it one entry with the sum of the weights")
 
 
 def _check_members(manifest: Manifest, needs: Needs) -> None:
@@ -353,6 +306,4 @@ def _check_members(manifest: Manifest, needs: Needs) -> None:
             )
 
 
-def _unchanged(rows: _Item) -> _Item:
-    """Collate function: a worker's result is a batch already."""
-    return rows
+_DECODERS = f"simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"

@@ -8,9 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from io import FileIO
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from dalle_scale.data.manifest import IMAGES, Manifest
+from dalle_scale.data.cache import FetchError, ShardCache
+from dalle_scale.data.manifest import IMAGES, Entry, Manifest, ShardFile
+from dalle_scale.types import UserError
 
 _OPEN_FILES = 128
 _Item = TypeVar("_Item")
@@ -21,60 +24,102 @@ class BadSample(Exception):
     """Why one sample cannot be used. It keeps its slot with weight 0 and becomes a row of the ledger."""
 
 
+class Span(NamedTuple):
+    """Where the bytes of one member lie. `read` may be called from any thread."""
+
+    file: FileIO
+    name: str
+    entry: Entry
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            BadSample: they are not those that were written.
+        """
+        _, length, crc32 = self.entry
+        try:
+            data = os.pread(self.file.fileno(), length, self.entry.offset)
+        except OSError as error:
+            raise BadSample(f"cannot read '{self.name}': {error.strerror}") from None
+        if len(data) != length:
+            raise BadSample(f"'{self.name}' ends after {len(data)} of {length} bytes")
+        if zlib.crc32(data) != crc32:
+            raise BadSample(f"checksum of '{self.name}' is wrong")
+        return data
+
+
 class Reader:
     """Random access to the members of a data set; keeps the files it used last open."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
+        """cache: where remote shards are fetched to."""
+        self.manifest = manifest
+        self._cache = cache
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._images = [name for name in IMAGES if name in manifest.members]
 
-    def read(self, sample: int, name: str) -> bytes:
-        """The member `name` of sample number `sample`.
+    def span(self, sample: int, name: str) -> Span:
+        """Where the member `name` of sample number `sample` lies.
 
         Raises:
-            BadSample: the sample has no such member, or its bytes are not those that were written.
+            BadSample: the sample has no such member, or its shard cannot be opened.
         """
-        shard, row = self._manifest.locate(sample)
-        return self._read(shard, row, name)
+        return self._span(sample, (name,), f"no member '{name}'")
+
+    def image_span(self, sample: int) -> Span:
+        """Where the encoded picture lies, whatever its extension. Raises BadSample as `span`."""
+        return self._span(sample, self._images, "no image")
+
+    def read(self, sample: int, name: str) -> bytes:
+        """The member `name` of sample number `sample`. Raises BadSample as `span` and `Span.read`."""
+        return self.span(sample, name).read()
 
     def read_image(self, sample: int) -> bytes:
         """The encoded picture, whatever its extension. Raises BadSample as `read`."""
-        shard, row = self._manifest.locate(sample)
-        index = self._manifest.index(shard)
-        name = next((name for name in self._images if index.entry(row, name) is not None), None)
-        if name is None:
-            raise BadSample("no image")
-        return self._read(shard, row, name)
+        return self.image_span(sample).read()
 
-    def _read(self, shard: int, row: int, name: str) -> bytes:
-        entry = self._manifest.index(shard).entry(row, name)
-        if entry is None:
-            raise BadSample(f"no member '{name}'")
-        try:
-            data = os.pread(self._descriptor(shard), entry.length, entry.offset)
-        except OSError as error:
-            raise BadSample(f"cannot read '{name}': {error.strerror}") from None
-        if len(data) != entry.length:
-            raise BadSample(f"'{name}' ends after {len(data)} of {entry.length} bytes")
-        if zlib.crc32(data) != entry.crc32:
-            raise BadSample(f"checksum of '{name}' is wrong")
-        return data
+    def _span(self, sample: int, names: Iterable[str], reason: str) -> Span:
+        shard, row = self.manifest.locate(sample)
+        index = self.manifest.index(shard)
+        for name in names:
+            if (entry := index.entry(row, name)) is not None:
+                try:
+                    return Span(self._file(shard), name, entry)
+                except OSError as error:
+                    raise BadSample(f"cannot read '{name}': {error.strerror}") from None
+        raise BadSample(reason)
 
     def close(self) -> None:
-        """Close all files; they open again when they are needed."""
+        """Close all files; they open again when they are needed. Spans end with them."""
         while self._files:
             self._files.popitem()[1].close()
 
-    def _descriptor(self, shard: int) -> int:
-        """The open file of a shard; the one that was not used for longest makes room."""
+    def _file(self, shard: int) -> FileIO:
+        """The open file of a shard; the one that was not used for longest is let go (and closes with its last span).
+
+        Raises:
+            UserError: a remote shard cannot be fetched. Not a reason to go on without its samples: the address or the
+                network can be mended, and the same run goes on.
+        """
         file = self._files.get(shard)
         if file is None:
             if len(self._files) >= _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            file = self._files[shard] = FileIO(self._manifest.folder / self._manifest.shard(shard).url)
+                self._files.popitem(last=False)
+            file = self._files[shard] = FileIO(self._path(self.manifest.shard(shard)))
         self._files.move_to_end(shard)
-        return file.fileno()
+        return file
+
+    def _path(self, shard: ShardFile) -> Path:
+        if not shard.is_remote:
+            return self.manifest.folder / shard.url
+        assert self._cache is not None, "open_stream refuses remote shards without a cache"
+        try:
+            return self._cache.fetch(shard.url, shard.size_bytes, shard.sha256)
+        except FetchError as error:
+            raise UserError(
+                f"{shard.url}: cannot fetch this shard: {error}; the same command goes on from here"
+            ) from None
 
 
 def ahead(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dalle_scale.data.decode import Pixels
+from dalle_scale.data.decode import Pixels, decode
+
+_WORD = (1 << 64) - 1
+
+
+def load(data: bytes, augment: str, seed: int, out: Pixels) -> None:
+    """Decode a picture file and put it, as a training picture, into `out` [S, S, 3]. For `augment` see `transform`.
+
+    Raises:
+        BadSample: as `decode`; `out` may then hold anything.
+    """
+    picture = transform(decode(data, out=out), len(out), augment, seed)
+    if picture is not out:
+        out[:] = picture
 
 
 def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
@@ -23,7 +36,7 @@ def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
     """
     if augment == "none":
         return square(pixels, size)
-    draws = iter(np.random.Generator(np.random.Philox(key=seed)).random(6).tolist())
+    draws = _draws(seed)
     if augment == "dvae":
         return _listing_1(pixels, size, draws)
     assert augment == "transformer", augment
@@ -34,6 +47,8 @@ def square(pixels: Pixels, size: int) -> Pixels:
     """The centre square of a picture [H, W, 3], area-resized to [size, size, 3]; edges are mapped onto edges."""
     height, width, _ = pixels.shape
     side = min(height, width)
+    if (height, width) == (size, size):
+        return pixels
     pixels = _crop(pixels, (height - side) // 2, (width - side) // 2, side)
     if side == size:
         return pixels
@@ -107,9 +122,20 @@ def _scaled_crop(pixels: Pixels, target: int, size: int, draws: Iterator[float])
     return area_resize(pixels, (y + cells) * scale, (x + cells) * scale)
 
 
+def _draws(seed: int) -> Iterator[float]:
+    """Numbers in [0, 1): splitmix64 (Steele, Lea and Flood, 2014). numpy's generators take longer to make than a
+    picture's crop to choose."""
+    state = seed
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) & _WORD
+        value = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
+        yield ((value ^ (value >> 31)) >> 11) * 2.0**-53
+
+
 def _pick(draws: Iterator[float], low: int, high: int) -> int:
     """The next draw as an integer, uniform in low .. high, both included."""
-    return low + int(next(draws) * (high - low + 1))
+    return low if low == high else low + int(next(draws) * (high - low + 1))
 
 
 def _crop(pixels: Pixels, y: int, x: int, side: int) -> Pixels:

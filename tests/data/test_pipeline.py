@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from dalle_scale.config import DataConfig
+from dalle_scale.config import DataConfig, SourceConfig
 from dalle_scale.data import codes
+from dalle_scale.data.ledger import read as read_ledger
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import Stream, open_stream
+from dalle_scale.data.pool import Careful
+from dalle_scale.data.rows import RowReader
 from dalle_scale.data.shards import ShardWriter
 from dalle_scale.types import Batch, Needs, UserError
 
@@ -296,3 +300,92 @@ def test_what_the_data_does_not_hold_is_refused(tmp_path, folder, bpe):
         stream(folder, str(tmp_path / "x.model"), PLAIN)
     with pytest.raises(UserError, match=r"nowhere.*no such file"):
         stream(tmp_path / "nowhere", bpe)
+
+
+def mixture(folder: Path, other: Path, bpe: str, **changes) -> Stream:
+    """Three parts of `folder` and one of `other`."""
+    parts = (SourceConfig(path=str(folder), weight=3), SourceConfig(path=str(other), weight=1))
+    config = DataConfig(train=parts, text_tokenizer=bpe, workers=changes.pop("workers", 0))
+    options = {"seed": 1, "batch_samples": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
+    options.setdefault("micro_batch_samples", options["batch_samples"] // options["world_size"])
+    return open_stream(config, config.train, PLAIN, **options)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """31 more samples."""
+    path = tmp_path_factory.mktemp("data") / "other"
+    with ShardWriter(path, samples_per_shard=20, info={"kind": "codes", "vocab": VOCAB, "grid": GRID}) as writer:
+        for index in range(31):
+            writer.add(f"{index:04d}", sample(1000 + index))
+    return path
+
+
+def test_a_mixture_holds_its_shares_and_each_set_once_a_round(folder, other, bpe):
+    batches = whole([mixture(folder, other, bpe)], 0, 40)
+    ids = torch.cat([batch["id"] for batch in batches])
+    assert bool((torch.cat([batch["weight"] for batch in batches]) == 1).all()), "no empty slots"
+    of_first, of_second = ids[ids < SAMPLES], ids[ids >= SAMPLES] - SAMPLES
+    assert abs(len(of_first) / len(ids) - 0.75) < 0.05
+    for drawn, size in ((of_first, SAMPLES), (of_second, 31)):
+        rounds = len(drawn) // size
+        assert rounds >= 3
+        for number in range(rounds):
+            assert sorted(drawn[number * size : (number + 1) * size].tolist()) == list(range(size))
+    for batch in batches[:3]:
+        for row, number in enumerate(batch["id"].tolist()):
+            index = number if number < SAMPLES else 1000 + number - SAMPLES
+            assert np.array_equal(batch["codes"][row].numpy(), np.frombuffer(sample(index)["codes"], "<u2"))
+
+
+@pytest.mark.parametrize(("world_size", "micro", "workers"), [(2, 3, 0), (3, 4, 0), (4, 1, 0), (2, 6, 1)])
+def test_a_mixture_is_the_same_at_any_topology(folder, other, bpe, world_size, micro, workers):
+    options = {"world_size": world_size, "micro_batch_samples": micro, "workers": workers}
+    ranks = [mixture(folder, other, bpe, rank=rank, **options) for rank in range(world_size)]
+    assert_same(whole(ranks, 5, 11), whole([mixture(folder, other, bpe)], 0, 11)[5:])
+    state = ranks[0].state(5)
+    assert len(json.dumps(state)) < 1024
+    with pytest.raises(UserError, match="manifest_digest"):
+        stream(folder, bpe, PLAIN).check(state)
+
+
+def test_mixtures_that_cannot_be_are_refused(folder, other, bpe, tmp_path):
+    def opening(*parts: SourceConfig) -> None:
+        open_stream(DataConfig(train=parts, text_tokenizer=bpe), parts, PLAIN, seed=1, batch_samples=12,
+                    micro_batch_samples=12, rank=0, world_size=1, train=True, ledger=None)  # fmt: skip
+
+    with pytest.raises(UserError, match="empty list"):
+        opening()
+    with pytest.raises(UserError, match="the same data set twice"):
+        opening(SourceConfig(path=str(folder)), SourceConfig(path=str(folder)))
+    with pytest.raises(UserError, match=r"weight 0\.0001 is less than one sample in 4096"):
+        opening(SourceConfig(path=str(folder)), SourceConfig(path=str(other), weight=0.0001))
+    with pytest.raises(UserError, match=r"nowhere.*no such file"):
+        opening(SourceConfig(path=str(folder)), SourceConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_a_sample_that_kills_its_reader_is_left_out(folder, bpe, tmp_path):
+    """A decoder that crashes takes its process with it, not the run."""
+    ledger = tmp_path / "ledger.jsonl"
+    one = stream(folder, bpe, PLAIN, workers=1, ledger=ledger)
+    one._rows = DeadlyRows(one._rows, sample=17)
+    ids = torch.cat([batch["id"] for batch in whole([one], 0, 5)])
+    assert sorted(ids[ids >= 0].tolist()) == [index for index in range(SAMPLES) if index != 17]
+    [row] = read_ledger(ledger)
+    assert row["key"] == "0017" and row["reason"] == "ended the process that read it: signal 11"
+
+
+class DeadlyRows:
+    """Rows whose reading ends in a segmentation fault at one sample."""
+
+    def __init__(self, rows: RowReader, sample: int) -> None:
+        self.plan, self.rows, self.sample = rows.plan, rows, sample
+
+    def read(self, number: int, careful: Careful | None = None):
+        samples = self.plan.slots(number).sample.tolist()
+        row = samples.index(self.sample) if self.sample in samples else -1
+        if row >= 0 and (careful is None or row not in careful.skip):
+            if careful:
+                careful.at_row(row)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return self.rows.read(number, careful)

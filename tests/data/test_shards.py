@@ -200,6 +200,17 @@ def test_a_foreign_or_missing_index_is_named(tmp_path):
         Manifest.open(tmp_path / "a").key(6)
 
 
+def test_numbers_without_a_shard_are_passed_over(tmp_path):
+    for number in (2, 5):
+        shard = Shard(tmp_path, number)
+        shard.add(f"key-{number}", {"txt": b"text"})
+        shard.close()
+    commit(tmp_path, {})
+    manifest = Manifest.open(tmp_path)
+    assert [manifest.key(sample) for sample in range(2)] == ["key-2", "key-5"]
+    assert read_all(manifest)[1] == 0
+
+
 def test_the_digest_does_not_depend_on_where_shards_lie(tmp_path):
     write(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b" / "elsewhere")

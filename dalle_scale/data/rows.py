@@ -1,0 +1,216 @@
+"""One rank's part of a global batch: bytes read, decoded, cropped and tokenized into preallocated arrays."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dalle_scale.data import codes, text, transforms
+from dalle_scale.data.cache import ShardCache
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.order import Plan, Slots
+from dalle_scale.data.pool import Careful
+from dalle_scale.data.reader import BadSample, Reader, Span
+from dalle_scale.types import Batch, Needs, UserError
+
+_BUFFERS = 4
+_FREE = 3  # references to an array in `_Buffers.take` that nobody else holds: list, variable, argument
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that cannot be used."""
+
+    shard: str
+    key: str
+    reason: str
+    epoch: int
+
+
+@dataclass
+class Rows:
+    """This rank's part of one global batch."""
+
+    number: int
+    batch: Batch
+    bad: list[Bad]
+    cut_captions: int
+
+
+class RowReader:
+    """Global batch number -> `Rows`. In another process it opens its files at the first read."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folders: tuple[Path, ...],
+        needs: Needs,
+        text_tokenizer: str | None,
+        cache: ShardCache | None,
+        threads: int = 1,
+    ) -> None:
+        """threads: that decode pictures in a process."""
+        self.plan = plan
+        self._folders = folders
+        self.needs = needs
+        self._text_path = text_tokenizer
+        self._cache = cache
+        self.threads = threads
+        self.buffers = _Buffers()
+        self.readers: list[Reader] = []
+        self.text: text.TextTokenizer | None = None
+        self.offsets = np.cumsum([0, *(source.num_samples for source in plan.sources)])
+        self._lock = threading.Lock()
+
+    def open(self, manifests: list[Manifest], tokenizer: text.TextTokenizer | None) -> None:
+        """Use what is open already."""
+        self.readers = [Reader(manifest, self._cache) for manifest in manifests]
+        self.text = tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes get plain values, no open files and no index."""
+        return RowReader, (self.plan, self._folders, self.needs, self._text_path, self._cache, self.threads)
+
+    def read(self, number: int, careful: Careful | None = None) -> Rows:
+        """As in `pool.BatchReader`."""
+        with self._lock:  # two iterators of one stream may be alive
+            if not self.readers:
+                self._open()
+            return _Assembly(self, number, careful).rows()
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads that decode."""
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+    def _open(self) -> None:
+        manifests = [Manifest.open(folder) for folder in self._folders]
+        for manifest, source in zip(manifests, self.plan.sources, strict=True):
+            if manifest.digest != source.digest:
+                raise UserError(f"{manifest.folder}: the data set was changed while it is in use; start again")
+        reads_text = self._text_path is not None and self.needs.text_length
+        self.open(manifests, text.open_text(str(self._text_path), self.needs.text_vocab) if reads_text else None)
+
+
+class _Buffers:
+    """Arrays for pixels, used again when nobody else holds them: the first touch of fresh memory takes a tenth of the
+    time of decoding into it."""
+
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """An array with any content."""
+        for array in self._arrays:
+            if array.shape == shape and sys.getrefcount(array) == _FREE:
+                return array
+        array = np.empty(shape, np.uint8)
+        if len(self._arrays) < _BUFFERS:
+            self._arrays.append(array)
+        return array
+
+
+class _Assembly:
+    """The making of one batch."""
+
+    def __init__(self, owner: RowReader, number: int, careful: Careful | None) -> None:
+        self._owner = owner
+        self._number = number
+        self._needs = owner.needs
+        self._careful = careful
+        self._slots: Slots = owner.plan.slots(number)
+        self._seeds = owner.plan.seeds(self._slots)
+        self._reasons: dict[int, str] = dict(careful.skip) if careful else {}  # row -> why it cannot be used
+
+    def rows(self) -> Rows:
+        text_tokenizer = self._owner.text
+        cut_before = text_tokenizer.truncated_samples if text_tokenizer else 0
+        loaders = {"image": self._images, "text": self._captions, "codes": self._codes}
+        batch: Batch = {key: loaders[key]() for key in self._needs.keys}
+        slots = self._slots
+        bad = [self._bad(row, reason) for row, reason in sorted(self._reasons.items())]
+        ids = np.where(slots.sample >= 0, self._owner.offsets[slots.source] + slots.sample, -1)
+        ids[list(self._reasons)] = -1
+        empty = torch.from_numpy(ids < 0)
+        if bool(empty.any()):
+            for tensor in batch.values():
+                tensor[empty] = 0
+        batch |= {"id": torch.from_numpy(ids), "seed": torch.from_numpy(self._seeds), "weight": (~empty).float()}
+        cut = text_tokenizer.truncated_samples - cut_before if text_tokenizer else 0
+        return Rows(self._number, batch, bad, cut)
+
+    def _bad(self, row: int, reason: str) -> Bad:
+        manifest = self._owner.readers[self._slots.source[row]].manifest
+        sample = int(self._slots.sample[row])
+        return Bad(manifest.shard_url(sample), manifest.key(sample), reason, int(self._slots.epoch[row]))
+
+    def _images(self) -> Tensor:
+        """uint8 [B, 3, S, S], channels last in memory."""
+        size, augment = self._needs.image_size, self._needs.augment
+        pixels = self._owner.buffers.take((len(self._seeds), size, size, 3))  # empty slots are cleared in `rows`
+        spans: dict[int, Span] = {}
+        self._load_rows(lambda row, sample, reader: spans.update({row: reader.image_span(sample)}))
+
+        def load(rows: list[int]) -> None:
+            for row in rows:
+                if self._careful:
+                    self._careful.at_row(row)
+                try:
+                    transforms.load(spans[row].read(), augment, int(self._seeds[row]), out=pixels[row])
+                except BadSample as error:
+                    self._reasons[row] = str(error)
+
+        rows, threads = list(spans), 1 if self._careful else self._owner.threads
+        if threads == 1:
+            load(rows)
+        else:
+            list(self._owner.pool.map(load, [rows[first::threads] for first in range(threads)]))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _captions(self) -> Tensor:
+        """int64 [B, T]."""
+        captions = [""] * len(self._seeds)
+
+        def load(row: int, sample: int, reader: Reader) -> None:
+            try:
+                captions[row] = reader.read(sample, "txt").decode()
+            except UnicodeDecodeError:
+                raise BadSample("the caption is not UTF-8") from None
+
+        self._load_rows(load)
+        assert self._owner.text is not None
+        needs = self._needs
+        return self._owner.text.encode(captions, needs.text_length, needs.bpe_dropout, self._seeds.tolist())
+
+    def _codes(self) -> Tensor:
+        """int64 [B, N]."""
+        num_codes, vocab = self._needs.num_codes, self._needs.code_vocab
+        out = np.zeros((len(self._seeds), num_codes), np.int64)
+
+        def load(row: int, sample: int, reader: Reader) -> None:
+            out[row] = codes.unpack(reader.read(sample, codes.MEMBER), num_codes, vocab)
+
+        self._load_rows(load)
+        return torch.from_numpy(out)
+
+    def _load_rows(self, load: Callable[[int, int, Reader], None]) -> None:
+        """Call `load` for every row that holds a sample; what cannot be used gets its reason."""
+        readers = self._owner.readers
+        slots: npt.NDArray[np.int64] = np.stack([self._slots.source, self._slots.sample], axis=1)
+        for row, (source, sample) in enumerate(slots.tolist()):
+            if sample >= 0 and row not in self._reasons:
+                try:
+                    load(row, sample, readers[source])
+                except BadSample as error:
+                    self._reasons[row] = str(error)
