@@ -76,9 +76,10 @@ def main() -> None:
         **{stage: last_validation(run / stage) for stage in ("dvae", "dalle", "clip")},
         "caption_found_by_clip": found,
         **describe(),
+        "command": f"python benchmarks/chain.py {args.name} {args.source.name}",
     }
     columns = ("true picture", "first candidate", f"best of {CANDIDATES}")
-    gallery.save(run, args.name, columns, rows, notes=[f"{split}: {numbers}" for split, numbers in found.items()])
+    gallery.save(run, args.name, columns, rows, notes=notes(found))
     print(json.dumps(result, indent=1))
     if args.updates is None:
         (RESULTS / f"chain_{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -162,6 +163,16 @@ def judge(run: Path, recipe: Recipe) -> tuple[list[gallery.Row], dict[str, dict[
         cells = list(zip(captions, truth, first, best, strict=True))[:SHOWN]
         rows += [gallery.Row(caption, tuple(map(gallery.Picture, images)), title) for caption, *images in cells]
     return rows, found
+
+
+def notes(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The shares in words, a line a split."""
+    return [
+        f"CLIP finds the caption among {shares['captions']} ({split}): of true pictures {shares['true_pictures']:.0%}, "
+        f"of all candidates {shares['all_candidates']:.0%}, of the best of {CANDIDATES} "
+        f"{shares[f'best_of_{CANDIDATES}']:.0%}"
+        for split, shares in found.items()
+    ]
 
 
 def share_found(scorer: rerank.Scorer, images: Tensor, captions: list[str], own: Tensor) -> float:

@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dalle_scale.data.reader import BadSample
 
@@ -42,6 +42,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None)
         return _decode_with_pillow(data, max_pixels)
     except BadSample:
         raise
+    except UnidentifiedImageError:  # its text holds an address in memory, and reasons must repeat
+        raise BadSample("cannot decode: no picture of a known format") from None
     except Exception as error:  # a decoder that meets damage raises whatever it likes
         raise BadSample(f"cannot decode: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 

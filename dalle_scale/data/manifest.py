@@ -13,7 +13,6 @@ Opening costs what the shards cost, not what the samples cost: an index is read 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import OrderedDict
@@ -31,7 +30,7 @@ from dalle_scale.types import UserError
 NAME = "manifest.parquet"
 INDEX = "index"
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # members that hold an encoded picture
-_FIELDS = {"offset": np.dtype("<i8"), "length": np.dtype("<i8"), "crc32": np.dtype("<u4")}
+_FIELDS = {"offset": pa.int64(), "length": pa.int64(), "crc32": pa.uint32()}
 _SHARD = {"url": pa.string(), "size_bytes": pa.int64(), "sha256": pa.string(), "samples": pa.int64()}
 _MANIFEST = {**_SHARD, "index": pa.string(), "index_sha256": pa.string()}
 _METADATA = b"dalle_scale"
@@ -98,7 +97,7 @@ class Manifest:
             UserError: no manifest, or a shard is missing or has another size.
         """
         folder = Path(folder)
-        manifest = Manifest(folder, *_read(folder / NAME))
+        manifest = Manifest(folder, *read_table(folder / NAME))
         columns = (manifest._table[name].to_pylist() for name in ("url", "size_bytes"))
         for url, size_bytes in zip(*columns, strict=True):
             if "://" not in url:
@@ -195,26 +194,27 @@ def index_table(
     for name, entries in sorted(members.items()):
         for position, (field, dtype) in enumerate(_FIELDS.items()):
             values = [None if entry is None else entry[position] for entry in entries]
-            columns[f"{name}.{field}"] = pa.array(values, pa.from_numpy_dtype(dtype))
+            columns[f"{name}.{field}"] = pa.array(values, dtype)
     row = {"url": url, "size_bytes": size_bytes, "sha256": sha256, "samples": len(keys)}
     return pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(row).encode()})
 
 
 def manifest_table(folder: Path, info: dict[str, Any]) -> pa.Table:
     """The manifest of all shards whose indices lie below `folder`."""
-    rows, members = [], set()
+    rows = []
+    members: set[str] = set()
     for path in sorted((folder / INDEX).glob("*.parquet")):
-        data = path.read_bytes()
-        schema = pq.read_schema(io.BytesIO(data))
-        digest = hashlib.sha256(data).hexdigest()
-        rows.append({**json.loads(schema.metadata[_METADATA]), "index": path.name, "index_sha256": digest})
-        members |= {name.removesuffix(".offset") for name in schema.names if name.endswith(".offset")}
+        table = pq.read_table(path, use_threads=False)
+        index = _to_index(table)
+        row = json.loads(table.schema.metadata[_METADATA])
+        rows.append({**row, "index": path.name, "index_sha256": _index_digest(index)})
+        members |= index.members.keys()
     document = {"info": info, "members": sorted(members)}
     table = pa.Table.from_pylist(rows, pa.schema(_MANIFEST))
     return table.replace_schema_metadata({_METADATA: json.dumps(document, sort_keys=True).encode()})
 
 
-def _read(path: Path) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
+def read_table(path: Path) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
     """Table, member names and info of a manifest file."""
     if not path.is_file():
         raise UserError(
@@ -244,19 +244,34 @@ def _check_file(path: Path, size_bytes: int) -> None:
 
 def _read_index(folder: Path, shard: ShardFile) -> Index:
     path = folder / shard.index
+    if not path.is_file():
+        raise UserError(f"{path}: this shard's index is missing; copy it back or index the shards again")
     try:
-        data = path.read_bytes()
-    except OSError:
-        raise UserError(f"{path}: this shard's index is missing; copy it back or index the shards again") from None
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        index = _to_index(pq.read_table(path, use_threads=False))
+    except (pa.ArrowException, OSError, KeyError):
+        index = None
+    if index is None or _index_digest(index) != shard.index_sha256:
         raise UserError(f"{path}: not the index that the manifest was made with; copy it again or index again")
-    table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    return index
+
+
+def _to_index(table: pa.Table) -> Index:
     names = [name.removesuffix(".offset") for name in table.column_names if name.endswith(".offset")]
     absent = {"offset": -1, "length": 0, "crc32": 0}
     members = {
         name: tuple(table[f"{name}.{field}"].fill_null(absent[field]).to_numpy() for field in _FIELDS) for name in names
     }
     return Index(table["key"], members)
+
+
+def _index_digest(index: Index) -> str:
+    """sha256 of an index's content: not of the file, which also says where the shard lies."""
+    sha = hashlib.sha256("\n".join(index.keys.to_pylist()).encode())
+    for name, columns in sorted(index.members.items()):
+        sha.update(f"\n{name}\n".encode())
+        for column, kind in zip(columns, ("<i8", "<i8", "<u4"), strict=True):
+            sha.update(column.astype(kind, copy=False).tobytes())
+    return sha.hexdigest()
 
 
 def _digest(table: pa.Table, info: dict[str, Any]) -> str:

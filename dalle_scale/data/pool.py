@@ -7,7 +7,10 @@ read without it, and it goes into the ledger like any other bad one.
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
+import os
+import pickle
 import signal
 import time
 import traceback
@@ -15,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -23,9 +27,10 @@ import torch
 from dalle_scale.types import UserError
 
 AHEAD = 2  # batches asked of each process beyond those that were used
-PATIENCE_SECONDS = 600.0  # without a row done, a process counts as hanging; above what fetching a shard may take
+PATIENCE_SECONDS = 1800.0  # without a row done, a process counts as hanging; above what fetching a shard may take
 MAX_DEATHS = 5  # in a row, without a batch read or a sample blamed between them
 _TICK_SECONDS = 5.0
+_ALIGNMENT = 64  # bytes, of an array in shared memory
 NO_ROW = -1
 
 
@@ -126,7 +131,7 @@ class Pool:
         for position, worker in enumerate(self._workers):
             try:
                 if worker.pipe in ready:
-                    kind, value = worker.pipe.recv()
+                    kind, value = _receive(worker.pipe)
                     if kind == "error":
                         raise UserError(value)
                     assert kind == "rows", f"a process that reads data failed:\n{value}"
@@ -135,7 +140,7 @@ class Pool:
                 elif worker.is_hanging():
                     worker.process.kill()
                     raise EOFError
-            except (EOFError, OSError):  # the pipe is closed, or a tensor's memory went with its process
+            except (EOFError, OSError):  # the pipe is closed
                 self._workers[position] = self._replace(worker)
 
     def _replace(self, worker: _Worker) -> _Worker:
@@ -185,4 +190,36 @@ def _serve(reader: BatchReader, pipe: Connection, place: Any) -> None:
             except Exception:
                 message = ("failure", traceback.format_exc())
             place[1] = NO_ROW
-            pipe.send(message)
+            _send(pipe, message)
+
+
+def _send(pipe: Connection, message: tuple[str, Any]) -> None:
+    """Put a message into the pipe, its arrays as nameless shared memory: it can be received even when this process is
+    gone, and nothing is left when nobody does."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    file = os.memfd_create("rows")
+    try:
+        spans, end = [], 0
+        for buffer in buffers:
+            view = buffer.raw()
+            os.pwrite(file, view, end)
+            spans.append((end, len(view)))
+            end += -(-len(view) // _ALIGNMENT) * _ALIGNMENT
+        os.ftruncate(file, end)
+        pipe.send((data, spans, end))
+        reduction.send_handle(pipe, file, os.getppid())
+    finally:
+        os.close(file)
+
+
+def _receive(pipe: Connection) -> tuple[str, Any]:
+    """A message from `_send`; its arrays lie in the shared memory, which ends with them."""
+    data, spans, end = pipe.recv()
+    file = reduction.recv_handle(pipe)
+    try:
+        memory = memoryview(mmap.mmap(file, end) if end else b"")
+    finally:
+        os.close(file)
+    message: tuple[str, Any] = pickle.loads(data, buffers=[memory[at : at + size] for at, size in spans])
+    return message

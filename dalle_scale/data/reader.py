@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dalle_scale.data.cache import FetchError, ShardCache
@@ -106,20 +105,18 @@ class Reader:
         if file is None:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)
-            file = self._files[shard] = FileIO(self._path(self.manifest.shard(shard)))
+            file = self._files[shard] = self._open(self.manifest.shard(shard))
         self._files.move_to_end(shard)
         return file
 
-    def _path(self, shard: ShardFile) -> Path:
+    def _open(self, shard: ShardFile) -> FileIO:
         if not shard.is_remote:
-            return self.manifest.folder / shard.url
+            return FileIO(self.manifest.folder / shard.url)
         assert self._cache is not None, "open_stream refuses remote shards without a cache"
         try:
-            return self._cache.fetch(shard.url, shard.size_bytes, shard.sha256)
+            return self._cache.open(shard.url, shard.size_bytes, shard.sha256)
         except FetchError as error:
-            raise UserError(
-                f"{shard.url}: cannot fetch this shard: {error}; the same command goes on from here"
-            ) from None
+            raise UserError(f"cannot fetch a shard: {error}; the same command goes on") from None
 
 
 def ahead(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -47,6 +47,21 @@ class Rows:
     bad: list[Bad]
     cut_captions: int
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For the way between processes: numpy arrays, whose bytes pickle leaves to whoever carries them."""
+        arrays = {key: _channels_last(key, tensor).numpy() for key, tensor in self.batch.items()}
+        return {**vars(self), "batch": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {key: torch.from_numpy(array) for key, array in state["batch"].items()}
+        vars(self).update(state)
+        self.batch = {key: value.permute(0, 3, 1, 2) if key == "image" else value for key, value in tensors.items()}
+
+
+def _channels_last(key: str, tensor: Tensor) -> Tensor:
+    """Pictures [B, 3, S, S] as they lie in memory: [B, S, S, 3]."""
+    return tensor.permute(0, 2, 3, 1) if key == "image" else tensor
+
 
 class RowReader:
     """Global batch number -> `Rows`. In another process it opens its files at the first read."""

@@ -78,6 +78,18 @@ def test_a_dead_process_is_replaced_and_nothing_is_lost(tmp_path, kind):
     assert values(run(reader)) == list(range(12 * ROWS))
 
 
+def test_what_was_sent_arrives_though_its_process_has_died_since(tmp_path):
+    """Batch 3 ends every process that reads it, right after batch 2 was sent and before anybody took it."""
+    trouble = {(3, row): ("die", 99) for row in range(ROWS)}
+    with Pool(Numbers(tmp_path, trouble), 1, preload=(pool.__name__,)) as processes:
+        results = []
+        for result in processes.batches(0, 6):
+            results.append(result)
+            time.sleep(0.2)
+    assert [number for number, _, _ in results] == list(range(6))
+    assert [value for value in values(results) if isinstance(value, int)] == [*range(12), *range(16, 24)]
+
+
 def test_processes_killed_from_outside_change_nothing(tmp_path):
     with Pool(Numbers(tmp_path), 2, preload=(pool.__name__,)) as processes:
         results = []

@@ -1,0 +1,57 @@
+"""The same function for many items in several processes, for programs that work through the shards of a data set."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from dalle_scale.types import UserError
+
+# what takes seconds to import: once, not in each process ("__main__" alone is passed over by Python 3.11)
+_PRELOAD = ("__main__", "dalle_scale.data.cache", "dalle_scale.data.codes")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def in_processes(function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:
+    """`function` of each item, in the order of the items; with one worker in this process.
+
+    Args:
+        function: at the top level of a module, so that a process finds it.
+
+    Raises:
+        UserError: as the function, or a process was killed.
+    """
+    if workers <= 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("forkserver")  # forks from a process without threads or connections
+    context.set_forkserver_preload(list(_PRELOAD))
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_start) as pool:
+        try:
+            yield from pool.map(function, items)
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process was killed, perhaps for lack of memory; run again with fewer than {workers} --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """Set up a process: it ends when the one that started it does, however that may be."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
