@@ -134,6 +134,10 @@ class Plan:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
+    def _seed(self) -> int:
+        return self.seed if self.train else 0
+
+    @property
     def num_samples(self) -> int:
         """Samples of all data sets."""
         return sum(source.num_samples for source in self.sources)
@@ -144,7 +148,7 @@ class Plan:
         return -(-self.num_samples // self.batch_samples)
 
     def epoch(self, number: int) -> int:
-        """Epoch of global batch `number`. Without training every pass is the same: epoch 0."""
+        """Epoch of global batch `number`. Without training every pass of every run is the same: epoch 0 of seed 0."""
         return number // self.batches_per_epoch if self.train else 0
 
     def slots(self, number: int) -> Slots:
@@ -164,7 +168,8 @@ class Plan:
         start = (number % self.batches_per_epoch) * self.batch_samples
         stop = min(start + self.batch_samples, source.num_samples)
         sample = np.full(self.batch_samples, -1)
-        sample[: stop - start] = source.ids(self.seed, epoch, start, stop) if self.train else np.arange(start, stop)
+        # held-out samples too: their first few hundred must not all be of one class where a set is sorted by class
+        sample[: stop - start] = source.ids(self._seed, epoch, start, stop)
         return Slots(np.zeros_like(sample), sample, np.full_like(sample, epoch))
 
     def windows_near(self, number: int) -> set[tuple[int, int, int]]:
@@ -181,7 +186,7 @@ class Plan:
         out = np.empty_like(slots.sample)
         for source, epoch in _pairs(slots):
             rows = (slots.source == source) & (slots.epoch == epoch)
-            out[rows] = sample_seeds(self.seed, epoch, slots.sample[rows], stream=source)
+            out[rows] = sample_seeds(self._seed, epoch, slots.sample[rows], stream=source)
         return out
 
     def _mixed(self, start: int, stop: int) -> Slots:

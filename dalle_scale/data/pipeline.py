@@ -51,7 +51,7 @@ def open_stream(
     Args:
         source: folder of the data set; for a mixture the folders with their weights.
         batch_samples: the global batch; a multiple of micro_batch_samples * world_size.
-        train: False reads in storage order, without augmentation and BPE dropout, the same in every epoch.
+        train: False reads in one order, without augmentation and BPE dropout, the same in every epoch and run.
         ledger: file that a line is appended to for every sample that cannot be read.
 
     Raises:
