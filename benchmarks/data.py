@@ -82,6 +82,7 @@ def main() -> None:
     ours = {
         f"{mine}_over_{name}": ratio(rows, seconds[mine])
         for mine in ("ours", "threaded")
+        if mine in seconds
         for name, rows in seconds.items()
         if name not in ("ours", "threaded")
     }

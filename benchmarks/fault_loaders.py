@@ -4,9 +4,10 @@
     python benchmarks/fault_loaders.py read LOADER FOLDER OUT
 
 SOURCE is a folder of `<key>.jpg` and `<key>.txt`; every loader makes two shards of its own format of them, with its
-own writer. With SENTINEL the first sample also holds a pickle that makes a file of that name when it is loaded.
-`read` writes one line of JSON to OUT for each sample, message, and the end; it is flushed, so that what a process did
-before it died is known. A message is what the loader tells its caller, and every log record that is an error. Nothing of dalle_scale is imported here except by its own loader.
+own writer. With SENTINEL the samples also hold a pickle that makes a file of that name when it is loaded.
+`read` writes one line of JSON to OUT for each sample, each message to the caller, each error that is only logged, and
+the end; it is flushed, so that what a process did before it died is known. Nothing of dalle_scale is imported here
+except by its own loader.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.util
 import io
 import json
 import logging
-import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,18 +45,19 @@ def main(action: str, loader: str, source: str, out: str, sentinel: str = "") ->
         WRITERS[loader](samples(Path(source)), Path(out), sentinel)
         return
     with Path(out).open("w") as report:
+        started: list[float] = []  # when the first sample or message was there: imports are over
 
         def record(**row: Any) -> None:
+            started or started.append(time.perf_counter())
             report.write(json.dumps(row) + "\n")
             report.flush()
 
         class ToReport(logging.Handler):
             def emit(self, entry: logging.LogRecord) -> None:
                 cause = entry.exc_info[1] if entry.exc_info else ""
-                record(message=f"{entry.getMessage()[:100]} {cause}"[:300])
+                record(logged=f"{entry.getMessage()[:100]} {cause}"[:300])
 
         logging.getLogger().addHandler(ToReport(logging.ERROR))
-        started = time.perf_counter()
         try:
             for row in READERS[loader](Path(source), lambda text: record(message=text)):
                 picture, caption = row.get("jpg"), row.get("txt")
@@ -68,9 +70,14 @@ def main(action: str, loader: str, source: str, out: str, sentinel: str = "") ->
         except BaseException as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ending = {"ended": "stopped", "error": text}
-        seconds = time.perf_counter() - started
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        record(**ending, seconds=seconds, peak_bytes=peak_bytes)
+        seconds = time.perf_counter() - started[0] if started else 0.0
+        record(**ending, seconds=seconds, peak_bytes=peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """Of this program: what getrusage says holds the peak of the process that started it, too."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def samples(source: Path) -> list[tuple[str, bytes, bytes]]:
@@ -138,11 +145,12 @@ def read_manifest(manifest: Any, say: Say) -> Iterator[Row]:
 
 def build(folder: Path, say: Say) -> Path:
     """data_tools/build_shards.py on foreign tars; its ledger is what it says."""
-    import runpy
-
     out = folder / "built"
     program = Path(__file__).resolve().parents[1] / "data_tools" / "build_shards.py"
-    runpy.run_path(str(program))["main"]([str(folder), f"--out={out}"])
+    command = [sys.executable, str(program), str(folder), f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"build_shards.py: {done.stderr.strip().splitlines()[-1]}")
     for line in (out / "ledger.jsonl").read_text().splitlines():
         say(line)
     return out / "train"

@@ -86,13 +86,14 @@ class Outcome:
     half: int = 0  # delivered without picture or caption
     mispaired: int = 0  # picture with the caption of another
     lost_with_message: int = 0
+    lost_with_log: int = 0  # the caller is told nothing, but there is an error in the log
     lost_in_silence: int = 0
     duplicated: int = 0
     escaping_keys: int = 0
     code_executed: bool = False
     messages: list[str] = field(default_factory=list)  # the first three
     error: str = ""
-    seconds: float = 0.0  # of reading
+    seconds: float = 0.0  # from the first sample or message to the end
     peak_bytes: int = 0  # memory of the process
 
 
@@ -113,7 +114,11 @@ def main() -> None:
         cases = [(fault, column) for fault in faults for column in COLUMNS]
         for fault, column in log.progress(cases, "faults", "cases"):
             bench = Bench(Path(work), pythons[column.writer], args.limit_seconds, content)
-            outcomes[column.reader][fault.name] = bench.run(fault, column)
+            outcome = outcomes[column.reader][fault.name] = bench.run(fault, column)
+            if fault.kind == "none" and outcome.state != "not installed" and outcome.intact != SAMPLES:
+                raise UserError(
+                    f"{column.title}: does not read a sound data set, so no figure means anything: {outcome}"
+                )
     print(table(faults, outcomes))
     if args.faults is None:
         RESULT.parent.mkdir(exist_ok=True)
@@ -214,7 +219,8 @@ class Bench:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return classify([json.loads(line) for line in report.read_text().splitlines()], content, state)
+        lines = report.read_text().replace(f"{self.work}/", "").splitlines()
+        return classify([json.loads(line) for line in lines], content, state)
 
 
 def environment() -> dict[str, str]:
@@ -256,15 +262,21 @@ def classify(rows: list[dict[str, Any]], content: Content, state: str) -> Outcom
     end = next((row for row in rows if "ended" in row), {"ended": state})
     counts = Counter(states.values())
     lost = len(content) - len(states)
-    spoken = bool(messages) or end["ended"] in ("stopped", "killed", "hung")
+    logged = [row["logged"] for row in rows if "logged" in row]
+    way = "silence"
+    if messages or end["ended"] != "complete":
+        way = "message"
+    elif logged:
+        way = "log"
     return Outcome(
         end["ended"],
         **{name: counts[name] for name in rank},
-        lost_with_message=lost if spoken else 0,
-        lost_in_silence=0 if spoken else lost,
+        lost_with_message=lost if way == "message" else 0,
+        lost_with_log=lost if way == "log" else 0,
+        lost_in_silence=lost if way == "silence" else 0,
         duplicated=sum(delivered.values()) - len(delivered),
         escaping_keys=escaping,
-        messages=messages[:3],
+        messages=(messages + logged)[:3],
         error=end.get("error", ""),
         seconds=round(end.get("seconds", 0.0), 3),
         peak_bytes=end.get("peak_bytes", 0),
@@ -276,13 +288,12 @@ def cell(outcome: Outcome) -> str:
     if outcome.state.startswith("not "):
         return outcome.state
     parts = [f"{outcome.intact}"]
-    if outcome.state == "stopped":
-        parts = ["refused at the start"] if outcome.intact == 0 else [f"{outcome.intact}, then stopped"]
-    if outcome.state in ("killed", "hung"):
-        parts = [f"{outcome.intact}, then {outcome.state}"]
-    parts += [f"{outcome.lost_with_message} lost, said"] * (
-        outcome.state == "complete" and outcome.lost_with_message > 0
-    )
+    if outcome.state != "complete":
+        parts = [f"{outcome.intact}, then {outcome.state}" if outcome.intact else f"{outcome.state} before the first"]
+    elif outcome.lost_with_message:
+        parts.append(f"{outcome.lost_with_message} lost, said")
+    elif outcome.lost_with_log:
+        parts.append(f"**{outcome.lost_with_log} lost, only logged**")
     parts += [f"**{outcome.lost_in_silence} lost in silence**"] * (outcome.lost_in_silence > 0)
     names = {"damaged": "damaged", "half": "in half", "mispaired": "mis-paired", "duplicated": "twice"}
     parts += [f"**{getattr(outcome, name)} {word}**" for name, word in names.items() if getattr(outcome, name)]
@@ -319,10 +330,11 @@ def page(faults: list[Fault], outcomes: dict[str, dict[str, Outcome]], result: d
 {SAMPLES} captioned pictures in two shards are written by each loader's own writer, damaged at the corresponding place
 of its format, and read again in order, in a process of its own. Foreign tars go to this project through
 `data_tools/build_shards.py`. webdataset runs with a handler that notes each error and goes on, in the last row with its
-own `warn_and_continue`; mosaicml-streaming and litdata hand out bytes that are decoded with Pillow, and both raise at an
-error, which ends the reading. A number alone is the samples that arrived with their own caption and their own bytes;
-bold is what nobody is told of, or what must not happen. "Said" means that there was at least one message in that run.
-"Not applicable": the format has no such thing.
+own `warn_and_continue`. mosaicml-streaming and litdata hand out bytes, which are decoded with Pillow as their own
+decoders would; an exception there ends the reading ("stopped"), as it does here where a data set is refused when it is
+opened. A number alone is the samples that arrived with their own caption and their own bytes; "said" means that the
+caller got at least one message; bold is what nobody is told of, or what must not happen; "not applicable": the format
+has no such thing.
 
 Repeat with `{result["command"]}` (commit {result["commit"]}, {result["date"]}, {result["hardware"]}). Messages, seconds
 and memory of every case are in [benchmarks/results/faults.json](../benchmarks/results/faults.json).

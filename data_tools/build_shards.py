@@ -1,6 +1,6 @@
 """Turn captioned images, however they lie around, into shards that training reads.
 
-    python data_tools/build_shards.py SOURCE... --out runs/data [--size 64] [--valid-share 0.02]
+    python data_tools/build_shards.py SOURCE... --out runs/data [--size 64] [--valid-share 0.02] [--preset dalle]
 
 A SOURCE is one of
     a folder of images, each with its caption beside it (x.jpg + x.txt), or with a captions file in it
@@ -10,150 +10,102 @@ A SOURCE is one of
 `--caption-template "a photo of a {folder}"` makes captions from folder names where there is no other caption.
 
 Writes <out>/train and, with --valid-share, <out>/valid: samples go there by a hash of their name. Every input ends
-either in a shard or, with the reason, as a line of <out>/ledger.jsonl. The same input gives the same bytes on every
-run. Nothing is downloaded; img2dataset does that well, and its output is a source.
+either in a shard or, with the reason, as a line of <out>/ledger.jsonl; <out>/rows says more. The same input gives the
+same bytes on every run, with any number of workers; a run that was stopped goes on with the same command. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import itertools
-import json
 import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from dalle_scale import log
-from dalle_scale.data.decode import Pixels, decode, extension
-from dalle_scale.data.reader import BadSample
-from dalle_scale.data.shards import ShardWriter
-from dalle_scale.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Item, Options, expand, read_source
-from dalle_scale.data.transforms import square
+from dalle_scale.data.build import build
+from dalle_scale.data.chunks import Recipe
+from dalle_scale.data.filters import LANGUAGES, Filters
+from dalle_scale.data.items import CAPTION_COLUMNS, IMAGE_COLUMNS, Options
 from dalle_scale.types import UserError
-
-JPEG_QUALITY = 95
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and build."""
+    args = parse(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # what Pillow only warns of it decodes; the rest is in the ledger
+    recipe = Recipe(args.size, filters(args), args.valid_share, args.samples_per_shard, args.dedupe, args.near_bits)
+    options = Options(
+        image_columns=(args.image_column,) if args.image_column else IMAGE_COLUMNS,
+        caption_columns=(args.caption_column,) if args.caption_column else CAPTION_COLUMNS,
+        other_columns=recipe.filters.columns,
+        root=args.root,
+        caption_template=args.caption_template,
+    )
+    build(args.out, args.sources, options, recipe, args.workers, args.overwrite)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
-    parser.add_argument("--min-side", type=int, default=1, help="leave out images with a shorter side, in pixels")
     parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000)
-    parser.add_argument("--caption-template", help="caption where there is none; {folder} is the image's folder")
-    parser.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
-    parser.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
-    parser.add_argument("--root", type=Path, help="folder that relative paths start from; default: the table's own")
-    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
-    args = parser.parse_args(arguments)
-    if not 0 <= args.valid_share < 1 or min(args.size or 1, args.min_side, args.samples_per_shard) < 1:
-        raise UserError("--valid-share is a share in [0, 1); --size, --min-side and --samples-per-shard are at least 1")
-    options = Options(
-        image_columns=(args.image_column,) if args.image_column else IMAGE_COLUMNS,
-        caption_columns=(args.caption_column,) if args.caption_column else CAPTION_COLUMNS,
-        root=args.root,
-        caption_template=args.caption_template,
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="input rows a shard is made of, at most")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: the cores"
     )
-    warnings.filterwarnings("ignore", module="PIL")  # what Pillow only warns of it decodes; the rest is in the ledger
-    build(args, options)
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    reading = parser.add_argument_group("reading")
+    reading.add_argument("--caption-template", help="caption where there is none; {folder} is the image's folder")
+    reading.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
+    reading.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
+    reading.add_argument("--root", type=Path, help="folder that relative paths start from; default: the table's own")
+    add_filters(parser)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.valid_share < 1 or min(args.size or 1, args.samples_per_shard, args.workers) < 1:
+        raise UserError("--valid-share is a share in [0, 1); --size, --samples-per-shard, --workers are at least 1")
+    if args.near_bits is None:
+        args.near_bits = Recipe.near_bits
+    elif args.dedupe != "near" or not 0 <= args.near_bits <= 12:
+        raise UserError(f"--near-bits {args.near_bits}: 0 to 12 bits of 64, and only with --dedupe near")
+    return args
 
 
-def build(args: argparse.Namespace, options: Options) -> None:
-    """Read all sources, write shards and ledger, print the counts."""
-    reasons: Counter[str] = Counter()
-    keys: set[str] = set()
-    with ExitStack() as stack:
-        info = {"kind": "images", "size": args.size}
-        writers = {
-            split: stack.enter_context(ShardWriter(args.out / split, args.samples_per_shard, info, args.overwrite))
-            for split in (("train", "valid") if args.valid_share else ("train",))
-        }
-        ledger = stack.enter_context((args.out / "ledger.jsonl").open("w"))
-        for path, name, item in every_item(args.sources, options):
-            try:
-                members = make_members(*item.load(), args.size, args.min_side)
-            except BadSample as error:
-                reasons[str(error).partition(":")[0]] += 1
-                row = {"source": str(path), "name": item.name, "reason": str(error)}
-                ledger.write(json.dumps(row) + "\n")
-            else:
-                stem = os.path.splitext(name)[0]
-                key = make_key(stem, name, keys)
-                keys.add(key)
-                writers["valid" if share_of(stem) < args.valid_share else "train"].add(key, members)
-        for reason, count in reasons.most_common():
-            log.say(f"left out: {count:,} x {reason}")
-    for split, writer in writers.items():
-        log.say(f"{args.out / split}: {writer.num_samples:,} samples")
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """The options that leave rows out."""
+    group = parser.add_argument_group("what is left out")
+    group.add_argument("--preset", choices=("dalle",), help="filters of the DALL-E paper; single options change them")
+    group.add_argument("--min-side", type=int, help="images with a shorter side, in pixels")
+    group.add_argument("--max-aspect", type=float, help="images whose longer side is more than this times the shorter")
+    group.add_argument("--min-caption-words", type=int)
+    group.add_argument("--min-caption-characters", type=int)
+    group.add_argument("--language", choices=LANGUAGES, help="captions that are surely in another language")
+    group.add_argument(
+        "--boilerplate", action=argparse.BooleanOptionalAction, help="captions of dates, file names and the like"
+    )
+    group.add_argument("--max-watermark", type=float, help="rows whose column pwatermark is above, or missing")
+    group.add_argument("--max-nsfw", type=float, help="the same for punsafe, or NSFW (UNLIKELY 0, UNSURE 0.5, NSFW 1)")
+    group.add_argument("--dedupe", choices=("none", "exact", "near"), default="none", help="repeated pictures")
+    group.add_argument("--near-bits", type=int, help=f"of 64 that may differ; default: {Recipe.near_bits}")
 
 
-def every_item(sources: Iterable[Path], options: Options) -> Iterator[tuple[Path, str, Item]]:
-    """(source, name among all sources, row) for all rows, with one progress bar a source."""
-    paths = list(expand(sources))
-    for number, path in enumerate(paths, start=1):
-        total, items = read_source(path, options)
-        several = len(paths) > 1
-        what = f"{path.name} ({number} of {len(paths)})" if several else path.name
-        for item in log.progress(items, what, "images", total=total):
-            yield path, f"{path.stem}/{item.name}" if several else item.name, item
-
-
-def make_key(stem: str, name: str, taken: set[str]) -> str:
-    """A key from the name without extension; a hash is added where characters had to go or the key is taken (x.jpg and
-    x.png; a table with several captions an image)."""
-    key = clean = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:100]
-    for repeat in itertools.count():
-        if key not in taken and (key == stem or repeat):
-            return key
-        key = f"{clean}-{hashlib.sha256(f'{name}#{repeat}'.encode()).hexdigest()[:12]}"
-    raise AssertionError("unreachable")
-
-
-def share_of(stem: str) -> float:
-    """A number in [0, 1) that depends on the name only: all captions of an image go to one side."""
-    return int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=6).digest(), "big") / (1 << 48)
-
-
-def make_members(data: bytes, caption: str, size: int | None, min_side: int) -> dict[str, bytes]:
-    """The members of a sample. Every image is decoded once, strictly; its bytes stay as they are where they can.
-
-    Raises:
-        BadSample: empty caption, image damaged, of no known format, or too small.
-    """
-    if not caption.strip():
-        raise BadSample("empty caption")
-    kind = extension(data)
-    if not kind:
-        raise BadSample("unknown image format")
-    pixels = decode(data)
-    height, width, _ = pixels.shape
-    if min(height, width) < min_side:
-        raise BadSample(f"too small: {width} x {height}")
-    if size is not None and (height, width) != (size, size):
-        kind, data = encode(square(pixels, size), kind)
-    return {kind: data, "txt": caption.strip().encode()}
-
-
-def encode(pixels: Pixels, kind: str) -> tuple[str, bytes]:
-    """Pixels as a file: JPEG where the original was one, else PNG, which loses nothing."""
-    file = io.BytesIO()
-    if kind == "jpg":
-        Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        kind = "png"
-        Image.fromarray(pixels).save(file, "PNG")
-    return kind, file.getvalue()
+def filters(args: argparse.Namespace) -> Filters:
+    """The preset, changed by the single options. Raises UserError."""
+    chosen = Filters.dalle() if args.preset == "dalle" else Filters()
+    given = {name: getattr(args, name) for name in vars(chosen) if name != "boilerplate"}
+    given["boilerplate"] = args.boilerplate
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    counts = {"min_side": 1, "max_aspect": 1, "min_caption_words": 0, "min_caption_characters": 0}
+    for name, least in counts.items():
+        if (value := getattr(chosen, name)) is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name in ("max_watermark", "max_nsfw"):
+        if (share := getattr(chosen, name)) is not None and not 0 <= share <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {share}: a probability in 0 .. 1")
+    return chosen
 
 
 if __name__ == "__main__":

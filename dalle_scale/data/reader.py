@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from io import FileIO
 from typing import NamedTuple, TypeVar
+
+from isal import isal_zlib
 
 from dalle_scale.data.cache import FetchError, ShardCache
 from dalle_scale.data.manifest import IMAGES, Entry, Manifest, ShardFile
@@ -43,7 +44,7 @@ class Span(NamedTuple):
             raise BadSample(f"cannot read '{self.name}': {error.strerror}") from None
         if len(data) != length:
             raise BadSample(f"'{self.name}' ends after {len(data)} of {length} bytes")
-        if zlib.crc32(data) != crc32:
+        if isal_zlib.crc32(data) != crc32:  # three times as fast as zlib's
             raise BadSample(f"checksum of '{self.name}' is wrong")
         return data
 

@@ -1,88 +1,201 @@
 """Captioned images as people have them: folders, tars and tables, all read as rows of (image file, caption).
 
-Reading is lazy: a row costs its name until it is loaded. Nothing is unpacked to disk, no link is followed inside a tar,
-nothing is fetched from the network, and no file above a size limit is read.
+Folders and tars are listed once; the listing, a parquet file, says where the parts of each row lie, so a process can
+start at any row. Nothing is unpacked to disk and no link is followed inside a tar. Tables are in tables.py.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dalle_scale import log
+from dalle_scale.data.items import (
+    Lost,
+    Options,
+    Row,
+    Source,
+    checked_caption,
+    pick,
+    printable,
+    read_file,
+    read_span,
+    to_text,
+)
 from dalle_scale.data.reader import BadSample
+from dalle_scale.data.shards import atomic
+from dalle_scale.data.tables import TABLES, ParquetTable, Records, TextTable
 from dalle_scale.types import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "j2k", "ico", "ppm", "tga")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "captions.tsv")
-TABLES = ("csv", "tsv", "jsonl", "parquet")
-IMAGE_COLUMNS = ("path", "file", "file_name", "filename", "image_path", "image", "jpg", "png", "webp", "url")
-CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "alt_text", "title")
-MAX_BYTES = 256 << 20  # of one input file
+_LISTING_ROWS = 4096  # of a listing at once in memory
+_PARTS = {"image": "", "text": ".txt", "json": ".json"}  # of a row of a folder or tar -> extension
+
+Place = tuple[int, int]  # offset and size in the tar; a file of a folder is (0, -1)
+Places = dict[str, Place]  # by name
 
 
 @dataclass(frozen=True)
-class Item:
-    """One row of the input. `load` gives the image file and the caption, or raises BadSample."""
+class Sources:
+    """All sources as one sequence of rows. Is pickled to worker processes."""
 
-    name: str
-    load: Callable[[], tuple[bytes, str]]
+    parts: tuple[Source, ...]
+    starts: tuple[int, ...]  # [parts + 1]: number of the first row of each, and of all rows
+
+    @staticmethod
+    def open(paths: list[Path], folder: Path, options: Options) -> Sources:
+        """Open the sources; what is found by listing or reading them from end to end is kept in `folder`.
+
+        Raises:
+            UserError: one of them cannot be read as what it is.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        listed = log.progress(enumerate(paths), "list", "sources", total=len(paths))
+        parts = tuple(_open(path, folder / f"{number:06d}.parquet", options) for number, path in listed)
+        return Sources(parts, tuple(accumulate((part.num_rows for part in parts), initial=0)))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all sources."""
+        return self.starts[-1]
+
+    def rows(self, start: int, stop: int) -> Iterator[Row | Lost]:
+        """Rows `start` .. `stop` - 1 of all sources, in order."""
+        for part in range(max(0, bisect_right(self.starts, start) - 1), len(self.parts)):
+            first, behind = self.starts[part], self.starts[part + 1]
+            if first >= stop:
+                return
+            for row in self.parts[part].rows(max(start - first, 0), min(stop, behind) - first):
+                yield replace(row, number=row.number + first)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says about reading."""
-
-    image_columns: tuple[str, ...] = IMAGE_COLUMNS
-    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
-    root: Path | None = None
-    caption_template: str | None = None
-
-
-def expand(sources: Iterable[Path]) -> Iterator[Path]:
-    """The sources, with a folder of tars as those tars."""
+def expand(sources: Iterable[Path]) -> list[Path]:
+    """The sources, with a folder of tars as those tars. Raises UserError if one is missing."""
+    paths: list[Path] = []
     for path in sources:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         tars = sorted(path.glob("*.tar")) if path.is_dir() else []
-        yield from tars or [path]
+        paths += tars or [path]
+    return paths
 
 
-def read_source(path: Path, options: Options) -> tuple[int, Iterator[Item]]:
-    """Number of rows of one source, and the rows; no image is read before its row's `load`."""
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What changes when a source does: size and time of a file, a digest of names, sizes and times below a folder."""
+    name = str(path.resolve())
+    if not path.is_dir():
+        status = path.stat()
+        return {"path": name, "size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    sha = hashlib.sha256()
+    files = _walk(path)
+    for file in files:
+        status = (path / file).stat()
+        sha.update(f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(file) + b"\0")
+    return {"path": name, "files": len(files), "sha256": sha.hexdigest()}
+
+
+def _open(path: Path, listing: Path, options: Options) -> Source:
     if path.is_dir() or path.suffix == ".tar":
-        items = list(tree_items(*(open_folder(path) if path.is_dir() else open_tar(path)), options))
-        return len(items), iter(items)
+        if not listing.exists():
+            places, bad = open_folder(path) if path.is_dir() else open_tar(path)
+            _write_listing(listing, _listed(path, places, bad, options))
+        return Tree(path, listing, options, int(pq.read_metadata(listing).num_rows))
+    if path.suffix == ".parquet":
+        return ParquetTable.open(path, options)
     if path.suffix[1:] in TABLES:
-        return count_rows(path), table_items(path, options)
+        return TextTable.open(path, options, listing)
     raise UserError(f"{path}: not a source; give a folder, a .tar, or a table ({', '.join(TABLES)})")
 
 
-# --- folders and tars: names, and a function that reads one of them ---------------------------------------------------
-
-Reads = dict[str, Callable[[], bytes]]
+# --- folders and tars -------------------------------------------------------------------------------------------------
 
 
-def open_folder(path: Path) -> tuple[Reads, list[Item]]:
+@dataclass(frozen=True)
+class Tree:
+    """A folder or a tar."""
+
+    path: Path
+    listing: Path
+    options: Options
+    num_rows: int
+
+    def rows(self, start: int, stop: int) -> Iterator[Row | Lost]:
+        """Rows `start` .. `stop` - 1."""
+        file = pq.ParquetFile(self.listing)
+        for group in range(start // _LISTING_ROWS, -(-stop // _LISTING_ROWS)):
+            first = group * _LISTING_ROWS
+            low = max(start - first, 0)
+            part = file.read_row_group(group, use_threads=False).slice(low, stop - first - low)
+            for number, row in enumerate(part.to_pylist(), start=first + low):
+                yield self._row(number, row)
+
+    def _row(self, number: int, row: dict[str, Any]) -> Row | Lost:
+        name, source = os.fsdecode(row["name"]), str(self.path)
+        shown = printable(name)
+        if row["reason"] is not None:
+            return Lost(number, source, shown, row["reason"])
+        try:
+            caption, columns = self._describe(name, row)
+        except BadSample as error:
+            return Lost(number, source, shown, str(error))
+        return Row(number, source, shown, caption, columns, _Reading(self.path, name, row["image"]))
+
+    def _describe(self, name: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Caption and other columns: from the captions file, x.txt, x.json or the template."""
+        stem = str(PurePosixPath(name).with_suffix(""))
+        caption, columns = row["caption"], json.loads(row["columns"] or "{}")
+        if caption is None and row["text"] is not None:
+            caption = to_text(_Reading(self.path, f"{stem}.txt", row["text"])())
+        if row["json"] is not None and (caption is None or self.options.other_columns):
+            try:
+                document = dict(json.loads(_Reading(self.path, f"{stem}.json", row["json"])()))
+            except (ValueError, TypeError, RecursionError):
+                raise BadSample("no caption: the .json is not an object") from None
+            columns = _others(document, self.options) | columns
+            if caption is None:
+                caption = pick(document, self.options.caption_columns)
+        if caption is None and self.options.caption_template:
+            folder = PurePosixPath(name).parent.name
+            caption = self.options.caption_template.replace("{folder}", folder.replace("_", " "))
+        return checked_caption(caption), columns
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads one part of a row when it is called; raises BadSample."""
+
+    path: Path
+    name: str
+    place: dict[str, int]
+
+    def __call__(self) -> bytes:
+        if self.place["size"] < 0:
+            return read_file(self.path / self.name)
+        return read_span(self.path, self.place["offset"], self.place["size"])
+
+
+def open_folder(path: Path) -> tuple[Places, list[tuple[str, str]]]:
     """The files below a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): partial(read_file, file) for file in files}, []
+    return dict.fromkeys(_walk(path), (0, -1)), []
 
 
-def open_tar(path: Path) -> tuple[Reads, list[Item]]:
-    """The files in a tar, and items for what cannot be read. Nothing is unpacked to disk, links are not followed."""
-    reads: Reads = {}
-    bad: list[Item] = []
+def open_tar(path: Path) -> tuple[Places, list[tuple[str, str]]]:
+    """The files in a tar, and (name, reason) of what cannot be read. Links are not followed."""
+    places: Places = {}
+    bad: list[tuple[str, str]] = []
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
     except tarfile.TarError as error:
@@ -92,175 +205,86 @@ def open_tar(path: Path) -> tuple[Reads, list[Item]]:
             for member in tar:
                 if not member.isreg() or member.issparse():
                     if not member.isdir():
-                        bad.append(failing(member.name, "not a regular file"))
+                        bad.append((member.name, "not a regular file"))
                     continue
                 name = str(PurePosixPath(member.name))  # "./x.jpg" is "x.jpg"
-                if name in reads:
-                    bad.append(failing(name, "name comes twice"))
+                if name in places:
+                    bad.append((name, "name comes twice"))
                 else:
-                    reads[name] = partial(read_span, path, member.offset_data, member.size)
+                    places[name] = (member.offset_data, member.size)
             # tarfile ends without a word at a damaged header; a sound archive ends in blocks of zeros
             sound = read_span(path, tar.offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except (tarfile.TarError, BadSample):
             sound = False
         if not sound:
-            bad.append(failing(path.name, f"tar is damaged or cut off: nothing is read from byte {tar.offset} on"))
-    return reads, bad
+            bad.append((path.name, f"tar is damaged or cut off: nothing is read from byte {tar.offset} on"))
+    return places, bad
 
 
-def read_file(path: Path) -> bytes:
-    """A whole file. Raises BadSample if it is too large or cannot be read."""
-    try:
-        return read_span(path, 0, path.stat().st_size)
-    except OSError as error:
-        raise BadSample(f"cannot read: {error.strerror}") from None
+def _walk(path: Path) -> list[str]:
+    """Names of the regular files below a folder, sorted; links to folders are not followed."""
+    names = []
+    for folder, _, files in os.walk(path):
+        below = PurePosixPath(folder).relative_to(PurePosixPath(path))
+        names += [str(below / file) for file in files if os.path.isfile(os.path.join(folder, file))]
+    return sorted(names)
 
 
-def read_span(path: Path, offset: int, size: int) -> bytes:
-    """Part of a file. Raises BadSample if it is too large or the file ends before."""
-    if size > MAX_BYTES:
-        raise BadSample(f"too large: {size} bytes, the limit is {MAX_BYTES}")
-    with path.open("rb") as file:
-        data = os.pread(file.fileno(), size, offset)
-    if len(data) != size:
-        raise BadSample(f"cut off: {len(data)} of {size} bytes")
-    return data
-
-
-def tree_items(reads: Reads, bad: list[Item], options: Options) -> Iterator[Item]:
-    """Rows of a folder or tar: its images with their captions, and captions whose image is missing."""
-    captions_file = next((name for name in CAPTION_FILES if name in reads), None)
-    captions = read_captions(captions_file, reads[captions_file], options) if captions_file else {}
-    images = [name for name in reads if PurePosixPath(name).suffix[1:].lower() in IMAGES]
+def _listed(path: Path, places: Places, bad: list[tuple[str, str]], options: Options) -> Iterator[dict[str, Any]]:
+    """Rows of the listing: images with their captions, and captions whose image is missing."""
+    file = next((name for name in CAPTION_FILES if name in places), None)
+    captions = _read_captions(path, file, places[file], options) if file else {}
+    images = [name for name in places if PurePosixPath(name).suffix[1:].lower() in IMAGES]
     for name in images:
-        for caption in captions.pop(name, [None]):
-            yield Item(name, partial(load_from_tree, reads, name, caption, options))
+        stem = str(PurePosixPath(name).with_suffix(""))
+        row = {"name": os.fsencode(name)}
+        for part, suffix in _PARTS.items():
+            place = places.get(stem + suffix if suffix else name)
+            row[part] = place and {"offset": place[0], "size": place[1]}
+        for extra in captions.pop(name, [{}]):
+            yield row | extra
     stems = {PurePosixPath(name).with_suffix("") for name in images}
-    texts = [name for name in reads if name.endswith(".txt") and PurePosixPath(name).with_suffix("") not in stems]
-    yield from (failing(name, "no image") for name in [*texts, *captions])
-    yield from bad
+    texts = [name for name in places if name.endswith(".txt") and PurePosixPath(name).with_suffix("") not in stems]
+    for name, reason in [*((name, "no image") for name in [*texts, *captions]), *bad]:
+        yield {"name": printable(name).encode(), "reason": reason}
 
 
-def load_from_tree(reads: Reads, name: str, caption: Any, options: Options) -> tuple[bytes, str]:
-    """One image and its caption: from the captions file, x.txt, x.json or the template."""
-    stem = str(PurePosixPath(name).with_suffix(""))
-    if caption is None and f"{stem}.txt" in reads:
-        caption = to_text(reads[f"{stem}.txt"]())
-    if caption is None and f"{stem}.json" in reads:
-        try:
-            caption = pick(dict(json.loads(reads[f"{stem}.json"]())), options.caption_columns)
-        except (ValueError, TypeError):
-            raise BadSample("no caption: the .json is not an object") from None
-    if caption is None and options.caption_template:
-        folder = PurePosixPath(name).parent.name
-        caption = options.caption_template.replace("{folder}", folder.replace("_", " "))
-    return reads[name](), checked_caption(caption)
-
-
-def read_captions(name: str, read: Callable[[], bytes], options: Options) -> dict[str, list[Any]]:
-    """File name -> its captions, from a captions file inside a folder or tar."""
-    captions: dict[str, list[Any]] = {}
+def _read_captions(path: Path, name: str, place: Place, options: Options) -> dict[str, list[dict[str, Any]]]:
+    """File name -> what its rows of the listing hold, from a captions file inside a folder or tar."""
+    captions: dict[str, list[dict[str, Any]]] = {}
     try:
-        lines = io.StringIO(to_text(read()), newline="")
+        data = _Reading(path, name, {"offset": place[0], "size": place[1]})()
     except BadSample as error:
-        raise UserError(f"{name}: cannot read the captions: {error}") from None
-    for row in read_rows(name, lines):
-        file = pick(row, options.image_columns)
+        raise UserError(f"{path}/{name}: cannot read the captions: {error}") from None
+    for columns in Records(f"{path}/{name}", io.BytesIO(data)):
+        file = pick(columns, options.image_columns)
         if not isinstance(file, str):
-            raise UserError(f"{name}: a row names no file; its columns are {', '.join(row)}; see --image-column")
-        captions.setdefault(str(PurePosixPath(file)), []).append(pick(row, options.caption_columns))
+            raise UserError(f"{name}: a row names no file; its columns are {', '.join(columns)}; see --image-column")
+        row: dict[str, Any] = {"columns": json.dumps(_others(columns, options))}
+        caption = pick(columns, options.caption_columns)
+        if caption is not None:
+            try:
+                row["caption"] = checked_caption(caption)
+            except BadSample as error:
+                row["reason"] = str(error)
+        captions.setdefault(str(PurePosixPath(file)), []).append(row)
     return captions
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+def _write_listing(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the rows, a part of them at a time."""
+    place = pa.struct({"offset": pa.int64(), "size": pa.int64()})
+    texts = {name: pa.string() for name in ("caption", "columns", "reason")}
+    schema = pa.schema({"name": pa.binary(), **dict.fromkeys(_PARTS, place), **texts})
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        part: list[dict[str, Any]] = []
+        for row in rows:
+            part.append(row)
+            if len(part) == _LISTING_ROWS:
+                writer.write_table(pa.Table.from_pylist(part, schema))
+                part = []
+        writer.write_table(pa.Table.from_pylist(part, schema))
 
 
-def table_items(path: Path, options: Options) -> Iterator[Item]:
-    """Rows of a table. An item is named by the key column, else by the path, else by its number."""
-    for number, row in enumerate(table_rows(path)):
-        image = pick(row, options.image_columns)
-        name = str(row.get("key") or (image if isinstance(image, str) else number))
-        yield Item(name, partial(load_from_table, path, row, options))
-
-
-def table_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows, a few at a time in memory."""
-    if path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-        return
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        yield from read_rows(str(path), lines)
-
-
-def count_rows(path: Path) -> int:
-    """Number of rows of a table."""
-    if path.suffix != ".parquet":
-        return sum(1 for _ in table_rows(path))
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file: {error}") from None
-
-
-def load_from_table(path: Path, row: dict[str, Any], options: Options) -> tuple[bytes, str]:
-    """The image and caption of one row."""
-    caption = pick(row, options.caption_columns)
-    if caption is None:
-        raise BadSample(f"no caption: the columns are {', '.join(row)}; see --caption-column")
-    caption = checked_caption(caption)
-    image = pick(row, options.image_columns)
-    if isinstance(image, dict):  # Hugging Face's image column
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image, caption
-    if not isinstance(image, str):
-        raise BadSample(f"no image: the columns are {', '.join(row)}; see --image-column")
-    if "://" not in image:
-        return read_file((options.root or path.parent) / image), caption
-    # img2dataset's "files" output: NNNNN.parquet beside NNNNN/<key>.jpg
-    places = [path.with_suffix("") / f"{row.get('key')}.{kind}" for kind in ("jpg", "png", "webp")]
-    place = next((file for file in places if file.is_file()), None)
-    if place is None:
-        raise BadSample(f"not downloaded: {image}")
-    return read_file(place), caption
-
-
-def read_rows(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL, CSV or TSV file; raises UserError where it is not one."""
-    try:
-        if name.endswith(".jsonl"):
-            yield from (dict(json.loads(line)) for line in lines if line.strip())
-        else:
-            yield from csv.DictReader(lines, restkey="(more)", delimiter="\t" if name.endswith(".tsv") else ",")
-    except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{name}: not a table of rows in UTF-8: {error}") from None
-
-
-def pick(row: dict[str, Any], columns: Iterable[str]) -> Any:
-    """The first of the columns that has a value."""
-    return next((row[column] for column in columns if row.get(column) is not None), None)
-
-
-def checked_caption(caption: Any) -> str:
-    """The caption, if it is a text."""
-    if not isinstance(caption, str):
-        raise BadSample("no caption" if caption is None else f"no caption: {type(caption).__name__} is no text")
-    return caption
-
-
-def to_text(data: bytes) -> str:
-    """UTF-8 or nothing."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise BadSample("caption is not UTF-8") from None
-
-
-def failing(name: str, reason: str) -> Item:
-    """A row that is known to be bad."""
-
-    def load() -> tuple[bytes, str]:
-        raise BadSample(reason)
-
-    return Item(name, load)
+def _others(columns: dict[str, Any], options: Options) -> dict[str, Any]:
+    return {name: columns[name] for name in options.other_columns if name in columns}

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -44,8 +45,16 @@ IMAGES = {name: picture(seed, kind="JPEG" if seed % 2 else "PNG") for seed, name
 FILES = {name: f"{name}.{'jpg' if seed % 2 else 'png'}" for seed, name in enumerate(CAPTIONS)}
 
 
-def build(*arguments) -> None:
-    build_shards.main([str(argument) for argument in arguments])
+def build(*arguments, workers: int = 1) -> None:
+    build_shards.main([str(argument) for argument in (*arguments, f"--workers={workers}")])
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """All files of a build, the report without what depends on the clock."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    report = json.loads(files["report.json"])
+    del report["last_run"]
+    return files | {"report.json": json.dumps(report).encode()}
 
 
 def samples(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -173,9 +182,7 @@ def test_building_again_gives_the_same_bytes(tmp_path):
     options = ["--size", 8, "--valid-share", 0.4, "--samples-per-shard", 3]
     build(source, "--out", tmp_path / "a", *options)
     build(source, "--out", tmp_path / "b", *options)
-    files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert len(files) > 6
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
     with pytest.raises(UserError, match="already"):
         build(source, "--out", tmp_path / "a")
     build(source, "--out", tmp_path / "a", *options, "--overwrite")
@@ -273,6 +280,51 @@ def test_hostile_names_and_links_do_not_leave_the_folder(tmp_path):
     assert [reader.read(index, "png") for index in range(6)] == [picture(index) for index in range(6)]
     assert ledger(tmp_path / "deep" / "out") == {"link.png": "not a regular file"}
     assert {path.name for path in tmp_path.iterdir()} == {"in.tar", "deep"}
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    folder = write_files(tmp_path / "in", {"good.png": picture(0), "good.txt": b"good"})
+    odd = os.fsencode(folder) + b"/caf\xe9"
+    for ending, data in ((b".png", picture(1)), (b".txt", b"odd")):
+        with open(odd + ending, "wb") as file:
+            file.write(data)
+    build(folder, "--out", tmp_path / "out")
+    assert samples(tmp_path / "out" / "train") == {"good": (picture(0), "png"), "odd": (picture(1), "png")}
+
+
+def test_filters_of_the_command_line(tmp_path):
+    rows = [
+        {"path": "a.png", "caption": "a red fox in the snow", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+        {"path": "a.png", "caption": "a fox", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+        {"path": "a.png", "caption": "Photographed on May 12, 2007", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+        {"path": "a.png", "caption": "ein roter Fuchs im tiefen Schnee", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+        {"path": "wide.png", "caption": "a red fox in the snow", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+        {"path": "a.png", "caption": "a red fox in the snow", "pwatermark": 0.9, "NSFW": "UNLIKELY"},
+        {"path": "a.png", "caption": "a red fox in the snow", "pwatermark": 0.1, "NSFW": "NSFW"},
+        {"path": "a.png", "caption": "a red fox in the snow", "NSFW": "UNLIKELY"},
+        {"path": "b.png", "caption": "the same red fox, again", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
+    ]
+    write_files(tmp_path, {"a.png": picture(0), "b.png": picture(0), "wide.png": picture(1, height=8, width=20)})
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--preset=dalle", "--max-watermark=0.5", "--max-nsfw=0.4", "--dedupe=exact"]
+    build(tmp_path / "table.jsonl", "--out", tmp_path / "out", *options)
+    table = pq.read_table(tmp_path / "out" / "rows" / "000000.parquet").to_pylist()
+    assert [row["status"].split(":")[0] for row in table] == [
+        "kept", "caption too short", "caption is boilerplate", "caption in another language", "aspect ratio",
+        "watermark score", "NSFW score", "no watermark score", "duplicate of 0",
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["rows"], report["kept"], sum(report["left_out"].values())) == (9, 1, 8)
+    build(tmp_path / "table.jsonl", "--out", tmp_path / "most", "--preset=dalle", "--no-boilerplate", "--max-aspect=3")
+    assert json.loads((tmp_path / "most" / "report.json").read_text())["kept"] == 7
+    for option, message in {
+        "--max-nsfw=2": "a probability",
+        "--max-aspect=0.5": "at least 1",
+        "--near-bits=3": "only with --dedupe near",
+        "--workers=0": "at least 1",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            build_shards.main([str(tmp_path / "table.jsonl"), f"--out={tmp_path / 'x'}", option])
 
 
 def test_damage_to_a_tar_is_a_line_of_the_ledger(tmp_path):

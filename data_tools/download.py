@@ -1,0 +1,152 @@
+"""Download the pictures of a list of urls with captions and make shards of them, as training reads them.
+
+    python data_tools/download.py LIST... --out runs/web [--size 256] [--valid-share 0.02] [--preset dalle]
+
+A LIST is a CSV, TSV, JSONL or parquet table with a column `url` (or `URL`) and one for the caption, as img2dataset
+takes them; scores in the columns pwatermark, punsafe and NSFW can be filtered by.
+
+Every row ends in a shard or, with its reason, as a line of <out>/ledger.jsonl; the tables in <out>/rows name the row's
+number in the list, where its other columns are. Filters on captions and scores come first, so what they leave out is
+not downloaded. A run that was stopped goes on with the same command, at any number of workers; rows that failed in what
+is done are not asked for again. For these, when all is done:
+
+    python data_tools/download.py LIST... --out runs/web_again --retry-failed runs/web
+
+makes a data set of the rows that failed in runs/web for a reason that may have passed (timeouts, 5xx, names that were
+not found, ...) and are there now. It goes beside the first; their keys differ.
+
+Nothing is asked for inside: only http and https, and only addresses of the public internet (--allow-private lifts
+that). What is marked noai, noimageai, noindex or noimageindex by X-Robots-Tag is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from build_shards import add_filters, filters
+
+from dalle_scale import log
+from dalle_scale.data.build import build
+from dalle_scale.data.chunks import Recipe
+from dalle_scale.data.downloads import Downloads, rows_per_table
+from dalle_scale.data.fetch import FetchOptions
+from dalle_scale.data.items import CAPTION_COLUMNS, Options
+from dalle_scale.data.tables import TABLES, Records
+from dalle_scale.types import UserError
+
+URL_COLUMNS = ("url", "URL")
+# the others (timeouts, retries, connections) may change while a list is being worked through
+_POLICY = ("max_bytes", "redirects", "user_agent", "allow_private", "heed_robots_tag")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and download."""
+    args = parse(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # what Pillow only warns of it decodes; the rest is in the ledger
+    recipe = Recipe(args.size, filters(args), args.valid_share, args.samples_per_shard, args.dedupe, args.near_bits)
+    urls = (args.url_column,) if args.url_column else URL_COLUMNS
+    captions = (args.caption_column,) if args.caption_column else CAPTION_COLUMNS
+    for path in args.lists:
+        check_columns(path, {"--url-column": urls, "--caption-column": captions})
+    options = Options(urls, captions, other_columns=(*recipe.filters.columns, *urls))
+    downloads = Downloads(urls, fetch_options(args), args.retry_failed)
+    plan = {name: getattr(downloads.options, name) for name in _POLICY}
+    if args.retry_failed:
+        rows_per_table(args.retry_failed)  # it must be there
+        if args.retry_failed.resolve() == args.out.resolve():
+            raise UserError(
+                f"--retry-failed {args.retry_failed}: that is --out too; give the new data set its own folder"
+            )
+        plan["retry_failed"] = str(args.retry_failed.resolve())
+    build(args.out, args.lists, options, recipe, args.workers, args.overwrite, downloads, plan)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    defaults = FetchOptions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lists", nargs="+", type=Path, metavar="LIST")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--url-column", help=f"default: the first of {', '.join(URL_COLUMNS)}")
+    parser.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
+    parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
+    parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="rows of the list a shard is made of")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: the cores"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    group = parser.add_argument_group("network")
+    group.add_argument("--connections", type=int, default=256, help="of all workers together; at least one each")
+    group.add_argument("--per-host", type=int, default=8, help="connections to one host, counted in the same way")
+    group.add_argument("--host-delay-seconds", type=float, default=0.0, help="between a worker's requests to one host")
+    group.add_argument("--timeout-seconds", type=float, default=defaults.total_seconds, help="of one try")
+    group.add_argument("--max-bytes", type=int, default=defaults.max_bytes, help="of one file")
+    group.add_argument("--retries", type=int, default=defaults.retries, help="after timeouts, resets, 429 and 5xx")
+    group.add_argument("--user-agent", default=defaults.user_agent, help="say who you are: NAME/1.0 (mail or web page)")
+    group.add_argument("--allow-private", action="store_true", help="also connect to addresses inside your network")
+    group.add_argument("--ignore-robots-tag", action="store_true", help="also take what its owner has marked noai")
+    group.add_argument("--retry-failed", type=Path, metavar="DATA_SET", help="only what failed there; see above")
+    add_filters(parser)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.valid_share < 1 or min(args.size or 1, args.samples_per_shard, args.workers) < 1:
+        raise UserError("--valid-share is a share in [0, 1); --size, --samples-per-shard, --workers are at least 1")
+    if args.near_bits is None:
+        args.near_bits = Recipe.near_bits
+    elif args.dedupe != "near" or not 0 <= args.near_bits <= 12:
+        raise UserError(f"--near-bits {args.near_bits}: 0 to 12 bits of 64, and only with --dedupe near")
+    return args
+
+
+def fetch_options(args: argparse.Namespace) -> FetchOptions:
+    """One worker's part of the connections, and the other options of the network. Raises UserError."""
+    if min(args.connections, args.per_host) < 1:
+        raise UserError("--connections and --per-host are at least 1")
+    defaults = FetchOptions()
+    return FetchOptions(
+        connections=max(1, args.connections // args.workers),
+        per_host=max(1, args.per_host // args.workers),
+        host_delay_seconds=args.host_delay_seconds,
+        max_bytes=args.max_bytes,
+        connect_seconds=min(defaults.connect_seconds, args.timeout_seconds),
+        read_seconds=min(defaults.read_seconds, args.timeout_seconds),
+        total_seconds=args.timeout_seconds,
+        retries=args.retries,
+        user_agent=args.user_agent,
+        allow_private=args.allow_private,
+        heed_robots_tag=not args.ignore_robots_tag,
+    )
+
+
+def check_columns(path: Path, wanted: dict[str, tuple[str, ...]]) -> None:
+    """Find out before anything is fetched that a list has no such column.
+
+    Args:
+        wanted: option -> columns, one of which must be there.
+
+    Raises:
+        UserError: one is missing, or the list cannot be read.
+    """
+    if path.suffix[1:] not in TABLES:
+        raise UserError(f"{path}: not a list; give a table ({', '.join(TABLES)})")
+    try:
+        if path.suffix == ".parquet":
+            names = list(pq.read_schema(path).names)
+        else:
+            with path.open("rb") as file:
+                records = Records(str(path), file)
+                names = list(records.header or next(iter(records), ()))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for option, columns in wanted.items():
+        if names and not set(columns) & set(names):
+            raise UserError(f"{path}: no column {' or '.join(columns)}; it has {', '.join(names)}; see {option}")
+
+
+if __name__ == "__main__":
+    log.guarded(main)
