@@ -136,9 +136,6 @@ class Duplicates:
 def build_chunk(job: Job, chunk: int) -> Iterator[int]:
     """Build the shards of one chunk in the staging folder. Yields how many rows more are accounted for."""
     rows = job.rows(chunk)
-    for split in SPLITS:  # of an earlier try
-        (job.stage / split / shard_name(chunk)).unlink(missing_ok=True)
-        index_path(job.stage / split, chunk).unlink(missing_ok=True)
     accounts: dict[int, dict[str, Any]] = {}
     shards: dict[str, Shard] = {}
     done, last = 0, -1

@@ -1,0 +1,183 @@
+"""How fast large pictures on a web server become 256-pixel shards: download.py beside img2dataset.
+
+    python benchmarks/preprocess.py
+
+Both get the same list of urls of 2.7-megapixel JPEGs from the same server on this machine, as many processes as there
+are cores, and make webdataset tars of 256-pixel centre squares, JPEG quality 95. They run one after the other, round
+after round, each as a whole program, starting included; a figure is the median over the rounds. img2dataset is
+installed into an environment of its own. Writes benchmarks/results/preprocess.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import http.server
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import simplejpeg
+
+HEIGHT, WIDTH, QUALITY, SIZE = 1424, 1900, 90, 256
+DISTINCT = 48  # pictures on the server; urls name them in turn
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+IMG2DATASET = ("img2dataset==1.47.0", "setuptools<81")
+
+
+def main() -> None:
+    """Make pictures and list, let both run in turn, write the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--urls", type=int, default=1200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/preprocess"))
+    parser.add_argument("--serve", type=Path, help="be the web server of this folder (used by the program itself)")
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve)
+        return
+    from environment import describe, peer
+
+    from dalle_scale import log
+
+    python = peer("img2dataset", *IMG2DATASET)
+    shutil.rmtree(args.folder, ignore_errors=True)
+    megabytes = draw(args.folder / "pictures")
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(args.folder / "pictures")], stdout=-1, text=True
+    )
+    assert server.stdout is not None
+    write_list(args.folder / "list.csv", args.urls, port=int(server.stdout.readline()))
+    commands = {"ours": ours(args.folder), "img2dataset": theirs(args.folder, str(python), args.urls)}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    try:
+        for _ in log.progress(range(args.rounds), "measure", "rounds", args.rounds):
+            for name, command in commands.items():
+                seconds[name].append(once(command, args.folder / name, args.urls))
+    finally:
+        server.kill()
+    result = {
+        "urls": args.urls,
+        "picture": f"{WIDTH} x {HEIGHT}, {megabytes:.2f} MB",
+        "rounds": args.rounds,
+        "pictures_per_second": {
+            name: round(args.urls / statistics.median(times), 1) for name, times in seconds.items()
+        },
+        "ours_over_img2dataset": round(
+            statistics.median(a / b for a, b in zip(seconds["img2dataset"], seconds["ours"], strict=True)), 2
+        ),
+        "seconds": seconds,
+        **describe(),
+    }
+    print(json.dumps(result, indent=1))
+    (RESULTS / "preprocess.json").write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(args.folder)
+
+
+def ours(folder: Path) -> list[str]:
+    """download.py."""
+    return [
+        sys.executable,
+        str(ROOT / "data_tools" / "download.py"),
+        str(folder / "list.csv"),
+        f"--out={folder / 'ours'}",
+        f"--size={SIZE}",
+        f"--workers={os.cpu_count()}",
+        "--samples-per-shard=200",
+        "--per-host=64",
+        "--allow-private",
+    ]
+
+
+def theirs(folder: Path, python: str, urls: int) -> list[str]:
+    """img2dataset as its README runs it, with the same sizes."""
+    return [
+        str(Path(python).with_name("img2dataset")),
+        f"--url_list={folder / 'list.csv'}",
+        "--input_format=csv",
+        "--url_col=url",
+        "--caption_col=caption",
+        "--output_format=webdataset",
+        f"--output_folder={folder / 'img2dataset'}",
+        f"--processes_count={os.cpu_count()}",
+        "--thread_count=32",
+        f"--image_size={SIZE}",
+        "--resize_mode=center_crop",
+        "--encode_quality=95",
+        "--number_sample_per_shard=200",
+        "--enable_wandb=False",
+    ]
+
+
+def once(command: list[str], out: Path, urls: int) -> float:
+    """Seconds of one whole run; all pictures must have come out of it."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    pictures = 0
+    for path in out.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            pictures += sum(name.endswith(".jpg") for name in tar.getnames())
+    assert pictures == urls, f"{command[0]}: {pictures} of {urls} pictures\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return seconds
+
+
+def draw(folder: Path) -> float:
+    """The pictures; returns their mean size in megabytes."""
+    from data import natural
+
+    folder.mkdir(parents=True)
+    sizes = []
+    for number in range(DISTINCT):
+        data = simplejpeg.encode_jpeg(natural(number, HEIGHT, WIDTH), quality=QUALITY, colorsubsampling="420")
+        (folder / f"{number}.jpg").write_bytes(data)
+        sizes.append(len(data))
+    return statistics.mean(sizes) / 1e6
+
+
+def write_list(path: Path, urls: int, port: int) -> None:
+    """The list that both read."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["url", "caption"])
+        rows.writerows(
+            [f"http://127.0.0.1:{port}/{number % DISTINCT}.jpg?{number}", f"picture number {number}"]
+            for number in range(urls)
+        )
+
+
+def serve(folder: Path) -> None:
+    """Serve the pictures from memory on a free port, which is printed."""
+    files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            data = files[self.path.partition("?")[0]]
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *unused: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
