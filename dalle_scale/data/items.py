@@ -54,8 +54,15 @@ class Lost:
 class Source(Protocol):
     """One source on the command line. Is pickled to worker processes."""
 
-    path: Path
-    num_rows: int
+    @property
+    def path(self) -> Path:
+        """As it was given."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Of this source."""
+        ...
 
     def rows(self, start: int, stop: int) -> Iterator[Row | Lost]:
         """Rows `start` .. `stop` - 1, numbered in this source."""

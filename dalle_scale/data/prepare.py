@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,17 +114,19 @@ def perceptual_hash(pixels: Pixels) -> int:
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
-def _cell_means(lines: npt.NDArray[np.int32], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _cell_means(lines: npt.NDArray[np.integer[Any]], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """16 times the mean of the lines [n, m] of each cell [32, m]; a cell that is narrower than a line is that line."""
     sums = np.add.reduceat(lines.astype(np.int64), np.minimum(bounds[:-1], len(lines) - 1), axis=0)
-    return sums * 16 // np.maximum(np.diff(bounds), 1)[:, None]
+    means: npt.NDArray[np.int64] = sums * 16 // np.maximum(np.diff(bounds), 1)[:, None]
+    return means
 
 
 @lru_cache(maxsize=1)
 def _waves() -> npt.NDArray[np.int64]:
     """The 8 lowest waves of a cosine transform of length 32, in units of 2**-12: [8, 32]."""
     frequency, place = np.arange(8)[:, None], np.arange(HASH_SIDE)[None]
-    return np.rint(np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE)) * 4096).astype(np.int64)
+    waves: npt.NDArray[np.float64] = np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE))
+    return np.rint(waves * 4096).astype(np.int64)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, bool]:

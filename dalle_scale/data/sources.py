@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from dalle_scale.data.items import (
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.shards import atomic
 from dalle_scale.data.tables import TABLES, ParquetTable, Records, TextTable
+from dalle_scale.data.tar import Tar, TarError
 from dalle_scale.types import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "j2k", "ico", "ppm", "tga")
@@ -196,28 +196,22 @@ def open_tar(path: Path) -> tuple[Places, list[tuple[str, str]]]:
     """The files in a tar, and (name, reason) of what cannot be read. Links are not followed."""
     places: Places = {}
     bad: list[tuple[str, str]] = []
-    try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not an uncompressed tar: {error}") from None
-    with tar:
+    with path.open("rb") as file:
         try:
-            for member in tar:
-                if not member.isreg() or member.issparse():
-                    if not member.isdir():
-                        bad.append((member.name, "not a regular file"))
-                    continue
+            for member in Tar(file):
                 name = str(PurePosixPath(member.name))  # "./x.jpg" is "x.jpg"
-                if name in places:
+                if member.kind == "folder":
+                    continue
+                if member.kind != "file":
+                    bad.append((name, "not a regular file"))
+                elif name in places:
                     bad.append((name, "name comes twice"))
                 else:
-                    places[name] = (member.offset_data, member.size)
-            # tarfile ends without a word at a damaged header; a sound archive ends in blocks of zeros
-            sound = read_span(path, tar.offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except (tarfile.TarError, BadSample):
-            sound = False
-        if not sound:
-            bad.append((path.name, f"tar is damaged or cut off: nothing is read from byte {tar.offset} on"))
+                    places[name] = (member.offset, member.size)
+        except TarError as error:
+            if error.offset == 0:
+                raise UserError(f"{path}: not an uncompressed tar: {error}") from None
+            bad.append((path.name, f"tar is damaged or cut off: {error}"))
     return places, bad
 
 
@@ -237,7 +231,7 @@ def _listed(path: Path, places: Places, bad: list[tuple[str, str]], options: Opt
     images = [name for name in places if PurePosixPath(name).suffix[1:].lower() in IMAGES]
     for name in images:
         stem = str(PurePosixPath(name).with_suffix(""))
-        row = {"name": os.fsencode(name)}
+        row: dict[str, Any] = {"name": os.fsencode(name)}
         for part, suffix in _PARTS.items():
             place = places.get(stem + suffix if suffix else name)
             row[part] = place and {"offset": place[0], "size": place[1]}

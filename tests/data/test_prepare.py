@@ -44,7 +44,8 @@ def any_size(width: int, height: int) -> None:
 def test_square_is_that_of_transforms(height, width, size, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     difference = prepare.square(pixels, size).astype(int) - transforms.square(pixels, size)
-    assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 0.02
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) <= 3 + 0.02 * difference.size, "means that lie between two levels are rare"
 
 
 def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
