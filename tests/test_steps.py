@@ -7,7 +7,7 @@ from dalle_scale.types import UserError
 
 
 def test_order_times_and_failure(tmp_path, capfd):
-    (tmp_path / "say.py").write_text("import sys; print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
+    (tmp_path / "say.py").write_text("import sys, time; time.sleep(0.2); print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
     programs = Programs(tmp_path)
     good = {name: programs.python("say.py", name) for name in ("one", "two words")}
     seconds = programs.run(good)
