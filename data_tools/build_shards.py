@@ -50,6 +50,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
+    add_output(parser)
+    reading = parser.add_argument_group("reading")
+    reading.add_argument("--caption-template", help="caption where there is none; {folder} is the image's folder")
+    reading.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
+    reading.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
+    reading.add_argument("--root", type=Path, help="folder that relative paths start from; default: the table's own")
+    add_filters(parser)
+    return checked(parser.parse_args(arguments))
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is written."""
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
     parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
@@ -58,13 +70,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: the cores"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
-    reading = parser.add_argument_group("reading")
-    reading.add_argument("--caption-template", help="caption where there is none; {folder} is the image's folder")
-    reading.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
-    reading.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
-    reading.add_argument("--root", type=Path, help="folder that relative paths start from; default: the table's own")
-    add_filters(parser)
-    args = parser.parse_args(arguments)
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of `add_output` and of duplicates, if they make sense. Raises UserError."""
     if not 0 <= args.valid_share < 1 or min(args.size or 1, args.samples_per_shard, args.workers) < 1:
         raise UserError("--valid-share is a share in [0, 1); --size, --samples-per-shard, --workers are at least 1")
     if args.near_bits is None:

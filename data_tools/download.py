@@ -22,13 +22,12 @@ that). What is marked noai, noimageai, noindex or noimageindex by X-Robots-Tag i
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from build_shards import add_filters, filters
+from build_shards import add_filters, add_output, checked, filters
 
 from dalle_scale import log
 from dalle_scale.data.build import build
@@ -71,16 +70,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     defaults = FetchOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lists", nargs="+", type=Path, metavar="LIST")
-    parser.add_argument("--out", required=True, type=Path)
+    add_output(parser)
     parser.add_argument("--url-column", help=f"default: the first of {', '.join(URL_COLUMNS)}")
     parser.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
-    parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
-    parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="rows of the list a shard is made of")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: the cores"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     group = parser.add_argument_group("network")
     group.add_argument("--connections", type=int, default=256, help="of all workers together; at least one each")
     group.add_argument("--per-host", type=int, default=8, help="connections to one host, counted in the same way")
@@ -93,14 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--ignore-robots-tag", action="store_true", help="also take what its owner has marked noai")
     group.add_argument("--retry-failed", type=Path, metavar="DATA_SET", help="only what failed there; see above")
     add_filters(parser)
-    args = parser.parse_args(arguments)
-    if not 0 <= args.valid_share < 1 or min(args.size or 1, args.samples_per_shard, args.workers) < 1:
-        raise UserError("--valid-share is a share in [0, 1); --size, --samples-per-shard, --workers are at least 1")
-    if args.near_bits is None:
-        args.near_bits = Recipe.near_bits
-    elif args.dedupe != "near" or not 0 <= args.near_bits <= 12:
-        raise UserError(f"--near-bits {args.near_bits}: 0 to 12 bits of 64, and only with --dedupe near")
-    return args
+    return checked(parser.parse_args(arguments))
 
 
 def fetch_options(args: argparse.Namespace) -> FetchOptions:
