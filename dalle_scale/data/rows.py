@@ -25,7 +25,14 @@ from dalle_scale.data.reader import BadSample, Reader, Span
 from dalle_scale.types import Batch, Needs, UserError
 
 _BUFFERS = 4
-_FREE = 3  # references to an array in `_Buffers.take` that nobody else holds: list, variable, argument
+
+
+def _references(arrays: list[npt.NDArray[np.uint8]]) -> list[int]:
+    """How many references there are to each array."""
+    return [sys.getrefcount(array) for array in arrays]
+
+
+[_FREE] = _references([np.empty(0, np.uint8)])  # to one that only its list holds; Python versions count differently
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ class _Buffers:
 
     def take(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         """An array with any content."""
-        for array in self._arrays:
-            if array.shape == shape and sys.getrefcount(array) == _FREE:
+        for array, references in zip(self._arrays, _references(self._arrays), strict=True):
+            if array.shape == shape and references == _FREE:
                 return array
         array = np.empty(shape, np.uint8)
         if len(self._arrays) < _BUFFERS:

@@ -391,3 +391,12 @@ class DeadlyRows:
                 careful.at_row(row)
             os.kill(os.getpid(), signal.SIGSEGV)
         return self.rows.read(number, careful)
+
+
+def test_a_batch_that_somebody_holds_is_never_written_over(folder, bpe):
+    kept = whole([stream(folder, bpe, PLAIN)], 0, 12)
+    once = whole([stream(folder, bpe, PLAIN)], 0, 12)
+    again = [{key: value.clone() for key, value in batch.items()} for batch in once]
+    assert_same(kept, again)
+    views = [batch["image"][3:5] for (batch,) in stream(folder, bpe, PLAIN).batches(0, 12)]
+    assert all(torch.equal(view, batch["image"][3:5]) for view, batch in zip(views, again, strict=True))
