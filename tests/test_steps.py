@@ -7,7 +7,8 @@ from dalle_scale.types import UserError
 
 
 def test_order_times_and_failure(tmp_path, capfd):
-    (tmp_path / "say.py").write_text("import sys, time; time.sleep(0.2); print(sys.argv[1]); sys.exit(sys.argv[1] == 'bad')")
+    program = "import sys, time\ntime.sleep(0.2)\nprint(sys.argv[1])\nsys.exit(sys.argv[1] == 'bad')\n"
+    (tmp_path / "say.py").write_text(program)
     programs = Programs(tmp_path)
     good = {name: programs.python("say.py", name) for name in ("one", "two words")}
     seconds = programs.run(good)
