@@ -1,6 +1,6 @@
 """What an image tokenizer makes of pictures it has not seen: PSNR, codes used, perplexity, a grid of reconstructions.
 
-    python benchmarks/reconstruction.py --run runs/cifar10_32/dvae --shards runs/cifar10_32/shards/valid --name dvae_cifar10
+    python benchmarks/reconstruction.py --run runs/cifar10_32/dvae --shards runs/cifar10_32/shards/valid --name cifar10
 
 Reads <run>/export, and <run>/log and metrics.jsonl for the command and the training time. Writes
 benchmarks/results/<name>.json and <name>.png (pairs of rows: originals, reconstructions from hard codes).
