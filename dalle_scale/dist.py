@@ -5,6 +5,7 @@ Never imports deepspeed: process groups are torch's, whoever started them.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 
@@ -51,6 +52,14 @@ def barrier() -> None:
     """Wait for all ranks."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
+
+
+def leave() -> None:
+    """Wait for all ranks and end the process group: gloo's threads abort a process whose interpreter goes first."""
+    if torch_dist.is_initialized():
+        gc.collect()  # what still holds the group keeps its threads
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
 
 
 def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:

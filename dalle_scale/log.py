@@ -44,6 +44,7 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     """
     try:
         main()
+        dist.leave()
     except UserError as error:
         if dist.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)

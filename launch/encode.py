@@ -72,8 +72,6 @@ def main() -> None:
         log.say(f"{args.out}: {kept:,} samples of {tokenizer.grid} x {tokenizer.grid} codes")
         if kept < source.num_samples:
             log.say(f"left out: {source.num_samples - kept:,}, see {args.out / 'ledger.jsonl'}")
-    if dist.world_size() > 1:
-        torch.distributed.destroy_process_group()
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,8 +6,10 @@ goes on, and every validation reads the same samples again: what stands in the f
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ class Ledger:
         self._known: set[tuple[str, str, int]] | None = None  # None: not read yet
 
     def add(self, rows: list[Row]) -> None:
-        """Append those rows that are new, each in a single write, so that processes do not mix theirs."""
+        """Append those rows that are new, each in a single write, one process at a time."""
         if self.path is None or not rows:
             return
         if self._known is None:
@@ -30,6 +32,8 @@ class Ledger:
             self._known = {_identity(row) for row in read(self.path)}
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            with suppress(OSError):  # a file system without locks: a reader may meet an empty line, and passes over it
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
             cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # a writer was killed in the middle
             for row in rows:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import config as configs
+from dalle_scale import dist
 from dalle_scale.nn.torchvision_ops import import_open_clip
 from dalle_scale.stages import clip
 from dalle_scale.types import Batch, Nets, UserError
@@ -242,7 +243,8 @@ def one_rank(rank: int, folder: str) -> None:
         value /= 2
     if rank == 0:
         torch.save(result, Path(folder) / "result.pt")
-    torch_dist.destroy_process_group()
+    del losses, result  # the graph holds the process group
+    dist.leave()
 
 
 def test_two_ranks_give_the_loss_and_gradient_of_the_joint_batch(tmp_path):
