@@ -22,10 +22,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import simplejpeg
 
 HEIGHT, WIDTH, QUALITY, SIZE = 1424, 1900, 90, 256
+SMALLEST, LARGEST, LEAVES = 8.0, 600.0, 4000  # radii in pixels and number of the discs in a picture
 DISTINCT = 48  # pictures on the server; urls name them in turn
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,15 +137,30 @@ def once(command: list[str], out: Path, urls: int) -> float:
 
 def draw(folder: Path) -> float:
     """The pictures; returns their mean size in megabytes."""
-    from data import natural
-
     folder.mkdir(parents=True)
     sizes = []
     for number in range(DISTINCT):
-        data = simplejpeg.encode_jpeg(natural(number, HEIGHT, WIDTH), quality=QUALITY, colorsubsampling="420")
+        data = simplejpeg.encode_jpeg(dead_leaves(number), quality=QUALITY, colorsubsampling="420")
         (folder / f"{number}.jpg").write_bytes(data)
         sizes.append(len(data))
     return statistics.mean(sizes) / 1e6
+
+
+def dead_leaves(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A picture [H, W, 3] of discs that hide each other, of all sizes alike (radii fall as r^-3), which has edges and
+    a spectrum as photographs do (Lee, Mumford and Huang, 2001), and a camera's noise of two levels."""
+    rng = np.random.default_rng(seed)
+    radii = (SMALLEST**-2 - rng.random(LEAVES) * (SMALLEST**-2 - LARGEST**-2)) ** -0.5
+    centres = rng.random((LEAVES, 2)) * (HEIGHT, WIDTH)
+    colours = 255 * (0.6 * rng.random((LEAVES, 1)) + 0.4 * rng.random((LEAVES, 3)))
+    pixels = np.zeros((HEIGHT, WIDTH, 3))
+    for radius, (y, x), colour in zip(radii, centres, colours, strict=True):
+        top, left = max(0, int(y - radius)), max(0, int(x - radius))
+        part = pixels[top : int(y + radius) + 1, left : int(x + radius) + 1]
+        rows, columns = np.ogrid[: part.shape[0], : part.shape[1]]
+        part[(rows + top - y) ** 2 + (columns + left - x) ** 2 <= radius**2] = colour
+    pixels += 2 * rng.standard_normal((HEIGHT, WIDTH, 1))
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def write_list(path: Path, urls: int, port: int) -> None:
@@ -174,7 +192,10 @@ def serve(folder: Path) -> None:
         def log_message(self, *unused: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 1024  # Python's 5 would make most of a crowd wait a second for a second try
+
+    server = Server(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()
 

@@ -17,13 +17,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
-Nets = dict[str, nn.Module]
+if TYPE_CHECKING:  # torch takes a second to import, and what only reads or writes data does without
+    from torch import Tensor, nn
+
+Batch: TypeAlias = "dict[str, Tensor]"
+Nets: TypeAlias = "dict[str, nn.Module]"
 
 
 class UserError(ValueError):

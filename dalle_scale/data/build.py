@@ -43,8 +43,8 @@ from dalle_scale.types import UserError
 _STAGE = "unfinished"
 _PLAN = "plan.json"
 _DUPLICATES = "duplicates.parquet"
-FORMAT = 1  # changes when the same plan gives other files
-_CODECS = ("simplejpeg", "pillow", "torch", "pyarrow")  # other versions may give other bytes
+FORMAT = 2  # changes when the same plan gives other files
+_CODECS = ("simplejpeg", "pillow", "numpy", "pyarrow")  # other versions may give other bytes
 
 
 def build(

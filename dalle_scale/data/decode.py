@@ -6,6 +6,8 @@ of formats. The format is sniffed from the content. Size is checked before anyth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -20,26 +22,57 @@ Pixels = npt.NDArray[np.uint8]  # [H, W, 3], RGB
 MAX_PIXELS = 1 << 26
 _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "JPEG")
 _ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None) -> Pixels:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None, factor: int = 1) -> Pixels:
     """Decode a JPEG, PNG, WebP, GIF (first frame) or BMP file to RGB, upright, on white where it is transparent.
 
     Args:
         out: contiguous; a JPEG of just this size may be decoded into it, and is then what is returned.
+        factor: 2, 4 or 8: a JPEG may come out smaller by this factor, its sides rounded up. That leaves out most of the
+            inverse transform and of the colour conversion, but none of the entropy decoding, so damage is found.
 
     Raises:
         BadSample: unknown format, damaged, or more than `max_pixels` pixels.
     """
-    try:
+    with _strictly():
         if data.startswith(b"\xff\xd8\xff"):
             height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
             _check_size(width, height, max_pixels)
             if space in ("RGB", "YCbCr", "Gray"):
-                fits = out is not None and out.shape == (height, width, 3)
-                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out if fits else None)
+                fits = out is not None and factor == 1 and out.shape == (height, width, 3)
+                sides = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+                pixels = simplejpeg.decode_jpeg(
+                    data, colorspace="RGB", strict=True, buffer=out if fits else None, **(sides if factor > 1 else {})
+                )
                 return _upright(out if fits and out is not None else pixels, data)
         return _decode_with_pillow(data, max_pixels)
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture as `decode` gives it, upright, by what stands before the pixels.
+
+    Raises:
+        BadSample: as `decode`, as far as can be told from there.
+    """
+    with _strictly():
+        if data.startswith(b"\xff\xd8\xff"):
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+            orientation = _orientation(data)
+        else:
+            with Image.open(BytesIO(data), formats=_FORMATS) as picture:
+                width, height = picture.size
+                # without it getexif() of a PNG would decode the picture
+                orientation = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+        return (height, width) if orientation in _TURNED else (width, height)
+
+
+@contextmanager
+def _strictly() -> Iterator[None]:
+    """Whatever is raised becomes BadSample, with a text that repeats."""
+    try:
+        yield
     except BadSample:
         raise
     except UnidentifiedImageError:  # its text holds an address in memory, and reasons must repeat
@@ -68,11 +101,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def _upright(pixels: Pixels, data: bytes) -> Pixels:
     """Apply the EXIF orientation, which simplejpeg does not read."""
-    if not _has_exif(data):
+    orientation = _orientation(data)
+    if orientation == 1:
         return pixels
-    with Image.open(BytesIO(data), formats=("JPEG",)) as header:
-        orientation = header.getexif().get(_ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):
+    if orientation in _TURNED:
         pixels = pixels.transpose(1, 0, 2)
     # after the transposition: 5 as it is, 6 mirrored left-right, 7 both, 8 mirrored top-bottom
     if orientation in (2, 3, 6, 7):
@@ -80,6 +112,14 @@ def _upright(pixels: Pixels, data: bytes) -> Pixels:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
+
+
+def _orientation(jpeg: bytes) -> int:
+    """How EXIF says that the picture lies, 1 (upright) to 8; other numbers mean nothing."""
+    if not _has_exif(jpeg):
+        return 1
+    with Image.open(BytesIO(jpeg), formats=("JPEG",)) as header:
+        return int(header.getexif().get(_ORIENTATION, 1))
 
 
 def _has_exif(jpeg: bytes) -> bool:

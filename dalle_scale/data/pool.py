@@ -8,7 +8,6 @@ read without it, and it goes into the ledger like any other bad one.
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
 import pickle
 import signal
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dalle_scale.data.processes import forkserver, keep_memory
 from dalle_scale.types import UserError
 
 AHEAD = 2  # batches asked of each process beyond those that were used
@@ -75,8 +75,7 @@ class Pool:
     def __init__(self, reader: BatchReader, workers: int, preload: tuple[str, ...]) -> None:
         """preload: modules that the processes start with."""
         self._reader = reader
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", *preload])
+        self._context = forkserver(*preload)
         self._skip: dict[int, dict[int, str]] = {}  # batch that has ended a process -> row -> why not to read it
         self._suspects: set[tuple[int, int]] = set()
         self._deaths = 0
@@ -174,6 +173,7 @@ def _serve(reader: BatchReader, pipe: Connection, place: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    keep_memory()
 
     def at_row(row: int) -> None:
         place[1] = row

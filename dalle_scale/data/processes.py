@@ -1,7 +1,11 @@
-"""The same function for many items in several processes, for programs that work through the shards of a data set."""
+"""The same function for many items in several processes, for programs that work through the shards of a data set.
+
+Also how every process that works on data is set up.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,12 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dalle_scale.types import UserError
 
-# what takes seconds to import: once, not in each process ("__main__" alone is passed over by Python 3.11)
-_PRELOAD = ("__main__", "dalle_scale.data.cache", "dalle_scale.data.codes")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 64 << 20
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -31,9 +35,7 @@ def in_processes(function: Callable[[_Item], _Result], items: Sequence[_Item], w
     if workers <= 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("forkserver")  # forks from a process without threads or connections
-    context.set_forkserver_preload(list(_PRELOAD))
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_start) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), forkserver(function.__module__), set_up) as pool:
         try:
             yield from pool.map(function, items)
         except BrokenProcessPool:
@@ -44,10 +46,18 @@ def in_processes(function: Callable[[_Item], _Result], items: Sequence[_Item], w
             pool.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
+def forkserver(*modules: str) -> Any:
+    """What starts processes: a process without threads or connections, which imports the modules once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *modules])  # "__main__" alone is passed over by Python 3.11
+    return context
+
+
+def set_up() -> None:
     """Set up a process: it ends when the one that started it does, however that may be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     threading.Thread(target=_follow_parent, daemon=True).start()
+    keep_memory()
 
 
 def _follow_parent() -> None:
@@ -55,3 +65,12 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed: it would give each picture's memory back, and the next would find every page of its
+    own cold, which takes longer than the arithmetic on it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 4 * _KEPT_BYTES)

@@ -9,14 +9,12 @@ counted up to a limit, ratios in bins of an eighth of an octave, repeated captio
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from math import floor, log2
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import py3langid
-import simplejpeg
 from PIL import Image
 
 from dalle_scale.data import codes
-from dalle_scale.data.decode import MAX_PIXELS, extension
+from dalle_scale.data.decode import MAX_PIXELS, extension, size_of
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.processes import forkserver, set_up
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.data.text import TextTokenizer, open_text
 
@@ -38,7 +36,6 @@ EXAMPLES = 20  # unreadable samples that are named
 LARGEST = 50_000  # whole numbers above this are counted as this; the maximum is exact
 PER_OCTAVE = 8  # bins of a ratio between x and 2x
 DISTINCT_CAPTIONS = 100_000  # that are remembered to tell which captions come again
-_ORIENTATION = 0x0112  # EXIF tag
 _NUMBER = re.compile(r"(?<![\w-])\d+")  # not that of "UTF-8"
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -169,9 +166,7 @@ def summarise(options: Options, blocks: Iterable[range], workers: int) -> Iterat
         _open.cache_clear()  # the data set may have been written anew since
         yield from (_summarise_block(options, block) for block in blocks)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, forkserver(__name__), set_up) as pool:
         pending: deque[Any] = deque()
         for block in blocks:
             pending.append(pool.submit(_summarise_block, options, block))
@@ -196,25 +191,12 @@ def picture_header(data: bytes) -> tuple[str, int, int]:
     kind = extension(data)
     if not kind:
         raise BadSample("unknown picture format")
-    try:
-        orientation = 1
-        if kind == "jpg":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-            if b"Exif\0\0" in data[:65536]:
-                with Image.open(BytesIO(data), formats=("JPEG",)) as picture:
-                    orientation = picture.getexif().get(_ORIENTATION, 1)
-        else:
-            with Image.open(BytesIO(data), formats=(kind.upper(),)) as picture:
-                width, height = picture.size
-                if "exif" in picture.info:  # without it getexif() of a PNG would decode the picture
-                    orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception as error:  # a decoder that meets damage raises whatever it likes
-        raise BadSample(f"cannot read the header: {type(error).__name__}") from None
+    width, height = size_of(data)
     if min(width, height) < 1:
         raise BadSample("picture without pixels")
     if width * height > MAX_PIXELS:
         raise BadSample(f"too many pixels: {width} x {height}")
-    return (kind, height, width) if orientation in (5, 6, 7, 8) else (kind, width, height)
+    return kind, width, height
 
 
 @lru_cache(maxsize=1)

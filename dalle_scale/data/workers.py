@@ -8,10 +8,7 @@ watch their parent.
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -20,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from dalle_scale import log
+from dalle_scale.data.processes import forkserver, set_up
 from dalle_scale.types import UserError
 
 Task = Callable[[int], Iterator[int]]  # a chunk's number -> how many rows more are done, again and again
@@ -64,8 +60,7 @@ def run(task: Task, chunks: list[int], workers: int, folder: Path) -> Iterator[i
         for chunk in chunks:
             yield from task(chunk)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "dalle_scale.data.chunks"])
+    context = forkserver("dalle_scale.data.chunks")
     done, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, _start, (task, done, stop, _lock_file(folder))) as pool:
         try:
@@ -95,21 +90,11 @@ def _watch(futures: set[Future[None]], done: Any) -> Iterator[int]:
 
 def _start(task: Task, done: Any, stop: Any, lock_file: Path) -> None:
     """Set up a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
-    torch.set_num_threads(1)
+    set_up()
     file = lock_file.open("a")
     if not _lock(file, fcntl.LOCK_SH):
         os._exit(1)  # started by a run that is dead by now
     _state.update(task=task, done=done, stop=stop, file=file)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End when the parent does, however that may be."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(chunk: int) -> None:

@@ -92,7 +92,7 @@ def test_every_sample_is_readable_or_has_one_reason(numbers):
     assert numbers["samples"] == SAMPLES and numbers["shards"] == 4
     assert numbers["unreadable"] == {
         "the caption is not UTF-8": 1,
-        "cannot read the header": 1,
+        "cannot decode": 1,
         "unknown picture format": 1,
         "# codes instead of #": 1,
         "checksum of 'jpg' is wrong": 1,

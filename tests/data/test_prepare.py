@@ -4,8 +4,6 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_scale.data import prepare, transforms
@@ -39,15 +37,6 @@ def any_size(width: int, height: int) -> None:
     pass
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(0, 99))
-def test_square_is_that_of_transforms(height, width, size, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    difference = prepare.square(pixels, size).astype(int) - transforms.square(pixels, size)
-    assert np.abs(difference).max() <= 1
-    assert np.count_nonzero(difference) <= 3 + 0.02 * difference.size, "means that lie between two levels are rare"
-
-
 def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
     sides = []
 
@@ -73,6 +62,7 @@ def test_pictures_are_upright(orientation):
     data = jpeg(pixels, exif=exif)
     picture = prepare.prepare(data, 32, any_size)
     assert (picture.width, picture.height) == ((240, 160) if orientation < 5 else (160, 240))
+    assert decode(data, factor=2).shape == ((80, 120, 3) if orientation < 5 else (120, 80, 3)), "as large ones are read"
     upright = transforms.square(decode(data), 32).astype(int)
     assert np.abs(decode(picture.data) - upright).mean() < 5
     assert np.abs(decode(picture.data)[::-1] - upright).mean() > 10, "this scene is not symmetric"

@@ -12,6 +12,7 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from dalle_scale import dist
 from dalle_scale.nn.usage import UsageWindow, perplexity, psnr_db, used_share
 
 VOCAB = 12
