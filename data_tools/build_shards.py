@@ -67,7 +67,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="input rows a shard is made of, at most")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: the cores"
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: %(default)s"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
 

@@ -22,6 +22,7 @@ that). What is marked noai, noimageai, noindex or noimageindex by X-Robots-Tag i
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lists", nargs="+", type=Path, metavar="LIST")
     add_output(parser)
+    # while one worker waits for its chunk's slowest servers, another has pictures to decode
+    parser.set_defaults(workers=2 * len(os.sched_getaffinity(0)))
     parser.add_argument("--url-column", help=f"default: the first of {', '.join(URL_COLUMNS)}")
     parser.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
     group = parser.add_argument_group("network")
