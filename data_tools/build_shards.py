@@ -35,15 +35,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and build."""
     args = parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow only warns of it decodes; the rest is in the ledger
-    recipe = Recipe(args.size, filters(args), args.valid_share, args.samples_per_shard, args.dedupe, args.near_bits)
+    recipe = make_recipe(args)
     options = Options(
         image_columns=(args.image_column,) if args.image_column else IMAGE_COLUMNS,
         caption_columns=(args.caption_column,) if args.caption_column else CAPTION_COLUMNS,
-        other_columns=recipe.filters.columns,
+        other_columns=(*recipe.filters.columns, *recipe.keep_columns),
         root=args.root,
         caption_template=args.caption_template,
     )
     build(args.out, args.sources, options, recipe, args.workers, args.overwrite)
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """What `add_output` and `add_filters` have asked for."""
+    return Recipe(
+        args.size,
+        filters(args),
+        args.valid_share,
+        args.samples_per_shard,
+        args.dedupe,
+        args.near_bits,
+        tuple(args.keep_column),
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,8 +79,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
     parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="input rows a shard is made of, at most")
+    cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: %(default)s"
+        "--workers",
+        type=int,
+        default=max(2, cores),
+        help="processes; default: %(default)s; 1 works in the program itself, which a picture can then end",
+    )
+    parser.add_argument(
+        "--keep-column", action="append", default=[], metavar="NAME", help="stored as JSON beside picture and caption"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
 

@@ -6,7 +6,8 @@ A LIST is a CSV, TSV, JSONL or parquet table with a column `url` (or `URL`) and 
 takes them; scores in the columns pwatermark, punsafe and NSFW can be filtered by.
 
 Every row ends in a shard or, with its reason, as a line of <out>/ledger.jsonl; the tables in <out>/rows name the row's
-number in the list, where its other columns are. Filters on captions and scores come first, so what they leave out is
+number in the list, where its other columns are; those named by --keep-column are stored beside picture and caption.
+Filters on captions and scores come first, so what they leave out is
 not downloaded. A run that was stopped goes on with the same command, at any number of workers; rows that failed in what
 is done are not asked for again. For these, when all is done:
 
@@ -28,11 +29,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from build_shards import add_filters, add_output, checked, filters
+from build_shards import add_filters, add_output, checked, make_recipe
 
 from dalle_scale import log
 from dalle_scale.data.build import build
-from dalle_scale.data.chunks import Recipe
 from dalle_scale.data.downloads import Downloads, rows_per_table
 from dalle_scale.data.fetch import FetchOptions
 from dalle_scale.data.items import CAPTION_COLUMNS, Options
@@ -48,12 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and download."""
     args = parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow only warns of it decodes; the rest is in the ledger
-    recipe = Recipe(args.size, filters(args), args.valid_share, args.samples_per_shard, args.dedupe, args.near_bits)
+    recipe = make_recipe(args)
     urls = (args.url_column,) if args.url_column else URL_COLUMNS
     captions = (args.caption_column,) if args.caption_column else CAPTION_COLUMNS
     for path in args.lists:
         check_columns(path, {"--url-column": urls, "--caption-column": captions})
-    options = Options(urls, captions, other_columns=(*recipe.filters.columns, *urls))
+        for name in recipe.keep_columns:
+            check_columns(path, {"--keep-column": (name,)})
+    options = Options(urls, captions, other_columns=(*recipe.filters.columns, *urls, *recipe.keep_columns))
     downloads = Downloads(urls, fetch_options(args), args.retry_failed)
     plan = {name: getattr(downloads.options, name) for name in _POLICY}
     if args.retry_failed:

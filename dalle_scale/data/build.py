@@ -105,9 +105,24 @@ def _pass(task: workers.Task, job: Job, table: Callable[[int], Path], what: str,
     total = sum(len(job.rows(chunk)) for chunk in left)
     counts = workers.run(task, left, num_workers, job.stage)
     each = (None for count in counts for _ in repeat(None, count))
-    for _ in log.progress(each, what, "rows", total=total):
-        pass
+    try:
+        for _ in log.progress(each, what, "rows", total=total):
+            pass
+    except workers.WorkerDied as died:
+        if not _find_fatal(job, died.rows):
+            raise
+        _pass(task, job, table, what, num_workers)
     return total
+
+
+def _find_fatal(job: Job, rows: list[int]) -> bool:
+    """Note those of the rows that end the process that looks at them: they are left out from now on."""
+    found = {row: how for row in rows if (how := workers.cause_of_death(chunks.try_row, job, row))}
+    with atomic(job.fatal) as temporary:
+        temporary.write_text(json.dumps({**job.fatal_rows(), **found}))
+    for row, how in found.items():
+        log.say(f"row {row} ends the process that decodes it ({how}) and is left out")
+    return bool(found)
 
 
 # --- what the folder holds --------------------------------------------------------------------------------------------

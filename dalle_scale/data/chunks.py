@@ -18,10 +18,13 @@ A table of rows, `rows/<chunk>.parquet`, has one row an input row:
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,7 @@ class Recipe:
     samples_per_shard: int = 10_000  # rows of a chunk, so at most this many samples of a shard
     dedupe: str = "none"  # "none", "exact" or "near"
     near_bits: int = 4  # of 64 that may differ between near duplicates
+    keep_columns: tuple[str, ...] = ()  # stored as the member "json" of each sample
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,16 @@ class Job:
         """The rows of one chunk."""
         start = chunk * self.recipe.samples_per_shard
         return range(start, min(start + self.recipe.samples_per_shard, self.sources.num_rows))
+
+    @property
+    def fatal(self) -> Path:
+        """JSON: row -> how it ends a process that looks at it."""
+        return self.stage / "fatal.json"
+
+    def fatal_rows(self) -> dict[int, str]:
+        """What is known of them so far."""
+        found = json.loads(self.fatal.read_text()) if self.fatal.exists() else {}
+        return {int(row): how for row, how in found.items()}
 
     def staged(self, chunk: int) -> Path:
         """Table of rows of a chunk whose shards are built."""
@@ -133,7 +147,7 @@ class Duplicates:
 # --- first pass -------------------------------------------------------------------------------------------------------
 
 
-def build_chunk(job: Job, chunk: int) -> Iterator[int]:
+def build_chunk(job: Job, chunk: int, at_row: Callable[[int], None]) -> Iterator[int]:
     """Build the shards of one chunk in the staging folder. Yields how many rows more are accounted for."""
     rows = job.rows(chunk)
     accounts: dict[int, dict[str, Any]] = {}
@@ -142,6 +156,7 @@ def build_chunk(job: Job, chunk: int) -> Iterator[int]:
     for row, data in job.fetch(_wanted(job, rows, accounts)):
         assert row.number > last, f"row {row.number} was fetched after row {last}"
         last = row.number
+        at_row(row.number)
         try:
             accounts[row.number] |= _add(job, shards, chunk, row, data)
         except BadSample as error:
@@ -156,8 +171,18 @@ def build_chunk(job: Job, chunk: int) -> Iterator[int]:
     write_table(pa.Table.from_pylist([accounts[number] for number in rows], SCHEMA), job.staged(chunk))
 
 
+def try_row(job: Job, number: int) -> None:
+    """Do with one row what `build_chunk` does, and write nothing. For a process that may end by it."""
+    rows = (row for row in job.sources.rows(number, number + 1) if isinstance(row, Row))
+    for _, data in job.fetch(rows):
+        if not isinstance(data, str):
+            with suppress(BadSample):
+                prepare(data, job.recipe.size, job.recipe.filters.check_size)
+
+
 def _wanted(job: Job, rows: range, accounts: dict[int, dict[str, Any]]) -> Iterator[Row]:
     """The rows that are worth reading; opens an account for every row."""
+    fatal = job.fatal_rows()
     for row in job.sources.rows(rows.start, rows.stop):
         account = {"row": row.number, "source": row.source, "name": row.name}
         accounts[row.number] = account
@@ -167,6 +192,8 @@ def _wanted(job: Job, rows: range, accounts: dict[int, dict[str, Any]]) -> Itera
         account["caption_characters"] = len(row.caption.strip())
         try:
             job.recipe.filters.check_row(row.caption, row.columns)
+            if row.number in fatal:
+                raise BadSample(f"ended the process that decoded it: {fatal[row.number]}")
         except BadSample as error:
             account["status"] = str(error)
         else:
@@ -186,9 +213,21 @@ def _add(job: Job, shards: dict[str, Shard], chunk: int, row: Row, data: bytes |
     split = "valid" if share_of(row.name) < job.recipe.valid_share else "train"
     if split not in shards:
         shards[split] = Shard(job.stage / split, chunk)
-    shards[split].add(key, {picture.kind: picture.data, "txt": row.caption.strip().encode()})
+    members = {picture.kind: picture.data, "txt": row.caption.strip().encode()}
+    if job.recipe.keep_columns:
+        members["json"] = to_json({name: row.columns.get(name) for name in job.recipe.keep_columns})
+    shards[split].add(key, members)
     size = {"width": picture.width, "height": picture.height, "perceptual_hash": picture.perceptual_hash}
     return account | size | {"status": KEPT, "key": key, "split": split}
+
+
+def to_json(columns: dict[str, Any]) -> bytes:
+    """Columns as JSON: what it has no word for becomes null (a number that is not finite) or text (a date)."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in columns.items()
+    }
+    return json.dumps(finite, default=str).encode()
 
 
 def make_key(row: Row) -> str:
@@ -207,7 +246,7 @@ def share_of(name: str) -> float:
 # --- second pass ------------------------------------------------------------------------------------------------------
 
 
-def finish_chunk(job: Job, duplicates: Duplicates, chunk: int) -> Iterator[int]:
+def finish_chunk(job: Job, duplicates: Duplicates, chunk: int, at_row: Callable[[int], None]) -> Iterator[int]:
     """Put the shards of one chunk where they stay. Yields how many rows more are done."""
     rows, reasons = job.rows(chunk), duplicates.of(job.rows(chunk))
     table = pq.read_table(job.staged(chunk), use_threads=False)

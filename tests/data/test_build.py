@@ -227,6 +227,29 @@ def test_a_killed_worker_ends_the_run_in_one_line(source, done, tmp_path):
     assert content(tmp_path / "out") == done
 
 
+class Fatal(bytes):
+    """A picture that ends the process whose decoder looks at it."""
+
+    def startswith(self, *unused):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def fetch_fatal(rows):
+    for row, data in chunks.fetch(rows):
+        yield row, Fatal(data) if row.number in (20, 21, 34) else data
+
+
+def test_pictures_that_end_their_process_are_left_out(source, tmp_path, capsys):
+    expected = run(source, tmp_path / "expected", replace(RECIPE, dedupe="none"))
+    rows = run(source, tmp_path / "out", replace(RECIPE, dedupe="none"), fetch=fetch_fatal, num_workers=2)
+    for number, row in enumerate(rows):
+        if number in (20, 21, 34):
+            assert row["status"] == "ended the process that decoded it: SIGSEGV" and row["key"] is None
+        else:
+            assert row == expected[number]
+    assert "row 34 ends the process" in capsys.readouterr().out
+
+
 def test_another_fetch_reads_ahead_and_gives_reasons(source, tmp_path):
     asked = []
 

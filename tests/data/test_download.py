@@ -16,6 +16,7 @@ from test_build_shards import content, ledger, load_program, picture, samples
 from web import Web
 
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.data.reader import Reader
 from dalle_scale.types import UserError
 
 sys.path.append(str(ROOT / "data_tools"))  # where a program finds its neighbours when it is started
@@ -120,6 +121,23 @@ def test_each_row_is_a_sample_or_has_one_reason(web, rows, table, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["rows"] == len(rows) == report["kept"] + sum(report["left_out"].values())
     assert {"http 404", "opted out", "too large", "timeout"} <= set(report["left_out"])
+
+
+def test_columns_that_are_kept_are_json_beside_the_caption(rows, tmp_path):
+    scores = [0.5, float("nan"), None, -1.0, 2.0, 3.0, 4.0, 5.0]
+    few = [rows[number] | {"score": score, "page": f"p{number}"} for number, score in enumerate(scores)]
+    path = write_list(few, tmp_path / "list.parquet")
+    options = ["--allow-private", "--retries=0", "--workers=1"]
+    run(path, "--out", tmp_path / "out", *options, "--keep-column=score", "--keep-column=page")
+    reader, found = Reader(Manifest.open(tmp_path / "out" / "train")), {}
+    for sample in range(reader.manifest.num_samples):
+        columns = json.loads(reader.read(sample, "json"), parse_constant=pytest.fail)
+        found[reader.read(sample, "txt").decode()] = columns
+    expected = {row["caption"]: {"score": row["score"], "page": row["page"]} for row in few}
+    expected[few[1]["caption"]]["score"] = None
+    assert len(found) == 6 and all(found[caption] == expected[caption] for caption in found)
+    with pytest.raises(UserError, match=r"no column pages; it has .*; see --keep-column"):
+        run(path, "--out", tmp_path / "other", *options, "--keep-column=pages")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])

@@ -3,7 +3,10 @@
 import io
 import json
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Launch, write_images
+from conftest import ROOT, Launch, environment, write_images
 
 from dalle_scale import config as configs
 from dalle_scale import stages
@@ -122,6 +125,21 @@ def test_goes_on_where_it_was_cut_off(work, done):
     assert content(out) == content(done)
     assert before == {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
     assert "complete already" in run(work, "cut")[1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_killed_it_goes_on(number, work, done):
+    """kill -9 as soon as a shard is begun; the second run goes on with what is whole."""
+    out = work / f"killed_{number}"
+    options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={out}", "--batch=8"]
+    line = [sys.executable, str(PROGRAM), *options]
+    with subprocess.Popen(line, env=environment() | {"OMP_NUM_THREADS": "1"}, stdout=-3, stderr=-3) as process:
+        while process.poll() is None and not list(out.glob(f"*{shards.shard_name(number)}*")):
+            time.sleep(0.0005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (out / "manifest.parquet").exists()
+    assert run(work, out.name)[0] == 0
+    assert content(out) == content(done)
 
 
 def test_wrong_inputs_get_one_line(work, done):
