@@ -1,4 +1,4 @@
-"""An exported text-to-image model, captions and seeds -> pictures. Needs neither deepspeed nor webdataset."""
+"""An exported model, captions and seeds -> pictures. Needs neither deepspeed nor webdataset."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from dalle_scale.checkpoint import export
 from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
-from dalle_scale.data.text import open_text
+from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
 from dalle_scale.stages import dalle
-from dalle_scale.types import ImageTokenizer, UserError
+from dalle_scale.types import ImageTokenizer, PictureSource, UserError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
 
 
 class Sampler:
-    """An export of the `dalle` stage with its two tokenizers."""
+    """An export of the `dalle` stage with its tokenizers, or of another stage that draws pictures from seeds alone.
+
+    `text` is None for a model without captions; its only prompt is "".
+    """
 
     def __init__(
         self, folder: str | Path, device: str | torch.device = "cpu", text_tokenizer: str | Path | None = None
@@ -44,19 +47,29 @@ class Sampler:
         """text_tokenizer: file, folder or name; None = the export's own.
 
         Raises:
-            UserError: not an export of `dalle`, or a tokenizer is missing or does not fit.
+            UserError: not an export that draws pictures, or a tokenizer is missing or does not fit.
         """
         model = export.load(folder, device)
+        self.stage, self.nets, self.device = model.stage, model.nets, torch.device(device)
+        self.text: TextTokenizer | None = None
         if not isinstance(model.stage, dalle.Stage):
-            raise UserError(f"{folder}: stage '{model.name}' does not draw pictures from captions; 'dalle' does")
+            if not isinstance(model.stage, PictureSource):
+                raise UserError(f"{folder}: stage '{model.name}' does not draw pictures")
+            return
         if model.stage.upstream is None:
             raise UserError(f"{folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`")
-        text_tokenizer = text_tokenizer or model.part("text_tokenizer")
-        if text_tokenizer is None:
-            raise UserError(f"{folder}: holds no text tokenizer; name the one that the model was trained with")
-        self.stage, self.nets, self.device = model.stage, model.nets, torch.device(device)
-        self.image_tokenizer: ImageTokenizer = model.stage.upstream
-        self.text = open_text(text_tokenizer, vocab=self.stage.config.text_vocab)
+        if model.stage.config.text_length:
+            text_tokenizer = text_tokenizer or model.part("text_tokenizer")
+            if text_tokenizer is None:
+                raise UserError(f"{folder}: holds no text tokenizer; name the one that the model was trained with")
+            self.text = open_text(text_tokenizer, vocab=model.stage.config.text_vocab)
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """Of a model of codes. Raises UserError."""
+        if self.stage.upstream is None:
+            raise UserError("prime: this model draws pixels, not codes; there are no rows of codes to keep")
+        return self.stage.upstream
 
     def prime_codes(self, path: str | Path, rows: int) -> Tensor:
         """Codes int64 [rows * grid] of the top of a picture file: its centre square, scaled to the model's size.
@@ -89,7 +102,8 @@ class Sampler:
     ) -> Iterator[Samples]:
         """Pictures for each prompt, prompt by prompt, in batches that may hold several prompts.
 
-        A prompt longer than the model's text length keeps its first tokens; `text.truncated_samples` counts those.
+        A model without captions takes the one prompt "". A prompt longer than the model's text length keeps its first
+        tokens; `text.truncated_samples` counts those.
 
         Args:
             candidates: pictures a prompt.
@@ -106,22 +120,40 @@ class Sampler:
             if value < 1:
                 raise UserError(f"{name}: {value}, but at least one is needed")
         dalle.check_sampling(temperature, top_k, top_p, guidance)
-        text = self.text.encode(prompts, self.stage.config.text_length).to(self.device)
+        if self.text is None and any(prompts):
+            raise UserError("prompts: this model was trained without captions; leave them out")
         places = [divmod(place, candidates) for place in range(len(prompts) * candidates)]
         seeds = [candidate_seed(seed, prompts[owner], candidate) for owner, candidate in places]
+        if isinstance(self.stage, dalle.Stage):
+            text = self._tokens(self.stage, prompts)
+        elif (top_k, top_p, guidance, prime) != (0, 1.0, 1.0, None):
+            raise UserError("top_k, top_p, guidance and prime are for models of codes; this one draws pixels")
 
         def batch(part: slice) -> Samples:
             owners, numbers = [owner for owner, _ in places[part]], [candidate for _, candidate in places[part]]
-            codes = self.stage.sample(
-                self.nets,
-                text[owners],
-                torch.tensor(seeds[part], device=self.device),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance=guidance,
-                prime=None if prime is None else prime.expand(len(owners), -1),
-            )
-            return Samples(owners, numbers, seeds[part], self.image_tokenizer.decode(codes).cpu())
+            own_seeds = torch.tensor(seeds[part], device=self.device)
+            if isinstance(self.stage, dalle.Stage):
+                given = None if prime is None else prime.expand(len(owners), -1)
+                codes = self.stage.sample(
+                    self.nets,
+                    text[owners],
+                    own_seeds,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    guidance=guidance,
+                    prime=given,
+                )
+                images = self.image_tokenizer.decode(codes)
+            else:
+                assert isinstance(self.stage, PictureSource)
+                images = self.stage.sample_images(self.nets, own_seeds, temperature=temperature)
+            return Samples(owners, numbers, seeds[part], images.cpu())
 
         return (batch(slice(start, start + batch_samples)) for start in range(0, len(places), batch_samples))
+
+    def _tokens(self, stage: dalle.Stage, prompts: Sequence[str]) -> Tensor:
+        """int64 [prompts, T]."""
+        if self.text is None:
+            return torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
+        return self.text.encode(prompts, stage.config.text_length).to(self.device)

@@ -83,6 +83,15 @@ class ImageTokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class PictureSource(Protocol):
+    """A stage that draws pictures from seeds alone."""
+
+    def sample_images(self, nets: Nets, seeds: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Seeds int64 [N] -> uint8 images [N, 3, S, S], each a function of its own seed."""
+        ...
+
+
 class Stage(ABC):
     """One trainable system: networks, loss, sampling. Describes training; is not a module itself.
 

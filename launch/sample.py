@@ -1,10 +1,11 @@
-"""Pictures from captions.
+"""Pictures from captions, or from nothing where a model was trained without.
 
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 16 --out runs/mine
 
 Writes <out>/images/<prompt>_<candidate>.png, <out>/samples.jsonl with a row for each picture, and, when there are few,
 <out>/grid.png with a row for each prompt. The same model, prompt and seed give the same pictures, whatever else is
-drawn beside them.
+drawn beside them. A model without captions (a VAE, a transformer with text_length 0) takes no prompts; --candidates
+says how many pictures.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def main() -> None:
     """Open, draw, write."""
     args = parse_args()
     prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
-    if not prompts:
-        raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     if (args.prime is None) != (args.prime_rows is None):
         raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
     sampler = Sampler(args.model, dist.device(), args.text_tokenizer)
+    if not prompts and sampler.text:
+        raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
+    prompts = prompts or [""]
     batches = sampler.draw(
         prompts,
         args.candidates,
@@ -52,7 +54,7 @@ def main() -> None:
         for picture in zip(batch.prompt_index, batch.candidate, batch.seed, batch.images, strict=True)
     )
     images = write(args.out, prompts, log.progress(pictures, "sample", "pictures", total))
-    if sampler.text.truncated_samples:
+    if sampler.text and sampler.text.truncated_samples:
         length = sampler.stage.config.text_length
         log.say(f"{sampler.text.truncated_samples} of {len(prompts)} prompts cut to their first {length} tokens")
     if total <= GRID_SAMPLES:
@@ -93,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="export of a dalle run: <run>/export")
+    add("--model", type=Path, required=True, help="export of a run: <run>/export")
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
     add("--out", type=Path, required=True, help="folder to write to")

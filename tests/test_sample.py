@@ -135,6 +135,23 @@ def test_prime_that_cannot_be(folder, tmp_path):
         sampler.prime_codes(tmp_path / "x.png", rows=1)
 
 
+def test_without_captions(folder, tmp_path):
+    """A transformer of codes alone needs no text tokenizer and no prompts; the program draws --candidates pictures."""
+    sizes = {"text_length": 0, "image_vocab": 12, "grid": 4, "width": 16, "layers": 2, "heads": 2, "conv_kernel": 3}
+    export_stage(tmp_path / "codes", "dalle", {"tokenizer": folder / "tokenizer"}, **sizes)
+    line = [sys.executable, str(PROGRAM), "--model", str(tmp_path / "codes"), "--out", str(tmp_path / "out")]
+    result = subprocess.run([*line, "--candidates=3"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    sampler = Sampler(tmp_path / "codes")
+    [batch] = sampler.draw([""], 3, seed=0)
+    for candidate, image in enumerate(batch.images):
+        written = np.asarray(Image.open(tmp_path / "out" / "images" / f"00000_{candidate:04d}.png"))
+        assert np.array_equal(written, image.permute(1, 2, 0).numpy())
+    assert len({image.numpy().tobytes() for image in batch.images}) == 3
+    with pytest.raises(UserError, match="trained without captions"):
+        sampler.draw(["a dog"], 1, seed=0)
+
+
 def test_long_prompts_are_cut_and_counted(folder):
     sampler = Sampler(folder)
     list(sampler.draw([*PROMPTS, "a red circle " * 20], candidates=2, seed=0))

@@ -62,7 +62,8 @@ class Transformer(nn.Module):
     """T caption tokens and grid x grid image codes -> logits of each from all that comes before it.
 
     An empty caption position p (counted from 0) holds the pad text_vocab + p: a token with its own embedding, seen
-    by all later states and predicted like any other, so the text vocabulary has text_vocab + T entries.
+    by all later states and predicted like any other, so the text vocabulary has text_vocab + T entries. With T = 0
+    nothing is there but the two start states: a prior over codes alone.
     """
 
     def __init__(
@@ -84,14 +85,16 @@ class Transformer(nn.Module):
         self.text_length = text_length
         self.activation_checkpointing = False  # set from outside: recompute each block in the backward pass
         self.start = nn.Parameter(torch.empty(2, width))  # start-of-text, start-of-image
-        self.text_token = nn.Embedding(text_vocab + text_length, width)
-        self.text_position = nn.Parameter(torch.empty(text_length, width))
+        if text_length:
+            self.text_token = nn.Embedding(text_vocab + text_length, width)
+            self.text_position = nn.Parameter(torch.empty(text_length, width))
         self.image_code = nn.Embedding(image_vocab, width)
         self.image_row = nn.Parameter(torch.empty(grid, width))
         self.image_column = nn.Parameter(torch.empty(grid, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, kind, self.layout) for kind in kinds)
         self.norm = nn.LayerNorm(width)
-        self.text_head = Head(width, text_vocab + text_length)
+        if text_length:
+            self.text_head = Head(width, text_vocab + text_length)
         self.image_head = Head(width, image_vocab)
         self._initialise()
 
@@ -122,7 +125,10 @@ class Transformer(nn.Module):
             else:
                 x = block(x)
         x = self.norm(x)
-        return self.text_head(x[:, : self.text_length]), self.image_head(x[:, self.text_length + 1 : -1])
+        image_logits = self.image_head(x[:, self.text_length + 1 : -1])
+        if not self.text_length:
+            return image_logits.new_empty(len(x), 0, 0), image_logits
+        return self.text_head(x[:, : self.text_length]), image_logits
 
     def begin(self, text: Tensor, owners: Tensor) -> tuple[Tensor, list[Cache]]:
         """Start drawing N images from U captions.
@@ -150,8 +156,8 @@ class Transformer(nn.Module):
         """The states before the image, to be joined: [B, 1, D], [B, T, D], [B, 1, D]."""
         start_of_text, start_of_image = self.start[:, None].unbind()
         shape = (len(text), 1, self.start.shape[1])
-        return (
-            start_of_text.expand(shape),
-            self.text_token(text) + self.text_position,
-            start_of_image.expand(shape),
-        )
+        if self.text_length:
+            caption = self.text_token(text) + self.text_position
+        else:
+            caption = self.start.new_empty(len(text), 0, shape[2])
+        return start_of_text.expand(shape), caption, start_of_image.expand(shape)

@@ -31,7 +31,7 @@ class Stage(types.Stage):
         """The defaults, with 64 layers of width 3968 and 62 heads, are the paper's 12-billion-parameter model."""
 
         text_vocab: int = Field(default=16_384, gt=0)  # caption tokens, pads not counted
-        text_length: int = Field(default=256, gt=0)  # caption tokens, empty places included
+        text_length: int = Field(default=256, ge=0)  # caption tokens, empty places included; 0 = without captions
         image_vocab: int = Field(default=8192, gt=0)
         grid: int = Field(default=32, gt=0)  # codes on a side
         image_size: int = Field(default=256, gt=0)  # side in pixels, where pictures are encoded in the step
@@ -124,17 +124,19 @@ class Stage(types.Stage):
         text and image stays as configured.
         """
         c = self.config
-        text, weight = batch["text"], batch["weight"]
-        text_weight = weight
-        if c.caption_dropout and nets[turn].training:
+        weight = text_weight = batch["weight"]
+        text = batch["text"] if c.text_length else self.no_captions(weight)
+        if c.text_length and c.caption_dropout and nets[turn].training:
             noise = gumbel_noise(batch["seed"], step=0, count=1)
             dropped = noise < -math.log(-math.log(c.caption_dropout))  # bool [B, 1]; the distribution function
             text = torch.where(dropped, self.empty_caption(text.device), text)
             text_weight = weight * ~dropped[:, 0] / (1 - c.caption_dropout)
         codes = self._codes(batch)
         text_logits, image_logits = nets[turn](text, codes)
-        text_loss = (_cross_entropy(text_logits, text) * text_weight).mean()
         image_loss = (_cross_entropy(image_logits, codes) * weight).mean()
+        if not c.text_length:
+            return Losses(image_loss, {"loss": image_loss.detach(), "image": image_loss.detach()})
+        text_loss = (_cross_entropy(text_logits, text) * text_weight).mean()
         total = c.text_weight * text_loss + (1 - c.text_weight) * image_loss
         return Losses(total, {"loss": total.detach(), "text": text_loss.detach(), "image": image_loss.detach()})
 
@@ -150,6 +152,10 @@ class Stage(types.Stage):
         """Tokens [T] of the caption that says nothing: all pads."""
         c = self.config
         return torch.arange(c.text_vocab, c.text_vocab + c.text_length, device=device)
+
+    def no_captions(self, like: Tensor) -> Tensor:
+        """What stands for the captions of B samples in a model without: int64 [B, 0]. like: any tensor [B, ...]."""
+        return torch.empty(len(like), 0, dtype=torch.int64, device=like.device)
 
     @torch.inference_mode()
     def sample(
@@ -171,7 +177,7 @@ class Stage(types.Stage):
 
         Args:
             nets: raw modules, not engines.
-            text: int64 [N, T].
+            text: int64 [N, T]; [N, 0] for a model without captions.
             seeds: int64 [N], one an image.
             temperature: of the softmax; > 0.
             top_k: keep only this many of the likeliest codes; 0 = all.
@@ -184,12 +190,17 @@ class Stage(types.Stage):
             UserError: a parameter out of range.
         """
         check_sampling(temperature, top_k, top_p, guidance)
+        if guidance != 1.0 and not self.config.text_length:
+            raise UserError(f"guidance: {guidance}, but this model has no captions to be guided by; leave it at 1")
         model = cast(Transformer, nets["model"])
         guided, primed = guidance != 1.0, 0 if prime is None else prime.shape[1]
         num_codes, vocab = self.config.grid**2, self.config.image_vocab
         if guided:
             text = torch.cat([text, self.empty_caption(text.device).expand_as(text)])
-        captions, owners = torch.unique(text, dim=0, return_inverse=True)
+        if self.config.text_length:
+            captions, owners = torch.unique(text, dim=0, return_inverse=True)
+        else:
+            captions, owners = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
         logits, caches = model.begin(captions, owners)
         codes = torch.empty(len(seeds), num_codes, dtype=torch.int64, device=text.device)
         if prime is not None:
@@ -209,7 +220,8 @@ class Stage(types.Stage):
         """Pictures drawn for the batch's first captions, always from the same seeds; nothing without a tokenizer."""
         if self.upstream is None:
             return {}
-        text = batch["text"][:PREVIEW_SAMPLES]
+        weight = batch["weight"][:PREVIEW_SAMPLES]
+        text = batch["text"][: len(weight)] if self.config.text_length else self.no_captions(weight)
         codes = self.sample(nets, text, torch.arange(len(text), device=text.device))
         return {"samples": self.upstream.decode(codes)}
 

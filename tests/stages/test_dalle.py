@@ -216,6 +216,24 @@ def test_drawing_equals_the_plain_loop(attention, guidance, primed):
         assert torch.equal(drawn, draw_plainly(stage, nets, text, seeds, **options, **more))
 
 
+def test_without_captions():
+    """Codes alone: loss and draws by definition, and no parameter for text."""
+    stage, nets = make(text_length=0)
+    assert stage.needs.keys == ("codes",)
+    assert not any("text" in name for name, _ in nets["model"].named_parameters())
+    codes, seeds = make_batch(make()[0], 4)["codes"], torch.arange(4) + 9
+    losses = stage.loss("model", nets, {"codes": codes, "seed": seeds, "weight": torch.ones(4)}, 0)
+    nothing = torch.empty(4, 0, dtype=torch.int64)
+    logits = nets["model"](nothing, codes)[1]
+    expected = -logits.log_softmax(-1).gather(-1, codes[..., None]).mean()
+    torch.testing.assert_close(losses.total, expected)
+    drawn = stage.sample(nets, nothing, seeds, temperature=0.8)
+    assert torch.equal(drawn, draw_plainly(stage, nets, nothing, seeds, temperature=0.8))
+    assert torch.equal(drawn[2:3], stage.sample(nets, nothing[:1], seeds[2:3], temperature=0.8))
+    with pytest.raises(UserError, match=r"guidance: 2\.0, but this model has no captions"):
+        stage.sample(nets, nothing, seeds, guidance=2.0)
+
+
 def test_same_seed_same_picture_at_any_batch_size():
     stage, nets = make()
     text, seeds = make_batch(stage, 7)["text"], torch.arange(7) + 100

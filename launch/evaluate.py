@@ -1,0 +1,80 @@
+"""Compare image tokenizers on one data set.
+
+    python launch/evaluate.py --data runs/data/valid --out runs/compared runs/dvae/export runs/vqvae/export
+    deepspeed --num_gpus 8 launch/evaluate.py --data runs/data/valid --out runs/compared runs/dvae/export
+
+Takes exports of any stage that makes codes of pictures, each at its own picture size, and exports of stages that
+evaluate themselves on pictures. Measures PSNR, SSIM, use of the codebook and bits a picture; the numbers are the same
+for any number of ranks. Writes <out>/comparison.json, .md and .html (the page shows the same pictures for all), and
+reconstructions_<name>.png for each export. What cannot be read is left out, counted, and listed in ledger.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from dalle_scale import dist, evaluate, evaluate_page, log
+from dalle_scale.data.manifest import Manifest
+from dalle_scale.types import UserError
+
+SHOWN = 16  # pictures on the page
+
+
+def main() -> None:
+    """Check, measure one export after the other, write."""
+    args = parse_args()
+    check(args)
+    ledger, device = args.out / "ledger.jsonl", dist.device()
+    subjects = evaluate.open_subjects(args.exports, device)
+    data = [evaluate.open_pictures(args.data, s.image_size, args.samples, args.batch, ledger) for s in subjects]
+    if dist.world_size() > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest
+    if dist.is_main():
+        args.out.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    rows = [evaluate.measure(*pair, device) for pair in zip(subjects, data, strict=True)]
+    if not dist.is_main():
+        return
+    shown = {}
+    for subject in subjects:
+        few = min(SHOWN, data[0].samples)
+        pictures = evaluate.open_pictures(args.data, subject.image_size, few, few, ledger, alone=True)
+        shown[subject.name] = evaluate.examples(subject, pictures, device)
+    numbers = evaluate.document(args.data, data[0], rows)
+    evaluate_page.write(args.out, numbers, shown)
+    log.say(evaluate_page.markdown(numbers))
+    log.say(f"{args.out / 'comparison.html'}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong before anything is opened."""
+    for name, value in (("samples", args.samples), ("batch", args.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value}, but at least one is needed")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a file; name a folder")
+    source = Manifest.open(args.data)
+    if not source.num_samples:
+        raise UserError(f"{args.data}: this data set holds no samples")
+    if not source.holds_images:
+        raise UserError(f"{args.data}: no images in this data set; it holds: {', '.join(source.members)}")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exports", nargs="+", type=Path, metavar="EXPORT", help="export of an image tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a data set with images")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--samples", type=int, help="evaluate at most so many pictures (default: all)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures at once on each rank")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    log.guarded(main)

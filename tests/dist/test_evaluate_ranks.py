@@ -1,0 +1,56 @@
+"""launch/evaluate.py on two ranks: the same files as on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, TESTS, free_port
+from toys.exports import save, save_dvae, write_data
+
+
+def run(options: list[str]) -> None:
+    """The program in this process."""
+    torch.set_num_threads(1)
+    sys.argv = ["evaluate.py", *options]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / "evaluate.py"), run_name="__main__")
+    assert not ended.value.code
+
+
+def run_rank(rank: int, port: int, options: list[str]) -> None:
+    """One of two ranks, as the launcher starts it."""
+    sys.path.insert(0, str(TESTS))  # the toys
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run([f"--local_rank={rank}", *options])
+
+
+def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path / "valid")
+    exports = [save_dvae(tmp_path / "dvae"), save(tmp_path / "bounds", "toys.bounds")]
+
+    def options(out: str) -> list[str]:
+        line = ["--data", tmp_path / "valid", "--out", tmp_path / out, "--samples", 43, "--batch", 6, *exports]
+        return [str(option) for option in line]
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run(options("out1"))
+    torch.set_num_threads(threads)
+    mp.spawn(run_rank, (free_port(), options("out2")), nprocs=2)
+    one, two = (json.loads((tmp_path / f"out{n}" / "comparison.json").read_text()) for n in (1, 2))
+    assert one["exports"][0]["samples"] + one["exports"][0]["samples_lost"] == 43
+    assert one["exports"][0] == two["exports"][0], "to the last bit"
+    assert one["protocol"] == two["protocol"]
+    for name, value in one["exports"][1].items():  # the stage adds up on its own, rank by rank
+        assert two["exports"][1][name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value)
+    for name in ("comparison.md", "comparison.html", "reconstructions_dvae.png"):
+        first, second = ((tmp_path / f"out{n}" / name).read_bytes() for n in (1, 2))
+        assert first == second, name
