@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
-from dalle_scale.stages import dalle
+from dalle_scale.stages import dalle, vqvae2_prior
 from dalle_scale.types import ImageTokenizer, PictureSource, UserError
 
 
@@ -29,6 +30,18 @@ class Samples:
     images: Tensor  # uint8 [B, 3, S, S] on the CPU
 
 
+@dataclass(frozen=True)
+class Options:
+    """How pictures are drawn: the parameters of `dalle.Stage.sample`. Other stages take the temperature only."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    prime: Tensor | None = None  # int64 [P], the first codes of all pictures, as from `Sampler.prime_codes`
+    size: tuple[int, int] | None = None  # rows and columns of codes, larger than in training
+
+
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     """Seed of one picture, 0 .. 2^63 - 1: a pure function of its arguments, so other prompts change nothing."""
     digest = hashlib.sha256(f"{seed}\n{candidate}\n{prompt}".encode()).digest()
@@ -36,33 +49,53 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
 
 
 class Sampler:
-    """An export of the `dalle` stage with its tokenizers, or of another stage that draws pictures from seeds alone.
+    """Exports that draw pictures: one of the `dalle` stage, the `vqvae2_prior` of each level, or one of another stage
+    that draws pictures from seeds alone.
 
     `text` is None for a model without captions; its only prompt is "".
     """
 
     def __init__(
-        self, folder: str | Path, device: str | torch.device = "cpu", text_tokenizer: str | Path | None = None
+        self, folders: Sequence[Path], device: str | torch.device = "cpu", text_tokenizer: str | Path | None = None
     ) -> None:
         """text_tokenizer: file, folder or name; None = the export's own.
 
         Raises:
-            UserError: not an export that draws pictures, or a tokenizer is missing or does not fit.
+            UserError: these exports do not draw pictures (together), or a tokenizer is missing or does not fit.
         """
-        model = export.load(folder, device)
-        self.stage, self.nets, self.device = model.stage, model.nets, torch.device(device)
+        models = [export.load(folder, device) for folder in folders]
+        self.models, self.device = sorted(models, key=_level), torch.device(device)
+        self.stage = self.models[0].stage
         self.text: TextTokenizer | None = None
-        if not isinstance(model.stage, dalle.Stage):
-            if not isinstance(model.stage, PictureSource):
-                raise UserError(f"{folder}: stage '{model.name}' does not draw pictures")
+        if isinstance(self.stage, vqvae2_prior.Stage):
+            _check_levels(self.models)
+        elif len(models) > 1:
+            raise UserError(f"{folders[1]}: several models draw together only if each is the prior of another level")
+        elif isinstance(self.stage, PictureSource):
             return
-        if model.stage.upstream is None:
-            raise UserError(f"{folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`")
-        if model.stage.config.text_length:
-            text_tokenizer = text_tokenizer or model.part("text_tokenizer")
-            if text_tokenizer is None:
-                raise UserError(f"{folder}: holds no text tokenizer; name the one that the model was trained with")
-            self.text = open_text(text_tokenizer, vocab=model.stage.config.text_vocab)
+        elif not isinstance(self.stage, dalle.Stage):
+            raise UserError(f"{folders[0]}: stage '{models[0].name}' does not draw pictures")
+        if self.stage.upstream is None:
+            raise UserError(
+                f"{models[0].folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`"
+            )
+        self._open_text(text_tokenizer)
+
+    def _open_text(self, name: str | Path | None) -> None:
+        for model in self.models:
+            assert isinstance(model.stage, dalle.Stage | vqvae2_prior.Stage)
+            if model.stage.config.text_length and self.text is None:
+                name = name or model.part("text_tokenizer")
+                if name is None:
+                    raise UserError(
+                        f"{model.folder}: holds no text tokenizer; name the one that the model was trained with"
+                    )
+                self.text = open_text(name, vocab=model.stage.config.text_vocab)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that a caption is cut to; 0 without captions."""
+        return max(getattr(model.stage.config, "text_length", 0) for model in self.models)
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
@@ -92,13 +125,8 @@ class Sampler:
         prompts: Sequence[str],
         candidates: int,
         seed: int,
-        *,
+        options: Options = Options(),
         batch_samples: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
-        prime: Tensor | None = None,
     ) -> Iterator[Samples]:
         """Pictures for each prompt, prompt by prompt, in batches that may hold several prompts.
 
@@ -109,51 +137,78 @@ class Sampler:
             candidates: pictures a prompt.
             seed: of the run; see `candidate_seed`.
             batch_samples: pictures drawn at a time; does not change them.
-            prime: int64 [P], the first codes of all pictures, as from `prime_codes`.
-
-        The others are those of `dalle.Stage.sample`.
 
         Raises:
-            UserError: a parameter out of range; at once, not with the first batch.
+            UserError: a parameter out of range, or one that this model does not take; at once, not with the first
+                batch.
         """
         for name, value in (("candidates", candidates), ("batch", batch_samples), ("prompts", len(prompts))):
             if value < 1:
                 raise UserError(f"{name}: {value}, but at least one is needed")
-        dalle.check_sampling(temperature, top_k, top_p, guidance)
+        self._check(options)
         if self.text is None and any(prompts):
             raise UserError("prompts: this model was trained without captions; leave them out")
+        text = torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
+        if self.text is not None:
+            text = self.text.encode(prompts, self.text_length).to(self.device)
         places = [divmod(place, candidates) for place in range(len(prompts) * candidates)]
         seeds = [candidate_seed(seed, prompts[owner], candidate) for owner, candidate in places]
-        if isinstance(self.stage, dalle.Stage):
-            text = self._tokens(self.stage, prompts)
-        elif (top_k, top_p, guidance, prime) != (0, 1.0, 1.0, None):
-            raise UserError("top_k, top_p, guidance and prime are for models of codes; this one draws pixels")
 
         def batch(part: slice) -> Samples:
             owners, numbers = [owner for owner, _ in places[part]], [candidate for _, candidate in places[part]]
-            own_seeds = torch.tensor(seeds[part], device=self.device)
-            if isinstance(self.stage, dalle.Stage):
-                given = None if prime is None else prime.expand(len(owners), -1)
-                codes = self.stage.sample(
-                    self.nets,
-                    text[owners],
-                    own_seeds,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    guidance=guidance,
-                    prime=given,
-                )
-                images = self.image_tokenizer.decode(codes)
-            else:
-                assert isinstance(self.stage, PictureSource)
-                images = self.stage.sample_images(self.nets, own_seeds, temperature=temperature)
+            images = self._images(text[owners], torch.tensor(seeds[part], device=self.device), options)
             return Samples(owners, numbers, seeds[part], images.cpu())
 
         return (batch(slice(start, start + batch_samples)) for start in range(0, len(places), batch_samples))
 
-    def _tokens(self, stage: dalle.Stage, prompts: Sequence[str]) -> Tensor:
-        """int64 [prompts, T]."""
-        if self.text is None:
-            return torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
-        return self.text.encode(prompts, stage.config.text_length).to(self.device)
+    def _check(self, options: Options) -> None:
+        """Raises UserError for what is out of range, or what these models do not take."""
+        dalle.check_sampling(options.temperature, options.top_k, options.top_p, options.guidance)
+        if not isinstance(self.stage, dalle.Stage):
+            if replace(options, temperature=1.0) != Options():
+                raise UserError("top_k, top_p, guidance, prime and size are for models of the stage 'dalle'")
+        elif options.size is not None:
+            if options.prime is not None:
+                raise UserError("size: a picture with given rows has the model's own size; leave out one of the two")
+            if not hasattr(self.image_tokenizer, "decode_grid"):
+                raise UserError("size: this image tokenizer decodes squares of its own size only")
+
+    def _images(self, text: Tensor, seeds: Tensor, options: Options) -> Tensor:
+        """uint8 [N, 3, S, S] of captions int64 [N, T] and seeds int64 [N]."""
+        nets = self.models[0].nets
+        if isinstance(self.stage, dalle.Stage):
+            how: dict[str, Any] = {
+                name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance")
+            }
+            if options.size is not None:
+                codes = self.stage.sample_larger(nets, text, seeds, *options.size, **how)
+                return self.image_tokenizer.decode_grid(codes)  # type: ignore[attr-defined, no-any-return]
+            prime = None if options.prime is None else options.prime.expand(len(seeds), -1)
+            return self.image_tokenizer.decode(self.stage.sample(nets, text, seeds, prime=prime, **how))
+        if isinstance(self.stage, PictureSource):
+            return self.stage.sample_images(nets, seeds, temperature=options.temperature)
+        upper = None
+        for model in self.models:
+            assert isinstance(model.stage, vqvae2_prior.Stage)
+            own_text = text if model.stage.config.text_length else None
+            drawn = model.stage.sample(model.nets, seeds, upper, own_text, temperature=options.temperature)
+            upper = drawn if upper is None else torch.cat([upper, drawn], dim=1)
+        assert upper is not None
+        return self.image_tokenizer.decode(upper)
+
+
+def _level(model: export.Export) -> int:
+    return model.stage.config.level if isinstance(model.stage, vqvae2_prior.Stage) else 0
+
+
+def _check_levels(models: Sequence[export.Export]) -> None:
+    """Raises UserError unless these are the priors of all levels of one tokenizer, coarsest first."""
+    configs = [model.stage.config for model in models if isinstance(model.stage, vqvae2_prior.Stage)]
+    grids, levels = configs[0].grids, [config.level for config in configs]
+    if len(configs) < len(models) or any(config.grids != grids for config in configs):
+        raise UserError(f"{models[-1].folder}: not a prior of the same grids {list(grids)} as {models[0].folder}")
+    if levels != list(range(len(grids))):
+        raise UserError(f"levels {levels} of {len(grids)}: give the export of each level once, one --model for each")
+    lengths = {config.text_length for config in configs if config.text_length}
+    if len(lengths) > 1:
+        raise UserError(f"text_length: {sorted(lengths)}; priors that draw together take captions of one length")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_scale import dist, log
-from dalle_scale.sample import Sampler
+from dalle_scale.sample import Options, Sampler
 from dalle_scale.types import UserError
 
 GRID_SAMPLES = 256  # grid.png is drawn up to this many
@@ -36,17 +36,10 @@ def main() -> None:
     if not prompts and sampler.text:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     prompts = prompts or [""]
-    batches = sampler.draw(
-        prompts,
-        args.candidates,
-        args.seed,
-        batch_samples=args.batch,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        guidance=args.guidance,
-        prime=sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None,
-    )
+    prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
+    size = tuple(args.size) if args.size else None
+    options = Options(args.temperature, args.top_k, args.top_p, args.guidance, prime, size)
+    batches = sampler.draw(prompts, args.candidates, args.seed, options, args.batch)
     total = len(prompts) * args.candidates
     pictures = (
         picture
@@ -55,8 +48,8 @@ def main() -> None:
     )
     images = write(args.out, prompts, log.progress(pictures, "sample", "pictures", total))
     if sampler.text and sampler.text.truncated_samples:
-        length = sampler.stage.config.text_length
-        log.say(f"{sampler.text.truncated_samples} of {len(prompts)} prompts cut to their first {length} tokens")
+        cut, length = sampler.text.truncated_samples, sampler.text_length
+        log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
     if total <= GRID_SAMPLES:
         log.grid(torch.stack(images), columns=args.candidates).save(args.out / "grid.png")
     log.say(f"{total} pictures: {args.out / ('grid.png' if total <= GRID_SAMPLES else 'images')}")
@@ -95,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="export of a run: <run>/export")
+    add("--model", type=Path, required=True, action="append", help="export: <run>/export; of vqvae2_prior one a level")
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
     add("--out", type=Path, required=True, help="folder to write to")
@@ -105,6 +98,7 @@ def parse_args() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="keep only this many of the likeliest codes; 0 = all")
     add("--top-p", type=float, default=1.0, help="keep the likeliest codes that hold this share; 1 = all")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 = off")
+    add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
     add("--batch", type=int, default=256, help="pictures drawn at a time; does not change them")
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")

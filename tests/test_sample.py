@@ -17,7 +17,7 @@ from torch import nn
 
 from dalle_scale import stages
 from dalle_scale.checkpoint import export
-from dalle_scale.sample import Sampler, candidate_seed
+from dalle_scale.sample import Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
 PROGRAM = Path(__file__).parents[1] / "launch" / "sample.py"
@@ -73,7 +73,7 @@ def collect(batches):
 
 
 def test_every_candidate_of_every_prompt_once(folder):
-    sampler = Sampler(folder)
+    sampler = Sampler([folder])
     batches = list(sampler.draw(PROMPTS, candidates=4, seed=3, batch_samples=5))
     assert [len(batch.images) for batch in batches] == [5, 5, 2]
     drawn = collect(batches)
@@ -85,21 +85,21 @@ def test_every_candidate_of_every_prompt_once(folder):
 
 def test_pictures_depend_on_prompt_and_seed_only(folder):
     """Not on batch size, on other prompts, or on how many candidates there are."""
-    sampler = Sampler(folder)
-    drawn = collect(sampler.draw(PROMPTS, candidates=4, seed=3, guidance=2.0))
-    again = collect(sampler.draw(PROMPTS[:0:-1], candidates=2, seed=3, batch_samples=1, guidance=2.0))
+    sampler = Sampler([folder])
+    drawn = collect(sampler.draw(PROMPTS, candidates=4, seed=3, options=Options(guidance=2.0)))
+    again = collect(sampler.draw(PROMPTS[:0:-1], candidates=2, seed=3, options=Options(guidance=2.0), batch_samples=1))
     for (prompt, candidate), (seed, image) in again.items():
         expected_seed, expected = drawn[2 - prompt, candidate]
         assert seed == expected_seed and torch.equal(image, expected)
-    other = collect(sampler.draw(PROMPTS, candidates=1, seed=4, guidance=2.0))
+    other = collect(sampler.draw(PROMPTS, candidates=1, seed=4, options=Options(guidance=2.0)))
     assert any(not torch.equal(other[index, 0][1], drawn[index, 0][1]) for index in range(3))
 
 
 def test_pictures_are_the_stages_codes_decoded(folder):
-    sampler = Sampler(folder)
-    [batch] = sampler.draw(PROMPTS[:1], candidates=3, seed=0, top_k=5)
+    sampler = Sampler([folder])
+    [batch] = sampler.draw(PROMPTS[:1], candidates=3, seed=0, options=Options(top_k=5))
     text = sampler.text.encode(PROMPTS[:1] * 3, 8)
-    codes = sampler.stage.sample(sampler.nets, text, torch.tensor(batch.seed), top_k=5)
+    codes = sampler.stage.sample(sampler.models[0].nets, text, torch.tensor(batch.seed), top_k=5)
     assert torch.equal(batch.images, export.open_tokenizer(folder.parent / "dvae").decode(codes))
 
 
@@ -114,18 +114,18 @@ def test_candidate_seeds_are_distinct_and_fit_int64():
 def test_prime_keeps_the_top_of_a_picture(folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "prime.png")
-    sampler = Sampler(folder)
+    sampler = Sampler([folder])
     prime = sampler.prime_codes(tmp_path / "prime.png", rows=2)
     whole = sampler.image_tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     assert torch.equal(prime, whole[0, :8])
-    [everything] = sampler.draw(PROMPTS[:1], 2, 0, prime=whole[0])
+    [everything] = sampler.draw(PROMPTS[:1], 2, 0, Options(prime=whole[0]))
     assert torch.equal(everything.images, sampler.image_tokenizer.decode(whole).expand(2, -1, -1, -1))
-    [batch] = sampler.draw(PROMPTS[:1], 2, 0, prime=prime)
+    [batch] = sampler.draw(PROMPTS[:1], 2, 0, Options(prime=prime))
     assert not torch.equal(batch.images[0], batch.images[1])
 
 
 def test_prime_that_cannot_be(folder, tmp_path):
-    sampler = Sampler(folder)
+    sampler = Sampler([folder])
     with pytest.raises(UserError, match="prime rows: 5, but pictures have 4 rows"):
         sampler.prime_codes(tmp_path / "x.png", rows=5)
     with pytest.raises(UserError, match=r"x\.png"):
@@ -142,7 +142,7 @@ def test_without_captions(folder, tmp_path):
     line = [sys.executable, str(PROGRAM), "--model", str(tmp_path / "codes"), "--out", str(tmp_path / "out")]
     result = subprocess.run([*line, "--candidates=3"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    sampler = Sampler(tmp_path / "codes")
+    sampler = Sampler([tmp_path / "codes"])
     [batch] = sampler.draw([""], 3, seed=0)
     for candidate, image in enumerate(batch.images):
         written = np.asarray(Image.open(tmp_path / "out" / "images" / f"00000_{candidate:04d}.png"))
@@ -152,29 +152,44 @@ def test_without_captions(folder, tmp_path):
         sampler.draw(["a dog"], 1, seed=0)
 
 
+def test_larger_pictures(folder, tmp_path):
+    """More rows and columns of codes than in training; at the model's own size it is the plain draw."""
+    sampler = Sampler([folder])
+    [own] = sampler.draw(PROMPTS[:2], 1, 5, Options(size=(4, 4)))
+    [plain] = sampler.draw(PROMPTS[:2], 1, 5)
+    assert torch.equal(own.images, plain.images)
+    [larger] = sampler.draw(PROMPTS[:2], 1, 5, Options(size=(5, 8)))
+    assert larger.images.shape == (2, 3, 20, 32)
+    with pytest.raises(UserError, match="size: a picture with given rows"):
+        sampler.draw(PROMPTS, 1, 0, Options(size=(5, 8), prime=torch.zeros(4, dtype=torch.int64)))
+
+
 def test_long_prompts_are_cut_and_counted(folder):
-    sampler = Sampler(folder)
+    sampler = Sampler([folder])
     list(sampler.draw([*PROMPTS, "a red circle " * 20], candidates=2, seed=0))
     assert sampler.text.truncated_samples >= 1
 
 
 def test_exports_that_cannot_draw(folder, tmp_path):
     with pytest.raises(UserError, match="stage 'dvae' does not draw pictures"):
-        Sampler(folder.parent / "dvae")
+        Sampler([folder.parent / "dvae"])
     sizes = {"text_vocab": 48, "text_length": 8, "image_vocab": 12, "grid": 4, "width": 16, "layers": 1, "heads": 2}
     bare = export_stage(tmp_path / "bare", "dalle", {}, **sizes)
     with pytest.raises(UserError, match="no image tokenizer"):
-        Sampler(bare)
+        Sampler([bare])
     half = export_stage(tmp_path / "half", "dalle", {"tokenizer": folder.parent / "dvae"}, **sizes)
     with pytest.raises(UserError, match="no text tokenizer"):
-        Sampler(half)
-    assert Sampler(half, text_tokenizer=folder.parent / "text.model").text.vocab == 48
+        Sampler([half])
+    assert Sampler([half], text_tokenizer=folder.parent / "text.model").text.vocab == 48
 
 
-@pytest.mark.parametrize("options", [{"candidates": 0}, {"batch_samples": 0}, {"top_p": 2.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"candidates": 0}, {"batch_samples": 0}, {"options": Options(top_p=2.0)}, {"options": Options(temperature=-1.0)}],
+)
 def test_wrong_parameters_are_said_before_the_first_batch(folder, options):
     with pytest.raises(UserError):
-        Sampler(folder).draw(PROMPTS, **{"candidates": 1, "seed": 0, **options})
+        Sampler([folder]).draw(PROMPTS, **{"candidates": 1, "seed": 0, **options})
 
 
 def run_program(*arguments, **environment):
@@ -201,7 +216,7 @@ def test_program(folder, tmp_path):
         (1, "two circles", 0),
         (1, "two circles", 1),
     ]
-    drawn = collect(Sampler(folder).draw(["a red circle", "two circles"], candidates=2, seed=5))
+    drawn = collect(Sampler([folder]).draw(["a red circle", "two circles"], candidates=2, seed=5))
     for row in rows:
         seed, image = drawn[row["prompt_index"], row["candidate"]]
         pixels = np.asarray(Image.open(tmp_path / "out" / row["file"]))

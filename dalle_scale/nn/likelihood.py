@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PHI_EPS = 0.1  # keeps phi(x) away from 0 and 1, where the logit is infinite
 
@@ -32,6 +33,12 @@ def to_bytes(values: Tensor) -> Tensor:
 
 class Likelihood(Protocol):
     """What a decoder's maps say about a picture."""
+
+    @property
+    def discrete(self) -> bool:
+        """Whether exp(-nll) is the probability of a byte or bit, so that bits per value mean a file's length; if not,
+        it is a density in phi space."""
+        ...
 
     @property
     def channels(self) -> int:
@@ -60,12 +67,12 @@ class LogitLaplace:
     """
 
     ln_b_floor: float | None = None
+    discrete: ClassVar[bool] = False
     channels: ClassVar[int] = 6
 
     def nll(self, maps: Tensor, target: Tensor) -> Tensor:
         mu, ln_b = maps.float().chunk(2, dim=1)
-        if self.ln_b_floor is not None:
-            ln_b = torch.logaddexp(ln_b, ln_b.new_full((), self.ln_b_floor))
+        ln_b = _bounded(ln_b, self.ln_b_floor)
         density = math.log(2) + torch.log(target * (1 - target))
         return (torch.logit(target) - mu).abs() * torch.exp(-ln_b) + ln_b + density
 
@@ -78,16 +85,98 @@ class LogitLaplace:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal with mean = the three maps and a fixed standard deviation in phi space: squared error, in nats."""
+    """Normal in phi space; maps are the mean (3) and, with `std` None, ln std (3).
 
-    std: float
-    channels: ClassVar[int] = 3
+    A fixed `std` makes it squared error, in nats. A learned one is bounded below by exp(ln_std_floor), as in
+    `LogitLaplace`: std = exp(map) + exp(floor).
+    """
+
+    std: float | None
+    ln_std_floor: float | None = None
+    discrete: ClassVar[bool] = False
+
+    @property
+    def channels(self) -> int:
+        return 6 if self.std is None else 3
 
     def nll(self, maps: Tensor, target: Tensor) -> Tensor:
-        return (target - maps.float()).square() / (2 * self.std**2) + math.log(self.std * math.sqrt(2 * math.pi))
+        error = target - maps[:, :3].float()
+        if self.std is not None:
+            return error.square() / (2 * self.std**2) + math.log(self.std * math.sqrt(2 * math.pi))
+        ln_std = _bounded(maps[:, 3:].float(), self.ln_std_floor)
+        return 0.5 * (error * torch.exp(-ln_std)).square() + ln_std + 0.5 * math.log(2 * math.pi)
 
     def mean(self, maps: Tensor) -> Tensor:
-        return maps.float()
+        return maps[:, :3].float()
 
     def location(self, target: Tensor) -> Tensor:
         return target
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Each value is a bit that is on with probability sigmoid(map); for black and white pictures.
+
+    A byte x between 0 and 255 counts as a bit that is on with probability x / 255: the mean nll over such bits. A bound
+    on the likelihood stays one (the mean over bits of a log-mean-exp is not less than that of the means), namely of
+    pictures drawn this way.
+    """
+
+    discrete: ClassVar[bool] = True
+    channels: ClassVar[int] = 3
+
+    def nll(self, maps: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(maps.float(), phi_inverse(target) / 255, reduction="none")
+
+    def mean(self, maps: Tensor) -> Tensor:
+        return phi(torch.sigmoid(maps.float()) * 255)
+
+    def location(self, target: Tensor) -> Tensor:
+        """Infinite for bytes 0 and 255."""
+        return torch.logit(phi_inverse(target) / 255)
+
+
+@dataclass(frozen=True)
+class DiscretisedLogistic:
+    """The probability that a logistic variable falls into the interval of a byte (arXiv 1701.05517, Sec. 2.1, with one
+    component).
+
+    Bytes 0..255 lie at -1..1, 2 / 255 apart, and those at the ends own all beyond: the 256 probabilities sum to 1.
+    Maps are the location (3) and ln of the scale (3) in these units. The scale cannot fall below exp(ln_scale_floor):
+    s = exp(map) + exp(floor); at the default a byte in the middle of its interval has probability 0.97.
+    `target` must be phi of bytes.
+    """
+
+    ln_scale_floor: float = -7.0
+    discrete: ClassVar[bool] = True
+    channels: ClassVar[int] = 6
+
+    def nll(self, maps: Tensor, target: Tensor) -> Tensor:
+        location, ln_scale = maps.float().chunk(2, dim=1)
+        inverse_scale = torch.exp(-_bounded(ln_scale, self.ln_scale_floor))
+        level = phi_inverse(target).round()
+        # neighbours compute the edge between them from the same number, so that nothing falls between two intervals
+        below = (_edge(level) - location) * inverse_scale
+        above = (_edge(level + 1) - location) * inverse_scale
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(-(b - a))): no difference of close numbers
+        width = torch.log(-torch.expm1(inverse_scale * (-2 / 255)))
+        first, last = level == 0, level == 255
+        log_p = torch.where(last, 0.0, F.logsigmoid(above)) + torch.where(first, 0.0, F.logsigmoid(-below))
+        return -(log_p + torch.where(first | last, 0.0, width))
+
+    def mean(self, maps: Tensor) -> Tensor:
+        """The location, which lies outside the bytes where an end byte is all but certain."""
+        return phi((maps[:, :3].float() + 1) * 127.5)
+
+    def location(self, target: Tensor) -> Tensor:
+        return phi_inverse(target) / 127.5 - 1
+
+
+def _edge(level: Tensor) -> Tensor:
+    """Lower end of the interval of a byte in -1..1."""
+    return (2 * level - 256) / 255
+
+
+def _bounded(ln_scale: Tensor, floor: float | None) -> Tensor:
+    """ln(exp(ln_scale) + exp(floor)): a floor that keeps gradients."""
+    return ln_scale if floor is None else torch.logaddexp(ln_scale, ln_scale.new_full((), floor))

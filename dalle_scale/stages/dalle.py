@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dalle_scale import types
+from dalle_scale import log, types
 from dalle_scale.nn.attention import Kind, Layout, visible
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.transformer import Transformer, paper_order
@@ -214,6 +214,48 @@ class Stage(types.Stage):
                 codes[:, index] = (logits + gumbel_noise(seeds, index, vocab)).argmax(-1)
             if index + 1 < num_codes:
                 logits = model.step(codes[:, index].repeat(1 + guided), index, caches)
+        return codes
+
+    @torch.inference_mode()
+    def sample_larger(
+        self,
+        nets: Nets,
+        text: Tensor,
+        seeds: Tensor,
+        rows: int,
+        columns: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Draw codes of images larger than those of training, int64 [N, rows, columns], through a window of
+        grid x grid codes that slides with the code in work near its middle (arXiv 2012.09841, Sec. 3.3).
+
+        Costs a forward pass over a whole window for each code. The other arguments are those of `sample`.
+
+        Raises:
+            UserError: smaller than the grid, or a parameter out of range.
+        """
+        check_sampling(temperature, top_k, top_p, guidance)
+        model, grid = nets["model"], self.config.grid
+        if min(rows, columns) < grid:
+            raise UserError(f"rows and columns: {rows} x {columns} is smaller than the model's {grid} x {grid} codes")
+        empty = self.empty_caption(text.device).expand_as(text)
+        codes = torch.zeros(len(seeds), rows, columns, dtype=torch.int64, device=text.device)
+        places = [(y, x) for y in range(rows) for x in range(columns)]
+        for y, x in log.progress(places, "draw", "codes", len(places)):
+            top, left = (min(max(at - grid // 2, 0), size - grid) for at, size in ((y, rows), (x, columns)))
+            window = codes[:, top : top + grid, left : left + grid].flatten(1)
+            index = (y - top) * grid + x - left
+            logits = model(text, window)[1][:, index]
+            if guidance != 1.0:
+                unguided = model(empty, window)[1][:, index]
+                logits = unguided + guidance * (logits - unguided)
+            logits = truncate(logits / temperature, top_k, top_p)
+            noise = gumbel_noise(seeds, y * columns + x, self.config.image_vocab)
+            codes[:, y, x] = (logits + noise).argmax(-1)
         return codes
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

@@ -171,8 +171,12 @@ class Tokenizer:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
         assert codes.shape[1:] == (self.grid**2,)
-        squares = codes.to(self._device, torch.int64).view(-1, self.grid, self.grid)
-        parts = torch.split(squares, self._samples_at_once)
+        return self.decode_grid(codes.view(-1, self.grid, self.grid))
+
+    @torch.no_grad()
+    def decode_grid(self, codes: Tensor) -> Tensor:
+        """Codes [B, h, w] of any size -> uint8 images [B, 3, h * S / grid, w * S / grid]."""
+        parts = torch.split(codes.to(self._device, torch.int64), self._samples_at_once)
         return torch.cat([to_bytes(self._likelihood.mean(self._model.decoder(part))) for part in parts])
 
     @property

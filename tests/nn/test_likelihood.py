@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, SigmoidTransform, TransformedDistribution
 
-from dalle_scale.nn.likelihood import Gaussian, LogitLaplace, phi, phi_inverse, to_bytes
+from dalle_scale.nn.likelihood import (
+    Bernoulli,
+    DiscretisedLogistic,
+    Gaussian,
+    LogitLaplace,
+    phi,
+    phi_inverse,
+    to_bytes,
+)
+
+LEVELS = phi(torch.arange(256)).view(1, 1, 1, 256).expand(1, 3, 1, 256)  # every byte, in phi space
 
 
 def maps_of(mu: float, ln_b: float, shape: tuple[int, ...]) -> Tensor:
@@ -64,6 +74,82 @@ def test_gaussian_is_normal() -> None:
     torch.testing.assert_close(Gaussian(0.05).nll(maps, x), -Normal(maps, 0.05).log_prob(x), rtol=1e-4, atol=1e-4)
 
 
+def test_gaussian_with_learned_std_is_normal() -> None:
+    torch.manual_seed(0)
+    x, maps = torch.rand(2, 3, 4, 4), torch.rand(2, 6, 4, 4) - 1
+    reference = -Normal(maps[:, :3], maps[:, 3:].exp()).log_prob(x)
+    torch.testing.assert_close(Gaussian(None).nll(maps, x), reference, rtol=1e-4, atol=1e-4)
+    reference = -Normal(maps[:, :3], maps[:, 3:].exp() + math.exp(-2)).log_prob(x)
+    torch.testing.assert_close(Gaussian(None, ln_std_floor=-2.0).nll(maps, x), reference, rtol=1e-4, atol=1e-4)
+    assert (Gaussian(0.1).channels, Gaussian(None).channels) == (3, 6)
+
+
+def test_bernoulli_is_of_bits() -> None:
+    torch.manual_seed(0)
+    maps = 3 * torch.randn(2, 3, 4, 4)
+    bits = torch.randint(2, (2, 3, 4, 4))
+    nll = Bernoulli().nll(maps, phi(255 * bits))
+    torch.testing.assert_close(nll, -torch.distributions.Bernoulli(logits=maps).log_prob(bits.float()))
+    on, off = (Bernoulli().nll(maps, phi(torch.full((2, 3, 4, 4), byte))) for byte in (255.0, 0.0))
+    torch.testing.assert_close(torch.exp(-on) + torch.exp(-off), torch.ones(2, 3, 4, 4))
+    share = torch.randint(256, (2, 3, 4, 4)) / 255
+    mixed = Bernoulli().nll(maps, phi(255 * share))
+    torch.testing.assert_close(mixed, share * on + (1 - share) * off, rtol=1e-5, atol=1e-5)
+
+
+LOCATIONS, LN_SCALES = (-1.5, -1.0, -0.9961, -0.2, 0.0, 0.37, 1.0, 2.0), (-20.0, -6.0, -4.0, -1.0, 1.0, 4.0)
+
+
+def brute_force(location: float, ln_scale: float, floor: float) -> Tensor:
+    """-log of differences of the distribution function, fp64 [256], summed from the side where it is small."""
+    scale = math.exp(ln_scale) + math.exp(floor)
+    edges = (torch.arange(257, dtype=torch.float64) - 128) * 2 / 255
+    edges[0], edges[256] = -math.inf, math.inf
+    logits = (edges - location) / scale
+    left, right = torch.sigmoid(logits), torch.sigmoid(-logits)  # the second loses nothing where the first is near 1
+    return -torch.where(logits[1:] < 0, left.diff(), -right.diff()).log()
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("ln_scale", LN_SCALES)
+def test_discretised_logistic_is_differences_of_the_distribution_function(location: float, ln_scale: float) -> None:
+    nll = DiscretisedLogistic().nll(maps_of(location, ln_scale, (1, 256)), LEVELS)
+    assert nll.dtype == torch.float32 and nll.min() >= 0
+    assert float(torch.exp(-nll[0, 0, 0].double()).sum()) == pytest.approx(1, abs=2e-5)
+    expected = brute_force(location, ln_scale, -7.0)
+    shown = expected < 600  # fp64 differences underflow beyond
+    torch.testing.assert_close(nll[0, 0, 0].double()[shown], expected[shown], rtol=1e-5, atol=2e-5)
+    assert nll.isfinite().all()
+
+
+def test_discretised_logistic_ends_own_everything_beyond() -> None:
+    for location, byte in ((-30.0, 0), (30.0, 255)):
+        nll = DiscretisedLogistic().nll(maps_of(location, -3.0, (1, 256)), LEVELS)[0, 0, 0]
+        assert float(nll[byte]) == 0 and float(nll.min()) == 0 and int(nll.argmin()) == byte
+        assert float(nll[128]) > 500
+    middle = DiscretisedLogistic().nll(maps_of(float(128 / 127.5 - 1), -50.0, (1, 256)), LEVELS)[0, 0, 0]
+    assert math.exp(-float(middle[128])) == pytest.approx(math.tanh(math.exp(7) / 255 / 2), abs=1e-4)  # "0.97"
+
+
+def test_discretised_logistic_gradients() -> None:
+    maps = torch.tensor([0.3, -0.2, 1.1, -3.0, -30.0, 2.0]).view(1, 6, 1, 1).expand(1, 6, 1, 256)
+    maps = maps.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(DiscretisedLogistic().nll(maps, LEVELS).sum(), maps)
+    assert gradient.isfinite().all() and gradient.ne(0).all(dim=3)[0, [0, 2, 3, 5]].all()
+    for channel in (0, 2):
+        location, ln_scale = (float(maps[0, channel + offset, 0, 0].detach()) for offset in (0, 3))
+        h = 1e-5
+        by_location = (brute_force(location + h, ln_scale, -7) - brute_force(location - h, ln_scale, -7)) / (2 * h)
+        by_scale = (brute_force(location, ln_scale + h, -7) - brute_force(location, ln_scale - h, -7)) / (2 * h)
+        torch.testing.assert_close(gradient[0, channel, 0].double(), by_location, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gradient[0, channel + 3, 0].double(), by_scale, rtol=1e-3, atol=1e-3)
+
+
+def test_which_likelihoods_count_bits() -> None:
+    assert Bernoulli().discrete and DiscretisedLogistic().discrete
+    assert not Gaussian(0.1).discrete and not LogitLaplace().discrete
+
+
 def test_phi_is_the_papers_map() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     expected = (1 - 2 * 0.1) / 255 * torch.arange(256, dtype=torch.float64) + 0.1
@@ -79,6 +165,6 @@ def test_inverses() -> None:
     assert torch.equal(to_bytes(phi(levels)), levels)
     torch.testing.assert_close(phi_inverse(phi(levels)), levels.float(), rtol=0, atol=1e-3)
     assert phi_inverse(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
-    for likelihood in (LogitLaplace(), Gaussian(0.1)):
+    for likelihood in (LogitLaplace(), Gaussian(0.1), Gaussian(None), Bernoulli(), DiscretisedLogistic()):
         maps = likelihood.location(phi(levels)).view(1, 1, 16, 16).expand(1, likelihood.channels, 16, 16)
         assert torch.equal(to_bytes(likelihood.mean(maps))[0, 0].flatten(), levels)

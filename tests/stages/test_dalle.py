@@ -234,6 +234,25 @@ def test_without_captions():
         stage.sample(nets, nothing, seeds, guidance=2.0)
 
 
+@torch.no_grad()
+def test_larger_pictures_through_a_sliding_window():
+    """At the grid's own size it is `sample`; beyond, each code follows the window around it, and no other code."""
+    stage, nets = make(attention=("full",))
+    text, seeds = make_batch(stage, 2)["text"], torch.tensor([3, 4])
+    options = {"temperature": 0.9, "top_k": 9, "guidance": 1.5}
+    same = stage.sample_larger(nets, text, seeds, 3, 3, **options)
+    assert torch.equal(same.flatten(1), stage.sample(nets, text, seeds, **options))
+    codes = stage.sample_larger(nets, text, seeds, 4, 6, temperature=0.9)
+    assert codes.shape == (2, 4, 6)
+    for y, x, top, left in [(0, 0, 0, 0), (1, 3, 0, 2), (2, 2, 1, 1), (3, 5, 1, 3)]:
+        window = codes[:, top : top + 3, left : left + 3].flatten(1)
+        logits = nets["model"](text, window)[1][:, (y - top) * 3 + x - left] / 0.9
+        expected = (logits + gumbel_noise(seeds, y * 6 + x, 13)).argmax(-1)
+        assert torch.equal(codes[:, y, x], expected)
+    with pytest.raises(UserError, match="2 x 6 is smaller than the model's 3 x 3 codes"):
+        stage.sample_larger(nets, text, seeds, 2, 6)
+
+
 def test_same_seed_same_picture_at_any_batch_size():
     stage, nets = make()
     text, seeds = make_batch(stage, 7)["text"], torch.arange(7) + 100

@@ -1,0 +1,236 @@
+"""The priors of VQ-VAE-2: an autoregressive model of the codes of one level (arXiv 1906.00446, Sec. 3.2).
+
+A picture is a square of codes at each level, coarsest ("top") first. One run trains the prior of one level given all
+levels above it, p(level | levels above); the product over the levels is the prior of pictures. Drawing goes from the
+top down, each level by its own export. With a single grid this is the prior of a VQ-VAE.
+
+Captions may stand in for the paper's class labels: the mean over the tokens of an MLP of token and place, added to the
+condition of every pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_scale import types
+from dalle_scale.nn.gumbel import gumbel_noise
+from dalle_scale.nn.pixelsnail import PixelSNAIL
+from dalle_scale.stages.dalle import check_sampling
+from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+
+PREVIEW_SAMPLES = 8
+
+
+class Stage(types.Stage):
+    """Cross entropy of the codes of one level."""
+
+    class Config(StrictModel):
+        """The defaults are the size of the paper's prior of the top level at 256x256."""
+
+        grids: tuple[int, ...] = Field(default=(32, 64), min_length=1)  # codes on a side of each level, coarsest first
+        level: int = Field(default=0, ge=0, validate_default=True)  # which of them this run models
+        vocab: int = Field(default=512, ge=2, le=65536)  # of every level
+        width: int = Field(default=512, gt=0)
+        residual_width: int = Field(default=2048, gt=0)  # inside the blocks
+        layers: int = Field(default=20, gt=0)  # causal residual blocks
+        kernel: int = Field(default=5, ge=3)  # side of the window of the convolutions, odd; its past half is seen
+        attention_blocks: int = Field(
+            default=4, ge=0, validate_default=True
+        )  # evenly among the layers; paper: top only
+        heads: int = Field(default=8, gt=0, validate_default=True)
+        output_layers: int = Field(default=20, ge=0)  # residual blocks of 1x1 convolutions before the logits
+        conditioning_layers: int = Field(default=20, ge=0)  # residual blocks over the levels above
+        dropout: float = Field(default=0.1, ge=0, lt=1)  # inside the causal blocks
+        text_length: int = Field(default=0, ge=0)  # caption tokens, empty places included; 0 = no captions
+        text_vocab: int = Field(default=0, ge=0, validate_default=True)
+        bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+        @property
+        def grid(self) -> int:
+            """Side of the level that this run models."""
+            return self.grids[self.level]
+
+        @property
+        def upper_grids(self) -> tuple[int, ...]:
+            """Sides of the levels above."""
+            return self.grids[: self.level]
+
+        @property
+        def first_code(self) -> int:
+            """Where this level begins among the codes of all levels."""
+            return sum(grid**2 for grid in self.upper_grids)
+
+        @field_validator("grids")
+        @classmethod
+        def _check_grids(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+            if min(value) < 1 or any(fine % coarse or fine == coarse for coarse, fine in pairwise(value)):
+                raise ValueError("must grow from level to level, each a multiple of the one before")
+            return value
+
+        @field_validator("level")
+        @classmethod
+        def _check_level(cls, value: int, info: ValidationInfo) -> int:
+            if value >= len(grids := info.data.get("grids", (0,) * (value + 1))):
+                raise ValueError(f"is not below the number of grids, {len(grids)}")
+            return value
+
+        @field_validator("kernel")
+        @classmethod
+        def _check_kernel(cls, value: int) -> int:
+            if value % 2 == 0:
+                raise ValueError(f"must be odd; take {value + 1}")
+            return value
+
+        @field_validator("attention_blocks")
+        @classmethod
+        def _check_attention_blocks(cls, value: int, info: ValidationInfo) -> int:
+            if value and info.data.get("layers", value) % value:
+                raise ValueError(f"must divide layers {info.data['layers']}")
+            return value
+
+        @field_validator("heads")
+        @classmethod
+        def _check_heads(cls, value: int, info: ValidationInfo) -> int:
+            width = info.data.get("width", 4 * value)
+            if width % value or width % 4:
+                raise ValueError(f"must divide width {width}, and 4 must too")
+            return value
+
+        @field_validator("text_vocab")
+        @classmethod
+        def _check_text_vocab(cls, value: int, info: ValidationInfo) -> int:
+            if (value > 0) != (info.data.get("text_length", value) > 0):
+                raise ValueError("set text_length and text_vocab together, or neither")
+            return value
+
+    config: Config
+
+    def __init__(self, config: Config, upstream: ImageTokenizer | None = None) -> None:
+        """Raises:
+        UserError: an image tokenizer that does not fit.
+        """
+        super().__init__(config, upstream)
+        if upstream is not None:
+            grids = getattr(upstream, "grids", None) or (upstream.grid,)
+            for name, ours, theirs in (("vocab", config.vocab, upstream.vocab), ("grids", config.grids, grids)):
+                if ours != theirs:
+                    raise UserError(f"model.{name}: {ours}, but the image tokenizer has {theirs}; set it to that")
+
+    @property
+    def needs(self) -> Needs:
+        """The codes of all levels, and captions if the model takes them."""
+        c = self.config
+        return Needs(
+            num_codes=sum(grid**2 for grid in c.grids),
+            code_vocab=c.vocab,
+            text_length=c.text_length,
+            text_vocab=c.text_vocab,
+            bpe_dropout=c.bpe_dropout,
+        )
+
+    def nets(self) -> Nets:
+        c = self.config
+        model = PixelSNAIL(
+            vocab=c.vocab,
+            grid=c.grid,
+            width=c.width,
+            residual_width=c.residual_width,
+            layers=c.layers,
+            kernel=c.kernel,
+            attention_blocks=c.attention_blocks,
+            heads=c.heads,
+            output_layers=c.output_layers,
+            dropout=c.dropout,
+            upper_grids=c.upper_grids,
+            conditioning_layers=c.conditioning_layers,
+            text_vocab=c.text_vocab,
+            text_length=c.text_length,
+        )
+        return {"model": model}
+
+    def levels(self, codes: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Codes of all levels int64 [B, N] -> (those above this level, None for the top; those of this level)."""
+        start, end = self.config.first_code, self.config.first_code + self.config.grid**2
+        return (codes[:, :start] if start else None), codes[:, start:end]
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """Cross entropy, the mean over the codes of the level. Terms: nll (nats per code), bits_per_code."""
+        upper, codes = self.levels(batch["codes"])
+        logits = nets[turn](codes, upper, batch.get("text"), batch["seed"], step)
+        nll = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape).mean(dim=1)
+        total = (nll * batch["weight"]).mean()
+        return Losses(total, {"nll": total.detach(), "bits_per_code": total.detach() / math.log(2)})
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        nets: Nets,
+        seeds: Tensor,
+        upper: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw the codes of this level for B pictures, int64 [B, grid * grid].
+
+        A picture depends on its seed and condition, not on its batch, but for the rounding of matrix products. Levels
+        may share their seeds: `noise` is another at each.
+
+        Args:
+            nets: raw modules, not engines.
+            seeds: int64 [B], one a picture.
+            upper: codes of the levels above, coarsest first, int64 [B, sum of their grids squared]; None for the top.
+            text: int64 [B, T], where the model takes captions.
+            temperature: of the softmax; > 0.
+
+        Raises:
+            UserError: the temperature is out of range.
+        """
+        check_sampling(temperature, top_k=0, top_p=1.0, guidance=1.0)
+        model = cast(PixelSNAIL, nets["model"])
+        codes = torch.empty(len(seeds), self.config.grid**2, dtype=torch.int64, device=seeds.device)
+        drawing = model.begin(len(seeds), upper, text)
+        for index in range(codes.shape[1]):
+            row, column = divmod(index, self.config.grid)
+            if column == 0:
+                noise = self.noise(seeds, row)
+            logits = model.step(codes[:, index - 1] if index else None, drawing)
+            codes[:, index] = (logits / temperature + noise[:, column]).argmax(-1)
+        return codes
+
+    def noise(self, seeds: Tensor, row: int) -> Tensor:
+        """Gumbel noise that draws the codes of a row, fp32 [B, grid, vocab]: a function of seed, level and row."""
+        c = self.config
+        rows_above = sum(c.upper_grids) + row  # of all levels
+        return gumbel_noise(seeds, rows_above, c.grid * c.vocab).view(-1, c.grid, c.vocab)
+
+    @torch.no_grad()
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """The batch's first pictures above what becomes of them when this level is drawn anew, always from the same
+        seeds. For the finest level only, and nothing without an image tokenizer."""
+        if self.upstream is None or self.config.level != len(self.config.grids) - 1:
+            return {}
+        codes = batch["codes"][:PREVIEW_SAMPLES]
+        upper, _ = self.levels(codes)
+        text = batch["text"][:PREVIEW_SAMPLES] if self.config.text_length else None
+        drawn = self.sample(nets, torch.arange(len(codes), device=codes.device), upper, text)
+        pictures = self.upstream.decode(drawn if upper is None else torch.cat([upper, drawn], dim=1))
+        return {"samples": torch.cat([self.upstream.decode(codes), pictures], dim=2)}
+
+    def flops_per_sample(self) -> float:
+        """Convolutions and matrix products, forward and backward (counted as twice the forward). The zeros that make a
+        convolution causal and the hidden half of the attention count too: they are computed."""
+        needs = self.needs
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            upper, codes = self.levels(torch.zeros(1, needs.num_codes, dtype=torch.int64))
+            text = torch.zeros(1, needs.text_length, dtype=torch.int64) if needs.text_length else None
+            self.nets()["model"](codes, upper, text)
+        return 3.0 * float(counter.get_total_flops())
