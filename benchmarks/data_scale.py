@@ -136,7 +136,7 @@ def write_codes(folder: Path, shards: int) -> None:
         for row, codes in enumerate(values):
             shard.add(f"{number * SHARD_SAMPLES + row:09d}", {MEMBER: pack(codes)})
         shard.close()
-    commit(folder, {"kind": "codes", "vocab": 8192, "grid": 4})
+    commit(folder, {"kind": "codes", "vocab": 8192, "grids": [4]})
 
 
 def write_copies(source: Path, folder: Path, shards: int) -> None:
@@ -148,7 +148,7 @@ def write_copies(source: Path, folder: Path, shards: int) -> None:
     os.link(source / shard_name(0), folder / shard_name(0))
     for number in range(shards):
         os.link(index_path(source, 0), index_path(folder, number))
-    commit(folder, {"kind": "codes", "vocab": 8192, "grid": 4})
+    commit(folder, {"kind": "codes", "vocab": 8192, "grids": [4]})
 
 
 def write_pictures(folder: Path, count: int) -> None:

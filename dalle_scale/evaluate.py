@@ -181,7 +181,7 @@ class _Tally:
         self.tokenizer = tokenizer
         self.found = torch.zeros(samples, 3, dtype=torch.float64)  # by place: 1 = read, sum of squared errors, SSIM
         self.sizes: list[int] = []  # codes of a picture at each level
-        levels = len(getattr(tokenizer, "grids", ())) or 1
+        levels = len(tokenizer.grids) if tokenizer else 1
         self.counts = torch.zeros(levels, tokenizer.vocab if tokenizer else 0, dtype=torch.float64)
 
     def add(self, places: Tensor, batch: Batch) -> None:
@@ -191,7 +191,7 @@ class _Tally:
         if self.tokenizer is None:
             return
         codes, decoded = _round_trip(self.tokenizer, batch["image"])
-        self.sizes = [grid**2 for grid in getattr(self.tokenizer, "grids", ())] or [codes.shape[1]]
+        self.sizes = [grid**2 for grid in self.tokenizer.grids]
         for level, part in enumerate(torch.split(codes[good], self.sizes, dim=1)):
             self.counts[level] += torch.bincount(part.flatten(), minlength=self.tokenizer.vocab)
         self.found[places[good], 1] = _squared_error(decoded, batch["image"])[good].double()

@@ -110,7 +110,7 @@ class Sampler:
         Raises:
             UserError: more rows than the grid has, or a file that is missing or no picture.
         """
-        grid = self.image_tokenizer.grid
+        grid = self.image_tokenizer.grids[0]
         if not 1 <= rows <= grid:
             raise UserError(f"prime rows: {rows}, but pictures have {grid} rows of codes; take 1 to {grid}")
         try:

@@ -71,15 +71,15 @@ class ImageTokenizer(Protocol):
     """A trained, frozen image tokenizer, as the stages after it see it."""
 
     vocab: int  # codes are in 0 .. vocab - 1
-    grid: int  # codes form a grid x grid square
+    grids: tuple[int, ...]  # codes form a square of this side at each level, coarsest first; most have one level
     image_size: int  # side of the pictures in pixels
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid], raster order."""
+        """uint8 images [B, 3, S, S] -> codes int64 [B, N] of all levels, each in raster order."""
         ...
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, grid * grid] -> uint8 images [B, 3, S, S]."""
+        """Codes [B, N] -> uint8 images [B, 3, S, S]."""
         ...
 
 

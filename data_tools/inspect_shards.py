@@ -99,7 +99,7 @@ def open_source(folder: Path, export: Path | None) -> Source:
         raise UserError(f"{folder}: holds no pictures, only {', '.join(manifest.members)}; {hint}")
     tokenizer = None if export is None else open_tokenizer(export)
     if tokenizer is not None:
-        for name, value in (("vocab", tokenizer.vocab), ("grid", tokenizer.grid)):
+        for name, value in (("vocab", tokenizer.vocab), ("grids", list(tokenizer.grids))):
             if manifest.info.get(name, value) != value:
                 made_with = f"{folder}: its codes have {name} {manifest.info[name]}"
                 raise UserError(f"{made_with}, {export} has {value}; give the tokenizer they were made with")
@@ -181,12 +181,11 @@ def load(source: Source, part: str, sample: int) -> tuple[Pixels, str]:
     tokenizer = source.tokenizer
     assert tokenizer is not None, "open_source adds this part only with a tokenizer"
     data = source.reader.read(sample, codes.MEMBER)
-    values = codes.unpack(data, tokenizer.grid**2, tokenizer.vocab)
+    values = codes.unpack(data, codes.count(tokenizer.grids), tokenizer.vocab)
     with torch.inference_mode():
         [image] = tokenizer.decode(torch.from_numpy(values.astype(np.int64))[None])
-    return image.permute(
-        1, 2, 0
-    ).numpy(), f"{tokenizer.grid} x {tokenizer.grid} codes · {len(set(values.tolist()))} distinct"
+    distinct = len(set(values.tolist()))
+    return image.permute(1, 2, 0).numpy(), f"{codes.describe(tokenizer.grids)} · {distinct} distinct"
 
 
 def plain(error: BadSample) -> str:

@@ -317,7 +317,7 @@ def check_content(name: str, content: bytes, info: dict[str, Any], key: str, fau
         elif name == "txt" and not content.decode().strip():
             faults.add("caption empty", "the caption is empty", key)
         elif name == codes.MEMBER:
-            codes.unpack(content, int(info["grid"]) ** 2, int(info["vocab"]))
+            codes.unpack(content, codes.count(info["grids"]), int(info["vocab"]))
     except UnicodeDecodeError:
         faults.add("caption not UTF-8", "the caption is not UTF-8", key)
     except BadSample as error:

@@ -38,7 +38,7 @@ def main() -> None:
     info = {
         "kind": "codes",
         "vocab": tokenizer.vocab,
-        "grid": tokenizer.grid,
+        "grids": list(tokenizer.grids),
         "image_size": tokenizer.image_size,
         "source": source.digest,
         "tokenizer": digest_of(args.tokenizer),
@@ -69,7 +69,7 @@ def main() -> None:
         shards.commit(args.out, info)
         plan_path(args.out).unlink()
         kept = Manifest.open(args.out).num_samples
-        log.say(f"{args.out}: {kept:,} samples of {tokenizer.grid} x {tokenizer.grid} codes")
+        log.say(f"{args.out}: {kept:,} samples of {codes.describe(tokenizer.grids)}")
         if kept < source.num_samples:
             log.say(f"left out: {source.num_samples - kept:,}, see {args.out / 'ledger.jsonl'}")
 

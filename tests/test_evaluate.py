@@ -136,7 +136,7 @@ def test_psnr_in_closed_form(work):
 class Shifted:
     """Code 0 for dark pictures, which come back 4 too bright, code 1 for others, which come back 3 too bright."""
 
-    vocab, grid, image_size = 8, 1, 16
+    vocab, grids, image_size = 8, (1,), 16
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return (images[:, 0, 0, :1] > 128).long()

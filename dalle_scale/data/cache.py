@@ -116,7 +116,15 @@ class ShardCache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        temporary.replace(path)
+        with self._room():  # whoever counts what is there must not meet it between its two names
+            temporary.replace(path)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Nobody else removes or renames files of the folder."""
+        with (self.folder / ".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _download(self, file: IO[bytes], url: str, size_bytes: int, sha256: str) -> None:
         """One attempt."""
@@ -139,8 +147,7 @@ class ShardCache:
 
     def _make_room(self, file: IO[bytes], temporary: Path, size_bytes: int) -> None:
         """Remove what was not used for longest until a new shard fits, and take its place."""
-        with (self.folder / ".lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._room():
             used_bytes, finished = 0, []
             for path in filter(lambda path: _OURS.fullmatch(path.name), self.folder.iterdir()):
                 with suppress(FileNotFoundError):

@@ -1,9 +1,11 @@
-"""Image codes: the member "codes" of a sample (uint16 little endian, raster order), and how shards of them are made."""
+"""Image codes: the member "codes" of a sample (uint16 little endian, level after level, each in raster order), and how
+shards of them are made.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,16 @@ from dalle_scale.data.transforms import square
 
 MEMBER = "codes"
 MAX_VOCAB = 1 << 16
+
+
+def count(grids: Iterable[int]) -> int:
+    """Codes of a picture that has a square of them at each level."""
+    return sum(grid**2 for grid in grids)
+
+
+def describe(grids: Iterable[int]) -> str:
+    """The same for people: "8 x 8 + 16 x 16 codes"."""
+    return " + ".join(f"{grid} x {grid}" for grid in grids) + " codes"
 
 
 def pack(codes: npt.NDArray[np.int64]) -> bytes:

@@ -293,16 +293,16 @@ def _check_members(manifest: Manifest, needs: Needs) -> None:
                 f"{manifest.folder}: this stage needs image codes, the data set has none ({holds}); make them with "
                 "launch/encode.py"
             )
-        vocab, grid = manifest.info.get("vocab", 0), manifest.info.get("grid")
+        vocab, grids = manifest.info.get("vocab", 0), manifest.info.get("grids")
         if vocab > needs.code_vocab:
             raise UserError(
                 f"{manifest.folder}: its codes come from a vocabulary of {vocab}, the model has room for "
                 f"{needs.code_vocab}; set the model's image vocabulary to {vocab}"
             )
-        if grid is not None and grid**2 != needs.num_codes:
+        if grids is not None and codes.count(grids) != needs.num_codes:
             raise UserError(
-                f"{manifest.folder}: its pictures are {grid} x {grid} codes, the model takes {needs.num_codes}; "
-                f"set the model's grid to {grid}"
+                f"{manifest.folder}: its pictures are {codes.describe(grids)}, the model takes {needs.num_codes}; "
+                f"set the model's grid to {', '.join(map(str, grids))}"
             )
 
 

@@ -274,8 +274,8 @@ def _add_caption(summary: Summary, data: bytes, tokenizer: TextTokenizer | None,
 def _add_codes(summary: Summary, data: bytes, info: dict[str, Any]) -> None:
     if len(data) % 2 or not data:
         raise BadSample(f"codes of {len(data)} bytes")
-    vocab, grid = info.get("vocab", codes.MAX_VOCAB), info.get("grid")
-    values = codes.unpack(data, len(data) // 2 if grid is None else grid * grid, vocab)
+    vocab, grids = info.get("vocab", codes.MAX_VOCAB), info.get("grids")
+    values = codes.unpack(data, len(data) // 2 if grids is None else codes.count(grids), vocab)
     summary.code_samples += 1
     summary.code_counts += np.bincount(values, minlength=codes.MAX_VOCAB)
 

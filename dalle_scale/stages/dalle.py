@@ -65,7 +65,9 @@ class Stage(types.Stage):
 
     def _check_fit(self, upstream: ImageTokenizer) -> None:
         c = self.config
-        sizes = [("image_vocab", c.image_vocab, upstream.vocab), ("grid", c.grid, upstream.grid)]
+        if len(upstream.grids) > 1:
+            raise UserError(f"tokenizer: has {len(upstream.grids)} levels of codes; their priors are `vqvae2_prior`")
+        sizes = [("image_vocab", c.image_vocab, upstream.vocab), ("grid", c.grid, upstream.grids[0])]
         if c.encode_in_step:
             sizes.append(("image_size", c.image_size, upstream.image_size))
         for name, ours, theirs in sizes:

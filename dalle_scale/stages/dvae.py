@@ -154,7 +154,7 @@ class Tokenizer:
 
     def __init__(self, model: DVAE, config: DVAEConfig, likelihood: Likelihood) -> None:
         self.vocab = config.vocab
-        self.grid = config.grid
+        self.grids = (config.grid,)
         self.image_size = config.image_size
         self._model = model.eval()
         self._likelihood = likelihood
@@ -170,8 +170,8 @@ class Tokenizer:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
-        assert codes.shape[1:] == (self.grid**2,)
-        return self.decode_grid(codes.view(-1, self.grid, self.grid))
+        assert codes.shape[1:] == (self.grids[0] ** 2,)
+        return self.decode_grid(codes.view(-1, *self.grids * 2))
 
     @torch.no_grad()
     def decode_grid(self, codes: Tensor) -> Tensor:

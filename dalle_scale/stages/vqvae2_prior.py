@@ -119,8 +119,8 @@ class Stage(types.Stage):
         """
         super().__init__(config, upstream)
         if upstream is not None:
-            grids = getattr(upstream, "grids", None) or (upstream.grid,)
-            for name, ours, theirs in (("vocab", config.vocab, upstream.vocab), ("grids", config.grids, grids)):
+            for name in ("vocab", "grids"):
+                ours, theirs = getattr(config, name), getattr(upstream, name)
                 if ours != theirs:
                     raise UserError(f"model.{name}: {ours}, but the image tokenizer has {theirs}; set it to that")
 

@@ -64,7 +64,7 @@ def make(number: int) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("describe") / "pictures"
-    with ShardWriter(folder, 50, info={"kind": "images", "vocab": VOCAB, "grid": GRID}) as writer:
+    with ShardWriter(folder, 50, info={"kind": "images", "vocab": VOCAB, "grids": [GRID]}) as writer:
         for number in range(SAMPLES):
             writer.add(f"{number:05d}", make(number))
     entry = Manifest.open(folder).entry(FLIPPED, list(KINDS)[FLIPPED % 5])

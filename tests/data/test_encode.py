@@ -91,7 +91,7 @@ def done(work: Path) -> Path:
 def test_codes_are_the_tokenizers_and_captions_stay(work, done):
     images, coded = Manifest.open(work / "images"), Manifest.open(done)
     tokenizer = export.open_tokenizer(work / "dvae")
-    assert (coded.info["kind"], coded.info["vocab"], coded.info["grid"]) == ("codes", 64, 8)
+    assert (coded.info["kind"], coded.info["vocab"], coded.info["grids"]) == ("codes", 64, [8])
     assert [shard.samples for shard in coded.shards] == [20, 19, 5]
     good = [sample for sample in range(45) if sample != 25]
     assert [coded.key(row) for row in range(44)] == [images.key(sample) for sample in good]

@@ -34,7 +34,7 @@ def data(tmp_path_factory) -> tuple[str, str]:
     """Folder of a data set in shards of uneven sizes with five bad samples; text tokenizer."""
     folder = tmp_path_factory.mktemp("once")
     draw = np.random.default_rng(0)
-    with ShardWriter(folder / "train", samples_per_shard=71, info={"vocab": 50, "grid": 3}) as writer:
+    with ShardWriter(folder / "train", samples_per_shard=71, info={"vocab": 50, "grids": [3]}) as writer:
         for index in range(SAMPLES):
             file = io.BytesIO()
             Image.fromarray(draw.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(file, "PNG")

@@ -133,7 +133,7 @@ def coded(tmp_path_factory) -> Path:
     """`tokenizer`, and `codes`: twelve samples of its codes, number 5 with one too few."""
     folder = tmp_path_factory.mktemp("coded")
     save_tokenizer(folder / "tokenizer", seed=0)
-    with ShardWriter(folder / "codes", info={"kind": "codes", "vocab": 64, "grid": 8}) as writer:
+    with ShardWriter(folder / "codes", info={"kind": "codes", "vocab": 64, "grids": [8]}) as writer:
         for number in range(12):
             packed = codes.pack(np.random.default_rng(number).integers(0, 64, 64 - (number == 5)))
             writer.add(f"{number:02d}", {"codes": packed, "png": picture(number), "txt": b"caption"})
@@ -164,7 +164,7 @@ def test_wrong_input_is_one_line(data_set, coded, tmp_path):
         inspect(data_set, tmp_path / "sheet", "--keys=a", "--match=b")
     with pytest.raises(UserError, match="holds no codes"):
         inspect(data_set, tmp_path / "sheet", tokenizer)
-    for name, info in (("other", {"vocab": 65}), ("large", {"grid": 16})):
+    for name, info in (("other", {"vocab": 65}), ("large", {"grids": [16]})):
         with ShardWriter(tmp_path / name, info=info) as writer:
             writer.add("a", {"codes": b"12"})
         with pytest.raises(UserError, match="give the tokenizer they were made with"):

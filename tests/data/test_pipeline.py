@@ -48,7 +48,7 @@ def sample(index: int) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train"
-    with ShardWriter(path, samples_per_shard=10, info={"kind": "codes", "vocab": VOCAB, "grid": GRID}) as writer:
+    with ShardWriter(path, samples_per_shard=10, info={"kind": "codes", "vocab": VOCAB, "grids": [GRID]}) as writer:
         for index in range(SAMPLES):
             writer.add(f"{index:04d}", sample(index))
     return path
@@ -317,7 +317,7 @@ def mixture(folder: Path, other: Path, bpe: str, **changes) -> Stream:
 def other(tmp_path_factory) -> Path:
     """31 more samples."""
     path = tmp_path_factory.mktemp("data") / "other"
-    with ShardWriter(path, samples_per_shard=20, info={"kind": "codes", "vocab": VOCAB, "grid": GRID}) as writer:
+    with ShardWriter(path, samples_per_shard=20, info={"kind": "codes", "vocab": VOCAB, "grids": [GRID]}) as writer:
         for index in range(31):
             writer.add(f"{index:04d}", sample(1000 + index))
     return path

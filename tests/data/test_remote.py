@@ -1,5 +1,6 @@
 """Training from remote shards: the same batches as from local ones, through a cache that may hold only a part."""
 
+import fcntl
 import functools
 import http.server
 import shutil
@@ -40,7 +41,7 @@ def local(tmp_path_factory):
     """240 samples of codes in 24 shards of 10."""
     folder = tmp_path_factory.mktemp("remote") / "local"
     draw = np.random.default_rng(0)
-    with ShardWriter(folder, samples_per_shard=10, info={"vocab": 50, "grid": 3}) as writer:
+    with ShardWriter(folder, samples_per_shard=10, info={"vocab": 50, "grids": [3]}) as writer:
         for index in range(SAMPLES):
             writer.add(f"{index:04d}", {codes.MEMBER: codes.pack(draw.integers(0, 50, 9))})
     return folder
@@ -99,7 +100,9 @@ def test_a_cache_of_two_windows_is_enough(local, remote, tmp_path):
     one, most = stream(folder, tmp_path / "cache", cache_gib=cap), 0
     for number, (batch,) in enumerate(one.batches(0, 15)):
         assert batch["codes"].equal(batches(stream(local), number, number + 1)[0]["codes"])
-        most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")))
+        with (tmp_path / "cache" / ".lock").open("wb") as lock:  # nothing is removed or renamed meanwhile
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").glob("[!.]*")))
     assert most <= 8 * size_bytes
     assert len(asked) == 24
 

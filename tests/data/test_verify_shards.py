@@ -24,7 +24,7 @@ from dalle_scale.types import UserError
 PROGRAM = ROOT / "data_tools" / "verify_shards.py"
 verify_shards = load_program("verify_shards")
 Change = Callable[[Path], None]
-INFO = {"kind": "codes", "grid": 3, "vocab": 64}
+INFO = {"kind": "codes", "grids": [3], "vocab": 64}
 
 
 def verify(folder: Path) -> tuple[int, dict, list[tuple]]:

@@ -58,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def write_codes(folder: Path, count: int) -> None:
-    info = {"kind": "codes", "vocab": 64, "grid": 8}
+    info = {"kind": "codes", "vocab": 64, "grids": [8]}
     with ShardWriter(folder, samples_per_shard=20, info=info) as writer:
         for index in range(count):
             drawn = np.random.default_rng(index).integers(0, 64, 64)

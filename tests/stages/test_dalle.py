@@ -53,7 +53,7 @@ def make_batch(stage: Stage, count: int = 6) -> Batch:
 class Brightness:
     """An image tokenizer with parameters: one code for each 2x2 square."""
 
-    vocab, grid, image_size = 13, 3, 6
+    vocab, grids, image_size = 13, (3,), 6
 
     def __init__(self):
         self.gain = nn.Parameter(torch.tensor(1.0))

@@ -284,7 +284,7 @@ def test_tokenizer() -> None:
     images = shapes(5)
     tokenizer = stage.tokenizer({"model": model})
     assert isinstance(tokenizer, ImageTokenizer)
-    assert (tokenizer.vocab, tokenizer.grid, tokenizer.image_size) == (32, 4, 16)
+    assert (tokenizer.vocab, tokenizer.grids, tokenizer.image_size) == (32, (4,), 16)
     codes = tokenizer.encode(images)
     assert codes.shape == (5, 16) and codes.dtype == torch.int64
     assert torch.equal(codes, model.encoder(phi(images)).argmax(dim=-1).flatten(1))  # raster order

@@ -205,7 +205,7 @@ def test_an_image_tokenizer_that_does_not_fit():
 
 
 def test_an_image_tokenizer_of_one_level():
-    tokenizer = types.SimpleNamespace(vocab=7, grid=4, image_size=4, decode=lambda codes: codes.view(-1, 1, 4, 4))
+    tokenizer = types.SimpleNamespace(vocab=7, grids=(4,), image_size=4, decode=lambda codes: codes.view(-1, 1, 4, 4))
     stage, nets = make(tokenizer, grids=(4,))
     assert stage.preview(nets, make_batch(stage, 2))["samples"].shape == (2, 1, 8, 4)
     with pytest.raises(UserError, match=r"model\.grids: \(2, 4\), but the image tokenizer has \(4,\)"):

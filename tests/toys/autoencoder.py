@@ -93,7 +93,7 @@ class Stage(StageBase):
 class Tokenizer:
     """Brightness level of the whole picture as its only code."""
 
-    vocab, grid = 4, 1
+    vocab, grids = 4, (1,)
 
     def __init__(self, nets: Nets) -> None:
         self.net = nets["model"]
