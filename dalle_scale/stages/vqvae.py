@@ -1,0 +1,219 @@
+"""VQ-VAE: pictures to a square of codes and back (van den Oord et al., arXiv 1711.00937).
+
+The defaults are the paper's CIFAR-10 network (Sec. 4.1) with one code a position (the paper has 8x8x10 latents there)
+of 64 channels (the paper does not say). The prior over the codes is another stage. Nothing is random but the choice of
+vectors from which unused codes restart, which comes from the samples' seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_scale import types
+from dalle_scale.nn.likelihood import Gaussian
+from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+from dalle_scale.nn.usage import UsageWindow
+from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
+from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+
+_PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
+_PREVIEW_SAMPLES = 8
+
+
+class VQVAEConfig(StrictModel):
+    """One VQ-VAE."""
+
+    image_size: int = Field(default=32, ge=2)  # pixels
+    downsampling: int = Field(default=4, ge=2, validate_default=True)  # pixels per code along a side
+    augment: Literal["none", "dvae", "transformer"] = "none"
+
+    width: int = Field(default=256, ge=1)  # channels of the convolutions
+    residual_width: int = Field(default=256, ge=1)  # channels inside a residual block
+    blocks: int = Field(default=2, ge=0)  # residual blocks in the encoder, and as many in the decoder
+    dim: int = Field(default=64, ge=1)  # channels of the features that are quantized
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+    # "mse": squared error of pixels in -1 .. 1; "gaussian": nats under a normal of standard deviation gaussian_std
+    # there, which is the same divided by 2 gaussian_std^2 plus a constant, so that beta weighs otherwise
+    likelihood: Literal["mse", "gaussian"] = "mse"
+    gaussian_std: float = Field(default=0.1, gt=0)
+
+    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_window_samples: int = Field(default=10_000, ge=1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side."""
+        return self.image_size // self.downsampling
+
+    @field_validator("downsampling")
+    @classmethod
+    def _check_downsampling(cls, value: int, info: ValidationInfo) -> int:
+        size = info.data.get("image_size", value)
+        if value & (value - 1) or size % value:
+            raise ValueError(f"must be a power of two that divides image_size {size}")
+        return value
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer and decoder; one `forward` for training and evaluation."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        shape = (config.width, config.residual_width, config.blocks, config.downsampling)
+        self.encoder = Encoder(3, *shape, mixing=False)
+        self.to_features = nn.Conv2d(config.width, config.dim, 1)
+        self.quantizer = Quantizer(config.quantizer, config.dim)
+        self.decoder = Decoder(config.dim, *shape, n_out=3)
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> what is quantized, [B, dim, h, w]."""
+        features: Tensor = self.to_features(self.encoder(to_pixels(images)))
+        return features
+
+    def forward(
+        self, images: Tensor, weight: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 images [B, 3, S, S], weight [B] and seeds [B] for the quantizer's statistics ->
+        pixels [B, 3, S, S] in -1 .. 1; codes int64 [B, h, w]; the quantizer's loss, fp32 [B]."""
+        quantized = self.quantizer(self.features(images), weight, seeds)
+        return self.decoder(quantized.values), quantized.codes, quantized.loss
+
+
+class Tokenizer:
+    """A trained VQ-VAE as an `ImageTokenizer`. Takes tensors on any device and answers on the model's."""
+
+    def __init__(self, model: VQVAE, config: VQVAEConfig) -> None:
+        self.vocab = config.quantizer.vocab
+        self.grids = (config.grid,)
+        self.image_size = config.image_size
+        self._model = model.eval()
+        self._samples_at_once = _samples_at_once(config)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]."""
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
+        parts = torch.split(images.to(self._device), self._samples_at_once)
+        return torch.cat([self._model.quantizer.encode(self._model.features(part)).flatten(1) for part in parts])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
+        assert codes.shape[1:] == (self.grids[0] ** 2,)
+        return self.decode_grid(codes.view(-1, *self.grids * 2))
+
+    @torch.no_grad()
+    def decode_grid(self, codes: Tensor) -> Tensor:
+        """Codes [B, h, w] of any size -> uint8 images [B, 3, h * S / grid, w * S / grid]."""
+        parts = torch.split(codes.to(self._device, torch.int64), self._samples_at_once)
+        return torch.cat([to_bytes(self._model.decoder(self._model.quantizer.lookup(part))) for part in parts])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+
+class Stage(types.Stage):
+    """Trains one net, "model"."""
+
+    Config = VQVAEConfig
+
+    def __init__(self, config: VQVAEConfig, upstream: types.ImageTokenizer | None = None) -> None:
+        super().__init__(config, upstream)
+        self.config: VQVAEConfig = config
+        self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+
+    def nets(self) -> Nets:
+        return {"model": VQVAE(self.config)}
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """Equation 3 of the paper, averaged over pixel values and over positions and channels of the features.
+
+        Terms: nll ("gaussian": nats per value), mse (0..255 scale), quantizer_loss (with update "ema" the commitment
+        term times beta).
+        """
+        images, weight = batch["image"], batch["weight"]
+        pixels, codes, quantizer_loss = nets[turn](images, weight, batch["seed"])
+        named = {}
+        if self.config.likelihood == "gaussian":
+            named["nll"] = Gaussian(self.config.gaussian_std).nll(pixels, to_pixels(images)).mean(dim=(1, 2, 3))
+            reconstruction = named["nll"]
+        else:
+            reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
+        total = ((reconstruction + quantizer_loss) * weight).mean()
+        with torch.no_grad():
+            named |= {"mse": squared_error(pixels, images), "quantizer_loss": quantizer_loss}
+            if nets[turn].training and total.requires_grad:
+                self._usage.add(codes.flatten(1), named["mse"], weight > 0)
+            means = (torch.stack([value.detach() for value in named.values()]) * weight).mean(dim=1)
+        return Losses(total, dict(zip(named, means, strict=True)))
+
+    def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
+        """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used (share of K),
+        perplexity, psnr_db."""
+        _model(nets).quantizer.after_step(step)
+        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
+
+    @torch.no_grad()
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
+        images = batch["image"][:_PREVIEW_SAMPLES]
+        pixels, _, _ = nets["model"](images)
+        return {"reconstruction": torch.cat([images, to_bytes(pixels)], dim=2)}
+
+    @torch.no_grad()
+    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+        """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar)."""
+        if self.config.quantizer.init != "kmeans":
+            return
+        model = _model(nets)
+        images = first_images(batches, self.config.quantizer.init_samples)
+        parts = torch.split(images, _samples_at_once(self.config))
+        rows = [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in parts]
+        model.quantizer.initialise(torch.cat(rows))
+
+    def tokenizer(self, nets: Nets) -> Tokenizer:
+        """The trained net, frozen, as an `ImageTokenizer`."""
+        return Tokenizer(_model(nets), self.config)
+
+    @torch.no_grad()
+    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
+        """Quality over all samples of all ranks (a collective). Batches lie on the model's device.
+
+        Returns:
+            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes;
+            codes_used, share of the K codes that occur; perplexity of the codes.
+        """
+        usage = UsageWindow(self.config.quantizer.vocab, samples=1)
+        for batch in batches:
+            pixels, codes, _ = nets["model"](batch["image"])
+            usage.add(codes.flatten(1), squared_error(pixels, batch["image"]), batch["weight"] > 0)
+        return {name: float(value) for name, value in usage.close_chunk().items()}
+
+    def flops_per_sample(self) -> float:
+        """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            VQVAE(self.config)(torch.empty(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8))
+        return 3.0 * float(counter.get_total_flops())
+
+
+def _samples_at_once(config: VQVAEConfig) -> int:
+    """How many samples evaluation holds at a time."""
+    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
+
+
+def _model(nets: Nets) -> VQVAE:
+    model = nets["model"]
+    assert isinstance(model, VQVAE)
+    return model

@@ -1,0 +1,301 @@
+"""VQ-VAE-2: pictures to a pyramid of codes and back (Razavi et al., arXiv 1906.00446, Sec. 3.1 and App. A).
+
+The defaults are the paper's ImageNet 256 autoencoder: 32x32 codes on top, 64x64 at the bottom; three levels on pictures
+of 1024 pixels are its FFHQ autoencoder. Levels are counted from the top, the coarsest, which is quantized first: what
+it stands for is decoded and shown to the next finer level before that is quantized. The priors over the codes are
+another stage. Nothing is random but the choice of vectors from which unused codes restart, which comes from the
+samples' seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_scale import types
+from dalle_scale.nn.quantizer import Quantized, Quantizer, QuantizerConfig
+from dalle_scale.nn.usage import UsageWindow
+from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
+from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+
+_PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
+_PREVIEW_SAMPLES = 8
+
+
+class VQVAE2Config(StrictModel):
+    """One VQ-VAE-2."""
+
+    image_size: int = Field(default=256, ge=4)  # pixels
+    downsampling: int = Field(default=4, ge=2)  # pixels per code of the bottom level along a side
+    levels: int = Field(default=2, ge=2, validate_default=True)  # each above the bottom has half the side
+    augment: Literal["none", "dvae", "transformer"] = "none"
+
+    width: int = Field(default=128, ge=1)  # channels of the convolutions
+    residual_width: int = Field(default=64, ge=1)  # channels inside a residual block
+    blocks: int = Field(default=2, ge=0)  # residual blocks in each encoder and decoder
+    dim: int = Field(default=64, ge=1)  # channels of the features that are quantized
+    quantizer: QuantizerConfig = QuantizerConfig()  # of each level; the codebooks are its own
+
+    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_window_samples: int = Field(default=10_000, ge=1)
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Codes along a side of each level, top first."""
+        return tuple(self.image_size // (self.downsampling << above) for above in reversed(range(self.levels)))
+
+    @field_validator("levels")
+    @classmethod
+    def _check_levels(cls, value: int, info: ValidationInfo) -> int:
+        if {"image_size", "downsampling"} <= set(info.data):
+            size, bottom = info.data["image_size"], info.data["downsampling"]
+            if bottom & (bottom - 1) or size % (bottom << (value - 1)):
+                raise ValueError(
+                    f"downsampling {bottom} must be a power of two, and image_size {size} divide by "
+                    f"downsampling x 2^(levels - 1) = {bottom << (value - 1)}"
+                )
+        return value
+
+
+class VQVAE2(nn.Module):
+    """The encoders from the bottom up, the quantizers from the top down, and the decoder of all levels together.
+
+    `maps` below are the vectors of all codes so far, those of the coarser levels brought to the side of the finest by
+    transposed convolutions, as channels: [B, (level + 1) dim, side, side].
+    """
+
+    def __init__(self, config: VQVAE2Config) -> None:
+        super().__init__()
+        levels, dim, width = config.levels, config.dim, config.width
+        shape = (width, config.residual_width, config.blocks)
+        # Lists over levels start at the top; encoders run from the back
+        self.encoders = nn.ModuleList(Encoder(width, *shape, 2, mixing=True) for _ in range(levels - 1))
+        self.encoders.append(Encoder(3, *shape, config.downsampling, mixing=True))
+        self.to_features = nn.ModuleList(nn.Conv2d(width + (dim if level else 0), dim, 1) for level in range(levels))
+        self.quantizers = nn.ModuleList(Quantizer(config.quantizer, dim) for _ in range(levels))
+        above = range(1, levels)  # entry i serves what lies above level i + 1
+        self.contexts = nn.ModuleList(Decoder(level * dim, *shape, 2, n_out=dim) for level in above)
+        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(level * dim, level * dim, 4, 2, 1) for level in above)
+        self.decoder = Decoder(levels * dim, *shape, config.downsampling, n_out=3)
+
+    def forward(
+        self, images: Tensor, weight: Tensor | None = None, seeds: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """uint8 images [B, 3, S, S], weight [B] and seeds [B] for the quantizers' statistics ->
+        pixels [B, 3, S, S] in -1 .. 1; codes int64 [B, side, side] of each level, top first; the sum of the quantizers'
+        losses, fp32 [B]."""
+        hidden = self.hidden(images)
+        maps: Tensor | None = None
+        levels: list[Quantized] = []
+        for level in range(len(self.quantizers)):
+            levels.append(self.quantizers[level](self.features(level, hidden, maps), weight, seeds))
+            maps = self.stack(level, maps, levels[-1].values)
+        loss = torch.stack([quantized.loss for quantized in levels]).sum(dim=0)
+        return self.decoder(maps), [quantized.codes for quantized in levels], loss
+
+    def hidden(self, images: Tensor) -> list[Tensor]:
+        """What the encoders make of uint8 images [B, 3, S, S]: [B, width, side, side] for each level, top first."""
+        x, hidden = to_pixels(images), []
+        for encoder in reversed(self.encoders):
+            x = encoder(x)
+            hidden.append(x)
+        return hidden[::-1]
+
+    def features(self, level: int, hidden: Sequence[Tensor], maps: Tensor | None) -> Tensor:
+        """What is quantized at a level, [B, dim, side, side], given the maps of those above (None at the top)."""
+        x = hidden[level]
+        if maps is not None:
+            x = torch.cat([self.contexts[level - 1](maps), x], dim=1)
+        features: Tensor = self.to_features[level](x)
+        return features
+
+    def stack(self, level: int, maps: Tensor | None, values: Tensor) -> Tensor:
+        """The maps with the vectors [B, dim, side, side] of a level added."""
+        if maps is None:
+            return values
+        enlarge = self.enlarge[level - 1]
+        larger: Tensor = enlarge(maps.to(next(enlarge.parameters()).dtype))
+        return torch.cat([larger, values.to(larger.dtype)], dim=1)
+
+    def encode(self, images: Tensor, levels: int | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """uint8 images [B, 3, S, S] -> codes int64 [B, side, side] of the `levels` topmost levels (None = all), and
+        their maps."""
+        hidden, maps, codes = self.hidden(images), None, []
+        for level in range(len(self.quantizers) if levels is None else levels):
+            codes.append(self.quantizer(level).encode(self.features(level, hidden, maps)))
+            maps = self.stack(level, maps, self.quantizer(level).lookup(codes[-1]))
+        return codes, maps
+
+    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+        """Codes int64 [B, side, side] of each level, top first -> pixels [B, 3, S, S] in -1 .. 1."""
+        maps: Tensor | None = None
+        for level, squares in enumerate(codes):
+            maps = self.stack(level, maps, self.quantizer(level).lookup(squares))
+        pixels: Tensor = self.decoder(maps)
+        return pixels
+
+    def quantizer(self, level: int) -> Quantizer:
+        """The quantizer of a level."""
+        quantizer = self.quantizers[level]
+        assert isinstance(quantizer, Quantizer)
+        return quantizer
+
+
+class Tokenizer:
+    """A trained VQ-VAE-2, frozen: like an `ImageTokenizer`, but with several grids, whose codes follow each other in
+    one row: top first, each level in raster order. Takes tensors on any device and answers on the model's."""
+
+    def __init__(self, model: VQVAE2, config: VQVAE2Config) -> None:
+        self.vocab = config.quantizer.vocab
+        self.grids = config.grids
+        self.image_size = config.image_size
+        self._model = model.eval()
+        self._samples_at_once = _samples_at_once(config)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] -> codes int64 [B, sum of grid^2]."""
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
+        rows = []
+        for part in torch.split(images.to(self._device), self._samples_at_once):
+            codes, _ = self._model.encode(part)
+            rows.append(torch.cat([squares.flatten(1) for squares in codes], dim=1))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, sum of grid^2] of any integer type -> uint8 images [B, 3, S, S]."""
+        sizes = [grid**2 for grid in self.grids]
+        assert codes.shape[1:] == (sum(sizes),)
+        pictures = []
+        for part in torch.split(codes.to(self._device, torch.int64), self._samples_at_once):
+            levels = zip(torch.split(part, sizes, dim=1), self.grids, strict=True)
+            pictures.append(to_bytes(self._model.decode([row.reshape(-1, grid, grid) for row, grid in levels])))
+        return torch.cat(pictures)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+
+class Stage(types.Stage):
+    """Trains one net, "model"."""
+
+    Config = VQVAE2Config
+
+    def __init__(self, config: VQVAE2Config, upstream: types.ImageTokenizer | None = None) -> None:
+        super().__init__(config, upstream)
+        self.config: VQVAE2Config = config
+        self._usages = self._windows(config.usage_window_samples)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+
+    def nets(self) -> Nets:
+        return {"model": VQVAE2(self.config)}
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """Squared error of pixels in -1 .. 1, averaged over the pixel values, and the levels' quantizer losses, each
+        averaged over positions and channels (Sec. 2.1, Eq. 2).
+
+        Terms: mse (0..255 scale), quantizer_loss (with update "ema" the commitment terms times beta).
+        """
+        images, weight = batch["image"], batch["weight"]
+        pixels, codes, quantizer_loss = nets[turn](images, weight, batch["seed"])
+        reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
+        total = ((reconstruction + quantizer_loss) * weight).mean()
+        with torch.no_grad():
+            mse = squared_error(pixels, images)
+            if nets[turn].training and total.requires_grad:
+                self._add(self._usages, codes, mse, weight > 0)
+            terms = {"mse": (mse * weight).mean(), "quantizer_loss": (quantizer_loss * weight).mean()}
+        return Losses(total, {name: term.detach() for name, term in terms.items()})
+
+    def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
+        """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used_<grid> (share of K)
+        and perplexity_<grid> of each level, psnr_db."""
+        model = _model(nets)
+        for level in range(self.config.levels):
+            model.quantizer(level).after_step(step)
+        return self._close(self._usages) if (step + 1) % self.config.usage_every == 0 else {}
+
+    @torch.no_grad()
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
+        images = batch["image"][:_PREVIEW_SAMPLES]
+        pixels, _, _ = nets["model"](images)
+        return {"reconstruction": torch.cat([images, to_bytes(pixels)], dim=2)}
+
+    @torch.no_grad()
+    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+        """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar), from
+        the top down, since each level sees the codes above it."""
+        if self.config.quantizer.init != "kmeans":
+            return
+        model = _model(nets)
+        images = first_images(batches, self.config.quantizer.init_samples)
+        for level in range(self.config.levels):
+            rows = []
+            for part in torch.split(images, _samples_at_once(self.config)):
+                _, maps = model.encode(part, levels=level)
+                features = model.features(level, model.hidden(part), maps)
+                rows.append(features.permute(0, 2, 3, 1).flatten(0, 2))
+            model.quantizer(level).initialise(torch.cat(rows))
+
+    def tokenizer(self, nets: Nets) -> Tokenizer:
+        """The trained net, frozen, as an `ImageTokenizer`."""
+        return Tokenizer(_model(nets), self.config)
+
+    @torch.no_grad()
+    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
+        """Quality over all samples of all ranks (a collective). Batches lie on the model's device.
+
+        Returns:
+            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes;
+            codes_used_<grid>, share of the K codes that occur at a level; perplexity_<grid>.
+        """
+        usages = self._windows(samples=1)
+        for batch in batches:
+            pixels, codes, _ = nets["model"](batch["image"])
+            self._add(usages, codes, squared_error(pixels, batch["image"]), batch["weight"] > 0)
+        return {name: float(value) for name, value in self._close(usages).items()}
+
+    def flops_per_sample(self) -> float:
+        """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            VQVAE2(self.config)(torch.empty(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8))
+        return 3.0 * float(counter.get_total_flops())
+
+    def _windows(self, samples: int) -> list[UsageWindow]:
+        """One for each level."""
+        return [UsageWindow(self.config.quantizer.vocab, samples) for _ in self.config.grids]
+
+    def _add(self, usages: Sequence[UsageWindow], codes: Sequence[Tensor], mse: Tensor, valid: Tensor) -> None:
+        for usage, squares in zip(usages, codes, strict=True):
+            usage.add(squares.flatten(1), mse, valid)
+
+    def _close(self, usages: Sequence[UsageWindow]) -> dict[str, Tensor]:
+        """What the windows have to say; the squared error is the same in all of them."""
+        values = {}
+        for usage, grid in zip(usages, self.config.grids, strict=True):
+            level = usage.close_chunk()
+            values["psnr_db"] = level.pop("psnr_db")
+            values |= {f"{name}_{grid}": value for name, value in level.items()}
+        return values
+
+
+def _samples_at_once(config: VQVAE2Config) -> int:
+    """How many samples evaluation holds at a time."""
+    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
+
+
+def _model(nets: Nets) -> VQVAE2:
+    model = nets["model"]
+    assert isinstance(model, VQVAE2)
+    return model
