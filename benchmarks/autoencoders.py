@@ -1,7 +1,8 @@
 """Parts of the VQ-VAE family against the plain way to do the same, side by side.
 
-    python benchmarks/autoencoders.py pixelsnail
+    python benchmarks/autoencoders.py pixelsnail quantizer
 
+    quantizer    forward, backward and codebook update of 8192 codes of width 256, beside vector-quantize-pytorch
     pixelsnail   codes of 32x32 squares drawn pixel by pixel from what is kept, against a full forward pass for each
 
 Both sides run in one process on one thread, in turn, repetition after repetition; a figure is the median over the
@@ -15,13 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import describe, peer
 from torch import Tensor
 
 from dalle_scale import log
@@ -29,6 +32,7 @@ from dalle_scale.stages import vqvae2_prior
 from dalle_scale.types import Nets
 
 RESULTS = Path(__file__).parent / "results"
+VECTOR_QUANTIZE = "vector-quantize-pytorch==1.32.0"
 
 
 def main() -> None:
@@ -109,7 +113,51 @@ def draw_uncached(stage: vqvae2_prior.Stage, nets: Nets, seeds: Tensor) -> Tenso
     return codes
 
 
-COMPARISONS: dict[str, Callable[[int], dict[str, Any]]] = {"pixelsnail": pixelsnail}
+# --- quantizer --------------------------------------------------------------------------------------------------------
+
+
+def quantizer(repetitions: int) -> dict[str, Any]:
+    """4 x 32 x 32 vectors through 8192 codes of width 256, EMA update. Each side in a process of its own, which waits
+    while the other works; the peer is installed into an environment of its own."""
+    pythons = {"ours": Path(sys.executable), "vector-quantize-pytorch": peer("quantizers", VECTOR_QUANTIZE)}
+    program = str(Path(__file__).with_name("quantizer_side.py"))
+    sides = {
+        name: subprocess.Popen([str(python), program, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, python in pythons.items()
+    }
+
+    def ask(name: str, what: str) -> float:
+        side = sides[name]
+        assert side.stdin is not None and side.stdout is not None
+        print(what, file=side.stdin, flush=True)
+        return float(side.stdout.readline())
+
+    try:
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for name in sides:
+            ask(name, "run")  # the first allocates
+        for _ in log.progress(range(repetitions), "quantizer", "repetitions", repetitions):
+            for name in sides:
+                seconds[name].append(ask(name, "run"))
+        memory = {name: ask(name, "memory") for name in sides}
+    finally:
+        for side in sides.values():
+            side.kill()
+    ours, theirs = sides
+    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    return {
+        "vectors": "4 x 32 x 32 of width 256",
+        "codes": 8192,
+        "peer": VECTOR_QUANTIZE,
+        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
+        "times_as_fast": round(statistics.median(ratios), 2),
+        "times_as_fast_lowest": round(min(ratios), 2),
+        "peak_mebibytes": {name: round(size / 2**20, 1) for name, size in memory.items()},
+        "share_of_memory": round(memory[ours] / memory[theirs], 3),
+    }
+
+
+COMPARISONS: dict[str, Callable[[int], dict[str, Any]]] = {"pixelsnail": pixelsnail, "quantizer": quantizer}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ push at random.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_scale import dist, log, types
+from dalle_scale import dist, types
 from dalle_scale.nn.discriminator import (
     DiscriminatorConfig,
     GanLoss,
@@ -42,9 +41,10 @@ from dalle_scale.nn.gan_blocks import GanDecoder, GanEncoder
 from dalle_scale.nn.perceptual import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
 from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
 from dalle_scale.nn.usage import UsageWindow
+from dalle_scale.nn.vq_blocks import first_images, squared_error, to_bytes, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
-_PIXELS_AT_ONCE = 1 << 22  # that the tokenizer has in work: 64 pictures of 256 x 256
+_PIXELS_AT_ONCE = 1 << 22  # in work without gradients: 64 pictures of 256 x 256
 _PREVIEW_SAMPLES = 8
 _LARGEST_LAMBDA = 1e4
 _LAMBDA_EPS = 1e-6
@@ -132,7 +132,7 @@ class VQGAN(nn.Module):
             Pictures around -1 .. 1 [B, 3, S, S]; what the last convolution made them from, without gradient
             [B, C, S, S]; quantizer's loss fp32 [B]; codes int64 [B, h, h].
         """
-        quantized = self.quantizer(self.encoder(signed(images)), weight, seeds)
+        quantized = self.quantizer(self.encoder(to_pixels(images)), weight, seeds)
         pictures, last = self.decoder(quantized.values)
         return pictures, last.detach(), quantized.loss, quantized.codes
 
@@ -155,14 +155,14 @@ class Tokenizer:
         self.grids = (config.grid,)
         self.image_size = config.image_size
         self._model = model.eval()
-        self._samples_at_once = max(1, _PIXELS_AT_ONCE // config.image_size**2)
+        self._samples_at_once = _samples_at_once(config)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]."""
         assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
         model, parts = self._model, torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([model.quantizer.encode(model.encoder(signed(part))).flatten(1) for part in parts])
+        return torch.cat([model.quantizer.encode(model.encoder(to_pixels(part))).flatten(1) for part in parts])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Stage(types.Stage):
     def _model_loss(self, nets: Nets, batch: Batch, step: int) -> Losses:
         images, weight, config = batch["image"], batch["weight"], self.config
         made, last, commitment, codes = nets["model"](images, weight, batch["seed"])
-        made, target = made.float(), signed(images)
+        made, target = made.float(), to_pixels(images)
         judged = step >= config.judged_from
         measuring = judged and config.adaptive_weight and made.requires_grad
         # What is measured needs the gradients at the pictures, and no pass through an engine but its own backward
@@ -238,7 +238,7 @@ class Stage(types.Stage):
         if judged:
             means["lambda"] = self._lambda(nets)
         if nets["model"].training and total.requires_grad:
-            self._usage.add(codes.flatten(1), _squared_error(made, images), weight > 0)
+            self._usage.add(codes.flatten(1), squared_error(made.detach(), images), weight > 0)
         return Losses(total, means)
 
     def _measured(
@@ -257,7 +257,7 @@ class Stage(types.Stage):
         weight, config = batch["weight"], self.config
         with torch.no_grad():
             made = nets["model"](batch["image"])[0].float()
-        real, fake = nets["discriminator"](torch.cat([signed(batch["image"]), made])).chunk(2)
+        real, fake = nets["discriminator"](torch.cat([to_pixels(batch["image"]), made])).chunk(2)
         terms = {"disc": discriminator_loss(real, fake, config.gan_loss)}
         total = terms["disc"]
         if config.lecam_weight > 0:
@@ -291,11 +291,9 @@ class Stage(types.Stage):
         assert isinstance(model, VQGAN)
         if config.init != "kmeans":
             return
-        images = (image for batch in batches for image in batch["image"][batch["weight"] > 0])
-        features = []
+        parts = first_images(batches, config.init_samples).split(_samples_at_once(self.config))
         with torch.no_grad():
-            for image in log.progress(islice(images, config.init_samples), "k-means", "images", config.init_samples):
-                features.append(model.encoder(signed(image[None])).float().flatten(2).mT[0])
+            features = [model.encoder(to_pixels(part)).float().permute(0, 2, 3, 1).flatten(0, 2) for part in parts]
         model.quantizer.initialise(torch.cat(features))
 
     @torch.no_grad()
@@ -321,7 +319,7 @@ class Stage(types.Stage):
         usage = UsageWindow(self.config.quantizer.vocab, samples=1)
         for batch in batches:
             made, _, _, codes = nets["model"](batch["image"])
-            usage.add(codes.flatten(1), _squared_error(made, batch["image"]), batch["weight"] > 0)
+            usage.add(codes.flatten(1), squared_error(made, batch["image"]), batch["weight"] > 0)
         return {name: float(value) for name, value in usage.close_chunk().items()}
 
     def flops_per_sample(self) -> float:
@@ -359,20 +357,9 @@ class Stage(types.Stage):
         return factor
 
 
-def signed(images: Tensor) -> Tensor:
-    """uint8 0..255 (or floats of that range) -> fp32 in -1 .. 1, same shape."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """Pictures around -1 .. 1 -> uint8, cut off and rounded to nearest; `to_bytes(signed(images))` gives them back."""
-    return ((pictures.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-
-
-def _squared_error(made: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error of each sample on the 0..255 scale, of pictures cut off to it: fp32 [B]."""
-    pixels = ((made.detach().float() + 1) * 127.5).clamp(0, 255)
-    return (pixels - images.float()).square().mean(dim=(1, 2, 3))
+def _samples_at_once(config: VQGANConfig) -> int:
+    """Pictures that are encoded or decoded together without gradients."""
+    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
 
 
 def _average(nets: Nets, name: Literal["logits", "gradient_norms"]) -> MovingAverage:

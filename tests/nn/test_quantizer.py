@@ -56,6 +56,7 @@ def test_nearest_codes_against_brute_force(update: str) -> None:
     quantizer, x = make(update=update), features(1, batch=20)
     want = brute_force(x, quantizer.codebook)
     got = quantizer(x)
+    assert isinstance(got, tuple), "ZeRO 3 would leave the codebook cut up in the backward pass"
     assert got.codes.dtype == torch.int64 and torch.equal(got.codes, want) and torch.equal(quantizer.encode(x), want)
     assert torch.equal(got.values, quantizer.codebook[want].permute(0, 3, 1, 2))
     assert torch.equal(got.values, quantizer.lookup(want))

@@ -17,7 +17,8 @@ from dalle_scale.checkpoint import export
 from dalle_scale.nn.discriminator import MovingAverage
 from dalle_scale.nn.gan_blocks import Attention, Residual
 from dalle_scale.nn.perceptual import build_lpips
-from dalle_scale.stages.vqgan import VQGAN, Discriminator, Stage, VQGANConfig, signed, to_bytes
+from dalle_scale.nn.vq_blocks import to_bytes, to_pixels
+from dalle_scale.stages.vqgan import VQGAN, Discriminator, Stage, VQGANConfig
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Nets, UserError
 
 TINY = {
@@ -67,7 +68,7 @@ def critic_of(nets: Nets) -> Discriminator:
 def made_by(nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstruction and the quantizer's loss [B], without the stage."""
     model = model_of(nets)
-    quantized = model.quantizer(model.encoder(signed(images)))
+    quantized = model.quantizer(model.encoder(to_pixels(images)))
     return model.decoder(quantized.values)[0], quantized.loss
 
 
@@ -101,7 +102,7 @@ def test_losses_by_hand(lecam_weight: float) -> None:
     set_average(critic_of(nets).logits, 0.4, -0.2)
     batch, critic = batch_of(3), nets["discriminator"]
     made, commitment = made_by(nets, batch["image"])
-    target = signed(batch["image"])
+    target = to_pixels(batch["image"])
     lpips = build_lpips(stage.config.perceptual)(made, target).mean()
     verdict = -critic(made).mean()
     want = F.l1_loss(made, target) + 0.5 * lpips + commitment.mean() + 0.8 * 3 / (2 + 1e-6) * verdict
@@ -163,7 +164,7 @@ def test_lambda_against_autograd(micro: int) -> None:
     kept = batch["weight"] > 0
     want = []
     for step in range(3):
-        images = signed(batch["image"][kept])
+        images = to_pixels(batch["image"][kept])
         made, _ = made_by(nets, batch["image"][kept])
         likeness = F.l1_loss(made, images) + (lpips(made, images).mean() if lpips else 0.0)
         verdict = -nets["discriminator"](made).mean()
@@ -325,12 +326,6 @@ def test_usage_is_logged_at_its_cadence() -> None:
         stage.loss("model", nets, batch_of(4, seed=step), step)
         values = stage.after_step(nets, step)
         assert set(values) == ({"codes_used", "perplexity", "psnr_db"} if step % 2 else set())
-
-
-def test_bytes_there_and_back() -> None:
-    images = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(signed(images)), images)
-    assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_attention_by_hand() -> None:
