@@ -34,7 +34,15 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=9.0", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            "pytest>=9.0",
+            "pytest-timeout>=2.4",
+            "hypothesis>=6.100",
+            "vector-quantize-pytorch>=1.30",  # an independent quantizer
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+        ],
         "wandb": ["wandb"],
     },
 )
