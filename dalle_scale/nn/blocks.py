@@ -66,7 +66,7 @@ class CodeHead(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(n_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             return F.linear(x.permute(0, 2, 3, 1).float(), self.weight.float(), self.bias.float())
 
 
@@ -80,7 +80,7 @@ class CodeEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(vocab))
 
     def forward(self, assignment: Tensor) -> Tensor:
-        with _no_autocast(assignment.device.type):
+        with no_autocast(assignment.device.type):
             weight = self.weight.float()
             rows = assignment @ weight if assignment.is_floating_point() else F.embedding(assignment, weight)
             return (rows + self.bias.float()).permute(0, 3, 1, 2)
@@ -160,7 +160,7 @@ def _group(n_in: int, width: int, blocks: int, kernels: Sequence[int], groups: i
     return [Bottleneck(width if index else n_in, width, kernels, gain) for index in range(blocks)]
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Computes in the precision of the operands; devices without autocast (meta) do so anyway."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

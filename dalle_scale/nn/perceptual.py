@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dalle_scale.nn.blocks import _no_autocast
+from dalle_scale.nn.blocks import no_autocast
 from dalle_scale.types import StrictModel, UserError
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five groups
@@ -69,7 +69,7 @@ class Lpips(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         assert first.shape[-1] >= SMALLEST_PIXELS and first.shape[-2] >= SMALLEST_PIXELS
-        with _no_autocast(first.device.type):
+        with no_autocast(first.device.type):
             distance = first.new_zeros(len(first), dtype=torch.float32)
             layers = zip(self._layers(first), self._layers(second), self.heads, strict=True)
             for one, other, head in layers:
@@ -81,12 +81,12 @@ class Lpips(nn.Module):
         x, found = (images.float() - self.shift) / self.scale, []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):  # what goes into a pooling is the last of its group
-                found.append(_unit(x))
+                found.append(unit_features(x))
             x = layer(x)
-        return [*found, _unit(x)]
+        return [*found, unit_features(x)]
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit_features(x: Tensor) -> Tensor:
     """Each position's channels at length 1: [B, C, h, w] -> the same."""
     return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + _EPS)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale import dist
-from dalle_scale.nn.blocks import _no_autocast
+from dalle_scale.nn.blocks import no_autocast
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.kmeans import assign, kmeans
 from dalle_scale.types import StrictModel, UserError
@@ -128,7 +128,7 @@ class Quantizer(nn.Module):
             seeds: int64 [B], randomness of the restarts. With them the choice does not depend on how the global batch
                 is spread over ranks and micro-batches; without, it is drawn from the bits of the features.
         """
-        with _no_autocast(features.device.type):
+        with no_autocast(features.device.type):
             vectors = self._vectors(features)
             codes, error = self._nearest(vectors.detach())
             chosen = F.embedding(codes, self._table())
@@ -143,12 +143,12 @@ class Quantizer(nn.Module):
 
     def encode(self, features: Tensor) -> Tensor:
         """Codes int64 [B, H, W] of features [B, D, H, W], without statistics."""
-        with _no_autocast(features.device.type):
+        with no_autocast(features.device.type):
             return self._nearest(self._vectors(features))[0]
 
     def lookup(self, codes: Tensor) -> Tensor:
         """What the decoder gets for codes int64 [B, H, W]: fp32 [B, D, H, W]."""
-        with _no_autocast(codes.device.type):
+        with no_autocast(codes.device.type):
             vectors: Tensor = self.up(F.embedding(codes, self._table()))
             return vectors.permute(0, 3, 1, 2)
 

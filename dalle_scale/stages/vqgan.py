@@ -291,7 +291,8 @@ class Stage(types.Stage):
         assert isinstance(model, VQGAN)
         if config.init != "kmeans":
             return
-        parts = first_images(batches, config.init_samples).split(_samples_at_once(self.config))
+        images = first_images(batches, config.init_samples)
+        parts = torch.split(images, _samples_at_once(self.config))
         with torch.no_grad():
             features = [model.encoder(to_pixels(part)).float().permute(0, 2, 3, 1).flatten(0, 2) for part in parts]
         model.quantizer.initialise(torch.cat(features))

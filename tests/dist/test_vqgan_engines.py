@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         todo.append([str(config), f"engine.zero={zero}", f"run={folder / name}"])
         todo.append([str(config), f"engine.zero={zero}", f"run={folder / name}_resumed", "--resume", str(third)])
     (folder / "todo.json").write_text(json.dumps(todo))
-    launch(TESTS / "dist" / "vqgan_runs.py", folder / "todo.json", processes=2)
+    launch(TESTS / "dist" / "many_runs.py", folder / "todo.json", processes=2)
     return folder
 
 

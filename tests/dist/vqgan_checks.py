@@ -1,4 +1,4 @@
-"""Started by test_vqgan.py through the deepspeed launcher: VQGAN's two players in engines against a plain PyTorch loop.
+"""Started by test_vqgan_engines.py through the deepspeed launcher: VQGAN's two players in engines against a plain PyTorch loop.
 
 Writes `{name of the check: "ok" or what went wrong}` to the file named on the command line. The reference trains on
 the global batch with two optimizers, and takes lambda by its definition: autograd through the decoder to the weight of
