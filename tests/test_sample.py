@@ -164,6 +164,49 @@ def test_larger_pictures(folder, tmp_path):
         sampler.draw(PROMPTS, 1, 0, Options(size=(5, 8), prime=torch.zeros(4, dtype=torch.int64)))
 
 
+@pytest.fixture(scope="module")
+def levels(folder, tmp_path_factory):
+    """Exports of a VQ-VAE-2 and of the priors of its two levels, the second with captions."""
+    root = tmp_path_factory.mktemp("levels")
+    sizes = {"width": 8, "residual_width": 4, "blocks": 1, "dim": 8, "quantizer": {"vocab": 32}}
+    tokenizer = export_stage(root / "vqvae2", "vqvae2", {}, image_size=32, downsampling=4, levels=2, **sizes)
+    parts = {"tokenizer": tokenizer, "text_tokenizer": folder.parent / "text.model"}
+    small = {"width": 16, "residual_width": 16, "layers": 1, "kernel": 3, "attention_blocks": 0, "heads": 2}
+    more = {"grids": (4, 8), "vocab": 32, "output_layers": 0, "conditioning_layers": 1, **small}
+    for level, captions in enumerate(({}, {"text_length": 8, "text_vocab": 48})):
+        export_stage(root / f"prior_{level}", "vqvae2_prior", parts, level=level, **more, **captions)
+    return root
+
+
+def test_priors_draw_level_after_level(levels):
+    priors = [levels / "prior_0", levels / "prior_1"]
+    sampler = Sampler(priors[::-1])  # in any order
+    [batch] = sampler.draw(PROMPTS[:2], 2, 7, Options(temperature=0.9))
+    top, bottom = (export.load(prior) for prior in priors)
+    seeds = torch.tensor(batch.seed)
+    text = sampler.text.encode([PROMPTS[index] for index in batch.prompt_index], 8)
+    upper = top.stage.sample(top.nets, seeds, temperature=0.9)
+    lower = bottom.stage.sample(bottom.nets, seeds, upper, text, temperature=0.9)
+    expected = export.open_tokenizer(levels / "vqvae2").decode(torch.cat([upper, lower], dim=1))
+    assert torch.equal(batch.images, expected)
+    with pytest.raises(UserError, match="give the export of each level once"):
+        Sampler(priors[1:])
+    with pytest.raises(UserError, match="for models of the stage 'dalle'"):
+        sampler.draw(PROMPTS, 1, 0, Options(top_k=3))
+
+
+def test_a_stage_that_draws_pixels(tmp_path):
+    sizes = {"image_size": 16, "n_hid": 8, "multipliers": (1, 1), "latent": "vector", "latent_channels": 4}
+    vae = export_stage(tmp_path / "vae", "vae", {}, **sizes)
+    [batch] = Sampler([vae]).draw([""], 3, 1)
+    opened = export.load(vae)
+    assert torch.equal(batch.images, opened.stage.sample_images(opened.nets, torch.tensor(batch.seed)))
+    with pytest.raises(UserError, match="several models draw together only if"):
+        Sampler([vae, vae])
+    with pytest.raises(UserError, match="draws pixels"):
+        Sampler([vae]).prime_codes(tmp_path / "x.png", 1)
+
+
 def test_long_prompts_are_cut_and_counted(folder):
     sampler = Sampler([folder])
     list(sampler.draw([*PROMPTS, "a red circle " * 20], candidates=2, seed=0))

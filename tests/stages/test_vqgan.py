@@ -294,6 +294,7 @@ def test_tokenizer_and_export(tmp_path: Path) -> None:
     decoded = tokenizer.decode(codes.to(torch.int32))
     assert decoded.dtype == torch.uint8 and not decoded.requires_grad
     assert int((decoded.int() - to_bytes(pictures).int()).abs().max()) <= 1
+    assert tokenizer.decode_grid(torch.cat([squares] * 2, dim=1)).shape == (5, 3, 32, 16), "twice as many rows"
     export.save(tmp_path / "export", "vqgan", stage.config, {name: net.state_dict() for name, net in nets.items()})
     assert torch.equal(export.open_tokenizer(tmp_path / "export").encode(batch["image"]), codes)
 

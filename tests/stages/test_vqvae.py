@@ -198,6 +198,8 @@ def test_tokenizer_of_an_export(tmp_path: Any) -> None:
         preview = stage.preview({"model": model}, batch_of(images))["reconstruction"]
     assert torch.equal(preview, torch.cat([images, tokenizer.decode(codes)], dim=2))
     export.save(tmp_path / "export", "vqvae", stage.config, {"model": model.state_dict()}, {})
+    wide = tokenizer.decode_grid(torch.cat([codes.view(5, 4, 4)] * 2, dim=2))
+    assert wide.shape == (5, 3, 16, 32), "twice as many columns"
     opened = export.open_tokenizer(tmp_path / "export", torch.device("cpu"))
     assert torch.equal(opened.encode(images), codes) and torch.equal(opened.decode(codes), tokenizer.decode(codes))
 
