@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ def barrier() -> None:
     """Wait for all ranks."""
     if group := _joined():
         group.barrier()
+
+
+def join() -> None:
+    """Join the ranks of a program that does not train, if there are several. They may wait for the slowest for days."""
+    if world_size() > 1:
+        import torch.distributed
+
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def leave() -> None:

@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dalle_scale import dist, log
 from dalle_scale.checkpoint import export
@@ -47,8 +44,7 @@ def main() -> None:
         plan_path(args.out).unlink(missing_ok=True)  # a run that was stopped between its last two lines
         log.say(f"{args.out}: complete already")
         return
-    if dist.world_size() > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest
+    dist.join()
     if dist.is_main():
         plan_path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with shards.atomic(plan_path(args.out)) as temporary:

@@ -12,10 +12,7 @@ reconstructions_<name>.png for each export. What cannot be read is left out, cou
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 from dalle_scale import dist, evaluate, evaluate_page, log
 from dalle_scale.data.manifest import Manifest
@@ -31,8 +28,7 @@ def main() -> None:
     ledger, device = args.out / "ledger.jsonl", dist.device()
     subjects = evaluate.open_subjects(args.exports, device)
     data = [evaluate.open_pictures(args.data, s.image_size, args.samples, args.batch, ledger) for s in subjects]
-    if dist.world_size() > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for the slowest
+    dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
     dist.barrier()

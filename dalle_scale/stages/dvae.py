@@ -22,6 +22,7 @@ from dalle_scale.nn.blocks import Decoder, Encoder
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
 from dalle_scale.nn.likelihood import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
+from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
@@ -146,44 +147,6 @@ class DVAE(nn.Module):
         return self.decoder(gumbel_softmax(logits, tau, seeds, step)), kl_to_uniform(logits), codes
 
 
-class Tokenizer:
-    """A trained dVAE as an `ImageTokenizer`. Takes tensors on any device and answers on the model's.
-
-    No gradients, but no inference mode either: codes made inside a training step may be embedded there.
-    """
-
-    def __init__(self, model: DVAE, config: DVAEConfig, likelihood: Likelihood) -> None:
-        self.vocab = config.vocab
-        self.grids = (config.grid,)
-        self.image_size = config.image_size
-        self._model = model.eval()
-        self._likelihood = likelihood
-        self._samples_at_once = max(1, _LOGITS_AT_ONCE // (config.grid**2 * config.vocab))
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]: argmax of the logits, no noise."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
-        parts = torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([self._model.encoder(phi(part)).argmax(dim=-1).flatten(1) for part in parts])
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
-        assert codes.shape[1:] == (self.grids[0] ** 2,)
-        return self.decode_grid(codes.view(-1, *self.grids * 2))
-
-    @torch.no_grad()
-    def decode_grid(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] of any size -> uint8 images [B, 3, h * S / grid, w * S / grid]."""
-        parts = torch.split(codes.to(self._device, torch.int64), self._samples_at_once)
-        return torch.cat([to_bytes(self._likelihood.mean(self._model.decoder(part))) for part in parts])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-
 class Stage(types.Stage):
     """Trains one net, "model"."""
 
@@ -264,10 +227,18 @@ class Stage(types.Stage):
         )
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen, as an `ImageTokenizer`."""
-        model = nets["model"]
+        """The trained net, frozen: codes are the argmax of the logits, without noise."""
+        model, config = nets["model"], self.config
         assert isinstance(model, DVAE)
-        return Tokenizer(model, self.config, self.likelihood)
+        return Tokenizer(
+            model,
+            lambda images: [model.encoder(phi(images)).argmax(dim=-1)],
+            lambda levels: to_bytes(self.likelihood.mean(model.decoder(levels[0]))),
+            vocab=config.vocab,
+            grids=(config.grid,),
+            image_size=config.image_size,
+            samples_at_once=_LOGITS_AT_ONCE // (config.grid**2 * config.vocab),
+        )
 
     @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:

@@ -40,6 +40,7 @@ from dalle_scale.nn.discriminator import (
 from dalle_scale.nn.gan_blocks import GanDecoder, GanEncoder
 from dalle_scale.nn.perceptual import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
 from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.nn.vq_blocks import first_images, squared_error, to_bytes, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
@@ -145,40 +146,6 @@ class Discriminator(PatchDiscriminator):
         super().__init__(config.discriminator)
         self.logits = MovingAverage(2, config.lecam_decay)
         self.gradient_norms = MovingAverage(2, config.adaptive_decay)
-
-
-class Tokenizer:
-    """A trained VQGAN as an `ImageTokenizer`. Takes tensors on any device and answers on the model's."""
-
-    def __init__(self, model: VQGAN, config: VQGANConfig) -> None:
-        self.vocab = config.quantizer.vocab
-        self.grids = (config.grid,)
-        self.image_size = config.image_size
-        self._model = model.eval()
-        self._samples_at_once = _samples_at_once(config)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
-        model, parts = self._model, torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([model.quantizer.encode(model.encoder(to_pixels(part))).flatten(1) for part in parts])
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
-        assert codes.shape[1:] == (self.grids[0] ** 2,)
-        return self.decode_grid(codes.view(-1, *self.grids * 2))
-
-    @torch.no_grad()
-    def decode_grid(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] of any size -> uint8 images [B, 3, h * S / grid, w * S / grid]."""
-        parts = torch.split(codes.to(self._device, torch.int64), self._samples_at_once)
-        return torch.cat([to_bytes(self._model.decoder(self._model.quantizer.lookup(part))[0]) for part in parts])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
 
 
 class Stage(types.Stage):
@@ -304,10 +271,18 @@ class Stage(types.Stage):
         return {"reconstruction": torch.cat([images, to_bytes(nets["model"](images)[0])], dim=2)}
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained generator, frozen, as an `ImageTokenizer`."""
-        model = nets["model"]
+        """The trained net, frozen, as an `ImageTokenizer`."""
+        model, config = nets["model"], self.config
         assert isinstance(model, VQGAN)
-        return Tokenizer(model, self.config)
+        return Tokenizer(
+            model,
+            lambda images: [model.quantizer.encode(model.encoder(to_pixels(images)))],
+            lambda levels: to_bytes(model.decoder(model.quantizer.lookup(levels[0]))[0]),
+            vocab=config.quantizer.vocab,
+            grids=(config.grid,),
+            image_size=config.image_size,
+            samples_at_once=_samples_at_once(config),
+        )
 
     @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:

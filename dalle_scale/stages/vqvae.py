@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_scale import types
 from dalle_scale.nn.likelihood import Gaussian
 from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
@@ -86,40 +87,6 @@ class VQVAE(nn.Module):
         return self.decoder(quantized.values), quantized.codes, quantized.loss
 
 
-class Tokenizer:
-    """A trained VQ-VAE as an `ImageTokenizer`. Takes tensors on any device and answers on the model's."""
-
-    def __init__(self, model: VQVAE, config: VQVAEConfig) -> None:
-        self.vocab = config.quantizer.vocab
-        self.grids = (config.grid,)
-        self.image_size = config.image_size
-        self._model = model.eval()
-        self._samples_at_once = _samples_at_once(config)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] -> codes int64 [B, grid * grid]."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
-        parts = torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([self._model.quantizer.encode(self._model.features(part)).flatten(1) for part in parts])
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, grid * grid] of any integer type -> uint8 images [B, 3, S, S]."""
-        assert codes.shape[1:] == (self.grids[0] ** 2,)
-        return self.decode_grid(codes.view(-1, *self.grids * 2))
-
-    @torch.no_grad()
-    def decode_grid(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] of any size -> uint8 images [B, 3, h * S / grid, w * S / grid]."""
-        parts = torch.split(codes.to(self._device, torch.int64), self._samples_at_once)
-        return torch.cat([to_bytes(self._model.decoder(self._model.quantizer.lookup(part))) for part in parts])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-
 class Stage(types.Stage):
     """Trains one net, "model"."""
 
@@ -185,7 +152,17 @@ class Stage(types.Stage):
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
         """The trained net, frozen, as an `ImageTokenizer`."""
-        return Tokenizer(_model(nets), self.config)
+        model, config = nets["model"], self.config
+        assert isinstance(model, VQVAE)
+        return Tokenizer(
+            model,
+            lambda images: [model.quantizer.encode(model.features(images))],
+            lambda levels: to_bytes(model.decoder(model.quantizer.lookup(levels[0]))),
+            vocab=config.quantizer.vocab,
+            grids=(config.grid,),
+            image_size=config.image_size,
+            samples_at_once=_samples_at_once(config),
+        )
 
     @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import types
 from dalle_scale.nn.quantizer import Quantized, Quantizer, QuantizerConfig
+from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
@@ -146,43 +147,6 @@ class VQVAE2(nn.Module):
         return quantizer
 
 
-class Tokenizer:
-    """A trained VQ-VAE-2, frozen: like an `ImageTokenizer`, but with several grids, whose codes follow each other in
-    one row: top first, each level in raster order. Takes tensors on any device and answers on the model's."""
-
-    def __init__(self, model: VQVAE2, config: VQVAE2Config) -> None:
-        self.vocab = config.quantizer.vocab
-        self.grids = config.grids
-        self.image_size = config.image_size
-        self._model = model.eval()
-        self._samples_at_once = _samples_at_once(config)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] -> codes int64 [B, sum of grid^2]."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
-        rows = []
-        for part in torch.split(images.to(self._device), self._samples_at_once):
-            codes, _ = self._model.encode(part)
-            rows.append(torch.cat([squares.flatten(1) for squares in codes], dim=1))
-        return torch.cat(rows)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, sum of grid^2] of any integer type -> uint8 images [B, 3, S, S]."""
-        sizes = [grid**2 for grid in self.grids]
-        assert codes.shape[1:] == (sum(sizes),)
-        pictures = []
-        for part in torch.split(codes.to(self._device, torch.int64), self._samples_at_once):
-            levels = zip(torch.split(part, sizes, dim=1), self.grids, strict=True)
-            pictures.append(to_bytes(self._model.decode([row.reshape(-1, grid, grid) for row, grid in levels])))
-        return torch.cat(pictures)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-
 class Stage(types.Stage):
     """Trains one net, "model"."""
 
@@ -249,8 +213,18 @@ class Stage(types.Stage):
             model.quantizer(level).initialise(torch.cat(rows))
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen, as an `ImageTokenizer`."""
-        return Tokenizer(_model(nets), self.config)
+        """The trained net, frozen, as an `ImageTokenizer` of several levels."""
+        model, config = nets["model"], self.config
+        assert isinstance(model, VQVAE2)
+        return Tokenizer(
+            model,
+            lambda images: model.encode(images)[0],
+            lambda levels: to_bytes(model.decode(list(levels))),
+            vocab=config.quantizer.vocab,
+            grids=config.grids,
+            image_size=config.image_size,
+            samples_at_once=_samples_at_once(config),
+        )
 
     @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
