@@ -6,9 +6,10 @@ of formats. The format is sniffed from the content. Size is checked before anyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from io import BytesIO
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,36 @@ from dalle_scale.data.reader import BadSample
 
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3], RGB
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_PIXELS = 1 << 26
 _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "JPEG")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
+def _strictly(function: Callable[P, T]) -> Callable[P, T]:
+    """Whatever is raised becomes BadSample, with a text that repeats.
+
+    A decorator: entering a context manager for each picture costs one in a hundred of what decoding does.
+    """
+
+    @wraps(function)
+    def strict(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except BadSample:
+            raise
+        except UnidentifiedImageError:  # its text holds an address in memory, and reasons must repeat
+            raise BadSample("cannot decode: no picture of a known format") from None
+        except Exception as error:  # a decoder that meets damage raises whatever it likes
+            raise BadSample(f"cannot decode: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+    return strict
+
+
+@_strictly
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None, factor: int = 1) -> Pixels:
     """Decode a JPEG, PNG, WebP, GIF (first frame) or BMP file to RGB, upright, on white where it is transparent.
 
@@ -36,49 +61,38 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None,
     Raises:
         BadSample: unknown format, damaged, or more than `max_pixels` pixels.
     """
-    with _strictly():
-        if data.startswith(b"\xff\xd8\xff"):
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-            _check_size(width, height, max_pixels)
-            if space in ("RGB", "YCbCr", "Gray"):
-                fits = out is not None and factor == 1 and out.shape == (height, width, 3)
-                sides = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-                pixels = simplejpeg.decode_jpeg(
-                    data, colorspace="RGB", strict=True, buffer=out if fits else None, **(sides if factor > 1 else {})
-                )
-                return _upright(out if fits and out is not None else pixels, data)
-        return _decode_with_pillow(data, max_pixels)
+    if data.startswith(b"\xff\xd8\xff"):
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        _check_size(width, height, max_pixels)
+        if space in ("RGB", "YCbCr", "Gray"):
+            if factor > 1:
+                height, width = -(-height // factor), -(-width // factor)
+            elif out is not None and out.shape == (height, width, 3):
+                simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=out)
+                return _upright(out, data)
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", strict=True, min_height=height, min_width=width, min_factor=factor
+            )
+            return _upright(pixels, data)
+    return _decode_with_pillow(data, max_pixels)
 
 
+@_strictly
 def size_of(data: bytes) -> tuple[int, int]:
     """Width and height of a picture as `decode` gives it, upright, by what stands before the pixels.
 
     Raises:
         BadSample: as `decode`, as far as can be told from there.
     """
-    with _strictly():
-        if data.startswith(b"\xff\xd8\xff"):
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-            orientation = _orientation(data)
-        else:
-            with Image.open(BytesIO(data), formats=_FORMATS) as picture:
-                width, height = picture.size
-                # without it getexif() of a PNG would decode the picture
-                orientation = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
-        return (height, width) if orientation in _TURNED else (width, height)
-
-
-@contextmanager
-def _strictly() -> Iterator[None]:
-    """Whatever is raised becomes BadSample, with a text that repeats."""
-    try:
-        yield
-    except BadSample:
-        raise
-    except UnidentifiedImageError:  # its text holds an address in memory, and reasons must repeat
-        raise BadSample("cannot decode: no picture of a known format") from None
-    except Exception as error:  # a decoder that meets damage raises whatever it likes
-        raise BadSample(f"cannot decode: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    if data.startswith(b"\xff\xd8\xff"):
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        orientation = _orientation(data)
+    else:
+        with Image.open(BytesIO(data), formats=_FORMATS) as picture:
+            width, height = picture.size
+            # without it getexif() of a PNG would decode the picture
+            orientation = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+    return (height, width) if orientation in _TURNED else (width, height)
 
 
 def extension(data: bytes) -> str:

@@ -34,6 +34,8 @@ def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
     Args:
         augment: "none" (centre square, no randomness), "dvae" (Listing 1) or "transformer" (Listing 2).
     """
+    if augment != "dvae" and pixels.shape == (size, size, 3):  # nothing to crop: shards are mostly built at this size
+        return pixels
     if augment == "none":
         return square(pixels, size)
     draws = _draws(seed)
@@ -47,8 +49,6 @@ def square(pixels: Pixels, size: int) -> Pixels:
     """The centre square of a picture [H, W, 3], area-resized to [size, size, 3]; edges are mapped onto edges."""
     height, width, _ = pixels.shape
     side = min(height, width)
-    if (height, width) == (size, size):
-        return pixels
     pixels = _crop(pixels, (height - side) // 2, (width - side) // 2, side)
     if side == size:
         return pixels
