@@ -24,7 +24,7 @@ from dalle_scale.data import codes
 from dalle_scale.data.shards import ShardWriter
 
 PROGRAM = ROOT / "launch" / "train.py"
-STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2")
+STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior")
 # Fresh features of the tiny vqvae2 are all but equal, and which of two codes is nearer is up to their last bits
 COMPARED = tuple(stage for stage in STAGES if stage != "vqvae2")
 ZEROS = (0, 1, 2, 3)
@@ -39,7 +39,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     for split, count in (("train", 30), ("valid", 13)):
         write_images(folder / "shards" / split, count, size=32, seed=count)
-        write_codes(folder / "codes" / split, count)
+        write_codes(folder / "codes" / split, count, 64, [8])
+        write_codes(folder / "vqvae2_codes" / split, count, 32, [4, 8])
     sentences = iter([f"picture number {index} of a thing" for index in range(100)])
     with (folder / "text.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -59,11 +60,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return configs
 
 
-def write_codes(folder: Path, count: int) -> None:
-    info = {"kind": "codes", "vocab": 64, "grids": [8]}
+def write_codes(folder: Path, count: int, vocab: int, grids: list[int]) -> None:
+    info = {"kind": "codes", "vocab": vocab, "grids": grids}
     with ShardWriter(folder, samples_per_shard=20, info=info) as writer:
         for index in range(count):
-            drawn = np.random.default_rng(index).integers(0, 64, 64)
+            drawn = np.random.default_rng(index).integers(0, vocab, sum(grid**2 for grid in grids))
             writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"picture number {index}".encode()})
 
 
