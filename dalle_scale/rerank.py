@@ -5,6 +5,7 @@
     best = order(scores, seeds)[:k]
 
 A scorer comes from an export of the `clip` stage, from open_clip or from a Hugging Face directory; see `open_scorer`.
+`rejection.py` turns it into a classifier.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +40,16 @@ _SAMPLE_KEYS = {"prompt_index": int, "prompt": str, "candidate": int, "seed": in
 class Scorer(Protocol):
     """Something that says how well pictures fit captions."""
 
+    scale: float  # what the model multiplies cosines with before a softmax: exp(logit_scale)
     truncated_captions: int  # how many captions were longer than the model reads; equal ones count once
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """Unit vectors, float32 [N, E] on the CPU, of uint8 pictures [N, 3, H, W]."""
+        ...
+
+    def caption_vectors(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [M, E] on the CPU. A caption is encoded once, however often it is asked for."""
+        ...
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine similarities, float32 [N] on the CPU, of uint8 pictures [N, 3, H, W] and their captions."""
@@ -50,20 +62,29 @@ class TwoTowers:
 
     encode_images: Callable[[Tensor], Tensor]
     encode_captions: Callable[[list[str]], tuple[Tensor, int]]
+    scale: float
     truncated_captions: int = field(default=0, init=False)
     _known: dict[str, Tensor] = field(default_factory=dict, init=False)  # caption -> its unit vector [E]
 
     @torch.no_grad()
-    def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """As in `Scorer`. A caption is encoded once, however many candidates share it."""
-        assert len(images) == len(captions), f"{len(images)} pictures, {len(captions)} captions"
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """As in `Scorer`."""
+        return F.normalize(self.encode_images(images).float(), dim=1).cpu()
+
+    @torch.no_grad()
+    def caption_vectors(self, captions: Sequence[str]) -> Tensor:
+        """As in `Scorer`."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         if new:
             features, truncated = self.encode_captions(new)
             self.truncated_captions += truncated
-            self._known.update(zip(new, F.normalize(features.float(), dim=1), strict=True))
-        texts = torch.stack([self._known[caption] for caption in captions])
-        return (F.normalize(self.encode_images(images).float(), dim=1) * texts).sum(dim=1).cpu()
+            self._known.update(zip(new, F.normalize(features.float(), dim=1).cpu(), strict=True))
+        return torch.stack([self._known[caption] for caption in captions])
+
+    def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """As in `Scorer`."""
+        assert len(images) == len(captions), f"{len(images)} pictures, {len(captions)} captions"
+        return (self.image_vectors(images) * self.caption_vectors(captions)).sum(dim=1)
 
 
 def order(scores: Tensor, seeds: Sequence[int]) -> list[int]:
@@ -123,19 +144,28 @@ def read_pictures(paths: Sequence[Path]) -> Tensor:
     return torch.stack(images)
 
 
-def score(scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], batch_samples: int) -> Tensor:
-    """Scores float32 [N] of samples whose pictures lie below `folder`, with a progress bar.
+def batches(
+    folder: Path, rows: Sequence[dict[str, Any]], batch_samples: int
+) -> Iterator[tuple[Sequence[dict[str, Any]], Tensor]]:
+    """Samples by the batch: rows, and their pictures below `folder` as uint8 [N, 3, H, W]. With a progress bar.
 
     Raises:
         UserError: as `read_pictures`.
     """
-    scores: list[Tensor] = []
     starts = range(0, len(rows), batch_samples)
     for start in log.progress(starts, "rank", f"batches of {batch_samples}", len(starts)):
         part = rows[start : start + batch_samples]
-        images = read_pictures([folder / row["file"] for row in part])
-        scores.append(scorer.score(images, [row["prompt"] for row in part]))
-    return torch.cat(scores)
+        yield part, read_pictures([folder / row["file"] for row in part])
+
+
+def score(scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], batch_samples: int) -> Tensor:
+    """Scores float32 [N] of samples whose pictures lie below `folder`.
+
+    Raises:
+        UserError: as `read_pictures`.
+    """
+    parts = batches(folder, rows, batch_samples)
+    return torch.cat([scorer.score(images, [row["prompt"] for row in part]) for part, images in parts])
 
 
 def rank(rows: Sequence[dict[str, Any]], scores: Tensor) -> list[dict[str, Any]]:
@@ -152,6 +182,19 @@ def rank(rows: Sequence[dict[str, Any]], scores: Tensor) -> list[dict[str, Any]]
         for position, best in enumerate(order(scores[places], [rows[place]["seed"] for place in places]), start=1):
             ranked[places[best]]["rank"] = position
     return ranked
+
+
+def share_of(share: float, candidates: int) -> int:
+    """How many of `candidates` a share keeps: the nearest whole number, a half goes up, at least one."""
+    return max(1, math.floor(round(share * candidates, 9) + 0.5))  # 0.145 * 100 is 14.499999999999998
+
+
+def keep(ranked: Sequence[dict[str, Any]], count: int = 1, share: float | None = None) -> list[dict[str, Any]]:
+    """Ranked rows with "kept" added: true for the best `count` of each prompt's candidates, or for their best `share`
+    as `share_of` counts it."""
+    candidates = Counter(row["prompt_index"] for row in ranked)
+    last = {prompt: share_of(share, number) if share else count for prompt, number in candidates.items()}
+    return [row | {"kept": row["rank"] <= last[row["prompt_index"]]} for row in ranked]
 
 
 def open_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
@@ -194,7 +237,9 @@ def _export(folder: Path, device: str | torch.device) -> Scorer:
         tokens = text.encode(captions, stage.config.text_length).to(device)
         return stage.text_features(nets, tokens), text.truncated_samples - before
 
-    return TwoTowers(lambda images: stage.image_features(nets, images.to(device)), encode_captions)
+    # as the loss has it: its cap holds the scale, not the parameter
+    scale = min(float(nets["model"].get_parameter("logit_scale").detach().float().exp()), stage.config.logit_scale_max)
+    return TwoTowers(lambda images: stage.image_features(nets, images.to(device)), encode_captions, scale)
 
 
 def _open_clip(name: str, device: str | torch.device) -> Scorer:
@@ -221,7 +266,7 @@ def _open_clip(name: str, device: str | torch.device) -> Scorer:
         too_long = tokenizer(captions, context_length=length + 1)[:, length] != pad
         return model.encode_text(tokens.to(device)), int(too_long.sum())
 
-    return TwoTowers(encode_images, encode_captions)
+    return TwoTowers(encode_images, encode_captions, float(model.logit_scale.detach().float().exp()))
 
 
 def _open_clip_source(open_clip: Any, name: str) -> tuple[str, dict[str, Any]]:
@@ -275,7 +320,7 @@ def _hugging_face(folder: Path, device: str | torch.device) -> Scorer:
         tokens = processor(text=captions, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return model.text_projection(model.text_model(**tokens.to(device)).pooler_output), too_long
 
-    return TwoTowers(encode_images, encode_captions)
+    return TwoTowers(encode_images, encode_captions, float(model.logit_scale.detach().float().exp()))
 
 
 def _pillows(images: Tensor) -> list[Image.Image]:

@@ -1,12 +1,16 @@
 """Which samples fit their captions best, by CLIP.
 
     python launch/rerank.py --samples runs/demo/samples --clip runs/demo/clip/export --keep 4 --out runs/demo/best
-    python launch/rerank.py --samples runs/mine --clip ViT-B-32:openai --out runs/mine/best
+    python launch/rerank.py --samples runs/a --clip ViT-B-32:openai --classes names.txt --keep-share 0.25 --out runs/b
 
-Reads what launch/sample.py wrote. Writes <out>/scores.jsonl (each sample with its score, a cosine similarity, and its
-rank among the candidates of its prompt, 1 = best), <out>/best/<prompt>_<rank>.png, and the best ones with their
-captions as <out>/gallery.png and gallery.html. --clip takes an export of a clip run, a folder with a Hugging Face CLIP
-model, or an open_clip model name with a tag of published weights or a checkpoint file after a colon.
+Reads what launch/sample.py wrote. Writes <out>/scores.jsonl (each sample with its score, its rank in its prompt, 1 =
+best, and whether it was kept), <out>/best/<prompt>_<rank>.png, and the kept ones with their captions as gallery.png and
+gallery.html. --clip takes an export of a clip run, a folder with a Hugging Face CLIP model, or an open_clip model name
+with a tag of published weights or a checkpoint file after a colon.
+
+The score is the cosine similarity of picture and caption. With --classes it is the probability that CLIP gives to the
+sample's caption among all captions of the file: rejection sampling by a classifier, as in VQ-VAE-2. trade_off.json then
+says for several shares how sure CLIP is of what is kept and how diverse that is; it judges its own choice.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dalle_scale import dist, gallery, log, rerank
+from dalle_scale import dist, gallery, log, rejection, rerank
 from dalle_scale.checkpoint import atomic
 from dalle_scale.types import UserError
 
-GALLERY_PROMPTS = 64  # shown in the gallery; best/ has all
+GALLERY_PROMPTS, GALLERY_COLUMNS = 64, 16  # shown in the gallery; best/ has all
 
 Row = dict[str, Any]
 
@@ -33,69 +37,82 @@ def main() -> None:
     args = parse_args()
     rows = rerank.read_samples(args.samples)
     check(args, rows)
+    classes = rejection.read_classes(args.classes, rows) if args.classes else []
     scorer = rerank.open_scorer(args.clip, dist.device())
-    ranked = rerank.rank(rows, rerank.score(scorer, args.samples, rows, args.batch))
+    verdicts = rejection.classify(scorer, args.samples, rows, classes, args.batch) if classes else None
+    scores = verdicts.probabilities if verdicts else rerank.score(scorer, args.samples, rows, args.batch)
+    ranked = rerank.keep(rerank.rank(rows, scores), args.keep or 1, args.keep_share)
+    table = rejection.trade_off(ranked, verdicts, args.keep_share) if verdicts else []
     if scorer.truncated_captions:
         log.say(f"{scorer.truncated_captions} captions are longer than this CLIP reads: it saw only their beginning")
-    write(args.out, args.samples, ranked, args.keep)
-    show(args, ranked)
+    write(args, ranked, table)
     every, best = (fmean(row["score"] for row in ranked if row["rank"] <= last) for last in (len(ranked), 1))
-    log.say(f"mean score: all candidates {every:.4f}, the best of each prompt {best:.4f}")
-    log.say(f"{args.out / 'gallery.png'}")
+    lines = rejection.lines(table)
+    lines.append(f"mean score: all candidates {every:.4f}, the best of each prompt {best:.4f}")
+    show(args, ranked, lines)
+    log.say("\n".join([*lines, f"{args.out / 'gallery.png'}"]))
 
 
 def check(args: argparse.Namespace, rows: list[Row]) -> None:
     """What can be wrong before the model is opened."""
     for name, value in (("keep", args.keep), ("batch", args.batch)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"--{name}: {value}, but at least one is needed")
+    if args.keep_share is not None and not 0 < args.keep_share <= 1:
+        raise UserError(f"--keep-share: {args.keep_share:g}, but a share is above 0 and at most 1; 1 keeps all")
+    if args.keep and args.keep_share:
+        raise UserError("--keep and --keep-share: give a number of candidates or a share of them, not both")
     fewest = min(Counter(row["prompt_index"] for row in rows).values())
-    if args.keep > fewest:
+    if args.keep and args.keep > fewest:
         raise UserError(f"--keep: {args.keep}, but a prompt has only {fewest} candidates; keep at most {fewest}")
     if (args.out / "best").exists() and not (args.out / "scores.jsonl").is_file():
         raise UserError(f"--out: {args.out / 'best'} is there and not from an earlier ranking; take another folder")
 
 
-def write(out: Path, folder: Path, ranked: list[Row], keep: int) -> None:
-    """The scores and the best pictures, in place of those of an earlier ranking."""
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(out / "best") as best:
+def write(args: argparse.Namespace, ranked: list[Row], table: list[Row]) -> None:
+    """The scores, the kept pictures and the table, in place of those of an earlier ranking."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "trade_off.json").unlink(missing_ok=True)
+    with atomic.replacing(args.out / "best") as best:
         for row in ranked:
-            if row["rank"] <= keep:
-                shutil.copyfile(folder / row["file"], best / f"{row['prompt_index']:05d}_{row['rank']:04d}.png")
+            if row["kept"]:
+                shutil.copyfile(args.samples / row["file"], best / f"{row['prompt_index']:05d}_{row['rank']:04d}.png")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
-    atomic.write(out / "scores.jsonl", "".join(lines))
+    atomic.write(args.out / "scores.jsonl", "".join(lines))
+    if table:
+        about = {"classifier": args.clip, "classes": str(args.classes)}
+        atomic.write(args.out / "trade_off.json", rejection.document(about, table))
 
 
-def show(args: argparse.Namespace, ranked: list[Row]) -> None:
+def show(args: argparse.Namespace, ranked: list[Row], lines: list[str]) -> None:
     """The gallery: a row for each prompt, its best candidates from left to right."""
     kept: dict[int, list[Row]] = defaultdict(list)
-    for row in sorted(ranked, key=lambda row: (row["prompt_index"], row["rank"])):
-        if row["rank"] <= args.keep:
-            kept[row["prompt_index"]].append(row)
-    shown = list(kept.values())[:GALLERY_PROMPTS]
-    columns = ["best", *(f"no. {rank}" for rank in range(2, args.keep + 1))]
+    for row in sorted((row for row in ranked if row["kept"]), key=lambda row: (row["prompt_index"], row["rank"])):
+        kept[row["prompt_index"]].append(row)
+    width = min(GALLERY_COLUMNS, *map(len, kept.values()))
     table = []
-    for members in shown:
-        images = rerank.read_pictures([args.samples / row["file"] for row in members])
-        pictures = [
-            gallery.Picture(image, note=f"score {row['score']:.3f}") for image, row in zip(images, members, strict=True)
-        ]
-        table.append(gallery.Row(members[0]["prompt"], tuple(pictures)))
-    notes = [f"{len(ranked)} candidates for {len(kept)} captions, ranked by {args.clip}"]
-    if len(kept) > len(shown):
-        notes.append(f"The first {len(shown)} captions; all pictures are in best/")
+    for members in list(kept.values())[:GALLERY_PROMPTS]:
+        images = rerank.read_pictures([args.samples / row["file"] for row in members[:width]])
+        shown = (gallery.Picture(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
+        table.append(gallery.Row(members[0]["prompt"], tuple(shown)))
+    notes = [f"{len(ranked)} candidates for {len(kept)} captions, ranked by {args.clip}", *lines]
+    if len(kept) > len(table) or any(len(members) > width for members in kept.values()):
+        notes.append(f"Up to {width} pictures of the first {len(table)} captions; all kept pictures are in best/")
+    columns = ["best", *(f"no. {rank}" for rank in range(2, width + 1))]
     gallery.save(args.out, "Best candidates", columns, table, notes)
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="folder that launch/sample.py wrote")
-    parser.add_argument("--clip", required=True, help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--keep", type=int, default=1, help="best candidates a prompt to copy and show")
-    parser.add_argument("--batch", type=int, default=64, help="pictures scored at a time")
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder that launch/sample.py wrote")
+    add("--clip", required=True, help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
+    add("--classes", type=Path, metavar="FILE", help="score by the probability among these captions, one a line")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--keep", type=int, help="best candidates a prompt to copy and show (default 1)")
+    add("--keep-share", type=float, metavar="SHARE", help="in place of --keep: this share of each prompt's candidates")
+    add("--batch", type=int, default=64, help="pictures scored at a time")
     return parser.parse_args()
 
 

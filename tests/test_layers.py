@@ -23,6 +23,7 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "checkpoint": {"nn", "stages"},
     "sample": {"nn", "stages", "checkpoint", "data"},
     "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
+    "rejection": {"rerank"},
     "evaluate": {"nn", "checkpoint", "data"},
     "evaluate_page": {"checkpoint", "evaluate"},
     "gallery": set(),

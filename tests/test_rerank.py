@@ -49,12 +49,10 @@ def pillows(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory) -> Path:
-    """An export of an untrained clip stage with its text tokenizer."""
-    root = tmp_path_factory.mktemp("clip")
+def clip_export(root: Path, captions: list[str], **options: Any) -> Path:
+    """An export of an untrained clip stage whose text tokenizer knows `captions`."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PROMPTS * 20),
+        sentence_iterator=iter(captions * 20),
         model_prefix=str(root / "text"),
         vocab_size=40,
         model_type="bpe",
@@ -62,10 +60,15 @@ def ours(tmp_path_factory) -> Path:
         minloglevel=2,
     )
     towers = {"patch": 8, "width": 32, "layers": 1, "heads": 2, "text_width": 32, "text_layers": 1, "text_heads": 2}
-    config = clip.Stage.Config(image_size=16, embed_dim=8, text_vocab=48, text_length=8, **towers)
+    config = clip.Stage.Config(image_size=16, embed_dim=8, text_vocab=48, text_length=8, **towers, **options)
     model = spread(clip.Stage(config).nets()["model"])
     export.save(root / "export", "clip", config, {"model": model.state_dict()}, {"text_tokenizer": root / "text.model"})
     return root / "export"
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    return clip_export(tmp_path_factory.mktemp("clip"), PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +176,10 @@ def test_open_clip_checkpoint_against_open_clip(open_clip_model, suffix):
         pixels = torch.stack([preprocess(image) for image in pillows(images)])
         tokens = import_open_clip().get_tokenizer("tiny-test")(PROMPTS)
         expected = F.cosine_similarity(model.encode_image(pixels), model.encode_text(tokens))
+        probabilities = (model.get_logits(pixels, tokens)[0]).softmax(dim=1)
     torch.testing.assert_close(scores, expected)
+    cosines = scorer.image_vectors(images) @ scorer.caption_vectors(PROMPTS).T
+    torch.testing.assert_close((scorer.scale * cosines).softmax(dim=1), probabilities)
     assert scorer.truncated_captions == 0 and scores.std() > 0.01
     scorer.score(images, [LONG, PROMPTS[0], PROMPTS[1]])
     assert scorer.truncated_captions == 1
@@ -189,6 +195,7 @@ def test_hugging_face_folder_against_transformers(hugging_face):
         expected = model(**inputs).logits_per_image.diag() / model.logit_scale.exp()
     scorer = rerank.open_scorer(str(hugging_face))
     torch.testing.assert_close(scorer.score(images, captions), expected)
+    assert scorer.scale == pytest.approx(float(model.logit_scale.detach().exp()))
     assert scorer.truncated_captions == 0
     scorer.score(images, [LONG, LONG, "red"])
     assert scorer.truncated_captions == 1
@@ -252,20 +259,24 @@ def test_only_an_export_of_clip_scores(ours, tmp_path):
 # ---- the program ----
 
 
-@pytest.fixture
-def samples(tmp_path) -> Path:
-    """What launch/sample.py writes: three prompts with four candidates each."""
-    folder = tmp_path / "samples"
+def write_samples(folder: Path, prompts: list[str], candidates: int) -> Path:
+    """What launch/sample.py writes, of noise."""
     (folder / "images").mkdir(parents=True)
     rows = []
-    for place, image in enumerate(pillows(noise(12, side=16))):
-        index, candidate = divmod(place, 4)
+    for place, image in enumerate(pillows(noise(len(prompts) * candidates, side=16))):
+        index, candidate = divmod(place, candidates)
         file = f"images/{index:05d}_{candidate:04d}.png"
         image.save(folder / file)
-        row = {"prompt_index": index, "prompt": PROMPTS[index], "candidate": candidate, "seed": 100 - place}
+        row = {"prompt_index": index, "prompt": prompts[index], "candidate": candidate, "seed": 100 - place}
         rows.append(json.dumps(row | {"file": file}))
     (folder / "samples.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture
+def samples(tmp_path) -> Path:
+    """Three prompts with four candidates each."""
+    return write_samples(tmp_path / "samples", PROMPTS, 4)
 
 
 def rerank_program(monkeypatch, *arguments: object) -> int:
@@ -303,6 +314,22 @@ def test_program(ours, samples, tmp_path, monkeypatch, capsys):
 
     assert rerank_program(monkeypatch, *arguments, "--keep", 1) == 0
     assert len(list((out / "best").iterdir())) == 3, "pictures of the earlier ranking are gone"
+    assert not (out / "trade_off.json").exists()
+
+    assert rerank_program(monkeypatch, *arguments, "--keep-share", 0.75) == 0
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert all(row["kept"] == (row["rank"] <= 3) for row in rows)
+    assert len(list((out / "best").iterdir())) == 9 == (out / "gallery.html").read_text().count("<img")
+
+
+def test_gallery_shows_what_all_prompts_have_and_says_so(ours, samples, tmp_path, monkeypatch):
+    """Prompts with four, four and two candidates: all are kept, two are shown."""
+    rows = (samples / "samples.jsonl").read_text().splitlines()
+    (samples / "samples.jsonl").write_text("\n".join(rows[:10]))
+    out = tmp_path / "out"
+    assert rerank_program(monkeypatch, "--samples", samples, "--clip", ours, "--out", out, "--keep-share", 1) == 0
+    page = (out / "gallery.html").read_text()
+    assert page.count("<img") == 6 and "Up to 2 pictures" in page and len(list((out / "best").iterdir())) == 10
 
 
 def test_program_tells_what_is_wrong(ours, samples, tmp_path, monkeypatch, capsys):
@@ -317,6 +344,11 @@ def test_program_tells_what_is_wrong(ours, samples, tmp_path, monkeypatch, capsy
     expect("make samples with launch/sample.py", samples=tmp_path)
     expect("a prompt has only 4 candidates", keep=5)
     expect("--batch: 0", batch=0)
+    expect("--keep: 0", keep=0)
+    expect("--keep-share: 0,", **{"keep-share": 0})
+    expect("--keep-share: 1.5,", **{"keep-share": 1.5})
+    expect("--keep-share: nan,", **{"keep-share": "nan"})
+    expect("not both", keep=1, **{"keep-share": 0.5})
     expect("did you mean 'ViT-B-32'", clip="ViT-B-3")
     (tmp_path / "out" / "best").mkdir(parents=True)
     expect("not from an earlier ranking")
