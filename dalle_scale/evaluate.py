@@ -1,5 +1,9 @@
 """Exported image tokenizers over one data set: how well pictures come back, and how many bits they cost.
 
+Bits per dimension: an encoder that picks one code c for each picture x bounds its probability, whatever the prior:
+-log2 p(x) <= -log2 p(x | c) - log2 p(c) (arXiv 1711.00937, Sec. 3.2 and 4.1). p(c) is that of the prior's exports,
+p(x | c) a distribution around the decoded bytes; see nn/pixel_bits.py.
+
 Called by launch/evaluate.py; evaluate_page.py writes what comes out. Every export sees the same pictures, at its own
 size. A picture always goes through the nets in the same batch, whatever the world size, and what is added up is added
 in one order: the numbers are the same for any number of ranks.
@@ -7,10 +11,9 @@ in one order: the numbers are the same for any number of ranks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,12 @@ from torch import Tensor
 from dalle_scale import dist, log
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.export import Export
+from dalle_scale.checkpoint.priors import Prior, open_priors
 from dalle_scale.config import DataConfig
+from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import Stream, open_stream
+from dalle_scale.nn import pixel_bits
+from dalle_scale.nn.likelihood import Bernoulli
 from dalle_scale.nn.ssim import WINDOW, ssim
 from dalle_scale.nn.usage import perplexity, psnr_db, used_share
 from dalle_scale.types import Batch, ImageTokenizer, Needs, UserError
@@ -39,6 +46,13 @@ COLUMNS = {  # what is measured of an export: name -> (title, format)
     "perplexity": ("perplexity", ",.1f"),
     "bits": ("bits a picture", ",.1f"),
     "entropy_bits": ("entropy-coded bits", ",.1f"),
+    "prior_bits": ("bits by the prior", ",.1f"),
+    "prior_bits_given_caption": ("bits by the prior given the caption", ",.1f"),
+    "bits_per_dim": ("bits/dim", ".3f"),
+    "pixel_bits_per_dim": ("bits/dim of the pixels", ".3f"),
+    "code_bits_per_dim": ("bits/dim of the codes", ".3f"),
+    "bits_per_dim_given_caption": ("bits/dim given the caption", ".3f"),
+    "pixel_noise": ("distribution of the pixels", "s"),
     "samples": ("samples evaluated", ",d"),
     "samples_lost": ("samples lost", ",d"),
 }
@@ -53,6 +67,17 @@ DEFINITIONS = {
     "bits": "codes a picture x log2 K",
     "entropy_bits": "a picture: its codes x entropy (bits) of how often each code occurs, over all pictures and "
     "positions of a grid; summed over the grids",
+    "prior_bits": "a picture: -log2 of the probability of its codes under the exports named with --prior, without a "
+    "caption; also given the picture's own, of a prior that takes captions",
+    "bits_per_dim": "upper bound of -log2 p(picture) over 3 x width x height, mean over the pictures. Of an image "
+    "tokenizer: bits of the codes and of the pixels given the codes, as they could be written to a file. Of a stage "
+    "that evaluates itself: its negative ELBO, which is the same sum",
+    "pixel_bits_per_dim": "each byte by a logistic or normal distribution around the decoded byte, integrated over the "
+    "intervals of the 256 bytes, those at the ends open. Family and scale, one for all pictures out of 2 x 64 (scales "
+    "from 1/8 to 64 bytes, evenly in their logarithm), are the cheapest for these pictures; 7 bits name them",
+    "code_bits_per_dim": "by the prior without captions; where there is none, codes a picture x log2 K",
+    "bits_per_dim_given_caption": "the same bound of -log2 p(picture | caption), by the prior given the caption",
+    "pixel_noise": "family and scale in bytes; a logistic one has a standard deviation of 1.81 x scale",
     "samples_lost": "could not be read; left out, see ledger.jsonl",
     "other columns": "what the stage's own evaluate() returns",
     "numbers that are not finite": "strings in JSON: inf, -inf, nan; PSNR is inf where all pictures come back exactly",
@@ -67,6 +92,7 @@ class Subject:
     export: Export
     image_size: int
     tokenizer: ImageTokenizer | None  # None: only the stage's own `evaluate`
+    prior: Prior | None = None  # None: codes cost log2 K each
 
 
 @dataclass(frozen=True)
@@ -79,14 +105,24 @@ class Example:
     ssim: float
 
 
-def open_subjects(folders: Sequence[Path], device: torch.device) -> list[Subject]:
-    """Open exports.
+def open_subjects(
+    folders: Sequence[Path], device: torch.device, priors: Sequence[Path] = (), text_tokenizer: str | None = None
+) -> list[Subject]:
+    """Open exports and the priors of their codes.
+
+    Args:
+        priors: exports, in any order; each finds its tokenizer among `folders`.
+        text_tokenizer: of the priors' captions: file, folder or name; None = the priors' own.
 
     Raises:
-        UserError: one is named twice, is no export, is not an image tokenizer, or its pictures are too small for SSIM.
+        UserError: one is named twice, is no export, is not an image tokenizer, or its pictures are too small for SSIM;
+            a prior is that of none of them, or of a level beside another that is missing.
     """
     names = short_names(folders)
-    return [_open_subject(name, folder, device) for name, folder in zip(names, folders, strict=True)]
+    subjects = [_open_subject(name, folder, device) for name, folder in zip(names, folders, strict=True)]
+    tokenizers = {subject.name: (subject.export, subject.tokenizer) for subject in subjects if subject.tokenizer}
+    found = open_priors(priors, tokenizers, device, text_tokenizer)
+    return [replace(subject, prior=found.get(subject.name)) for subject in subjects]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -146,7 +182,13 @@ class Pictures:
 
 
 def open_pictures(
-    folder: Path, image_size: int, samples: int | None, batch: int, ledger: Path, alone: bool = False
+    folder: Path,
+    image_size: int,
+    samples: int | None,
+    batch: int,
+    ledger: Path,
+    alone: bool = False,
+    prior: Prior | None = None,
 ) -> Pictures:
     """Open a data set.
 
@@ -154,15 +196,23 @@ def open_pictures(
         samples: at most so many; None = all.
         batch: pictures at once on one rank.
         alone: all pictures on this rank, whatever the others do.
+        prior: captions are read too where it takes them and the data set has them.
 
     Raises:
-        UserError: no data set with images, or an empty one.
+        UserError: no data set with images, or an empty one; captions are missing, or their text tokenizer.
     """
+    needs, text = Needs(image_size=image_size), None
+    if prior and prior.text_length:
+        if "txt" in Manifest.open(folder).members:
+            needs = replace(needs, text_length=prior.text_length, text_vocab=prior.text_vocab)
+            text = prior.text_tokenizer
+        elif not prior.without_captions:
+            raise UserError(f"{folder}: has no captions, and {prior.folder} models codes given captions only")
     rank, world_size = (0, 1) if alone else (dist.rank(), dist.world_size())
     stream = open_stream(
-        DataConfig(train=str(folder), max_bad_share=1.0),  # the table says how many are lost
+        DataConfig(train=str(folder), text_tokenizer=text, max_bad_share=1.0),  # the table says how many are lost
         str(folder),
-        Needs(image_size=image_size),
+        needs,
         seed=0,
         batch_samples=batch * world_size,
         micro_batch_samples=batch,
@@ -177,9 +227,12 @@ def open_pictures(
 class _Tally:
     """What this rank has measured."""
 
-    def __init__(self, tokenizer: ImageTokenizer | None, samples: int) -> None:
-        self.tokenizer = tokenizer
-        self.found = torch.zeros(samples, 3, dtype=torch.float64)  # by place: 1 = read, sum of squared errors, SSIM
+    def __init__(self, tokenizer: ImageTokenizer | None, samples: int, prior: Prior | None = None) -> None:
+        self.tokenizer, self.prior = tokenizer, prior
+        # by place: 1 = read, sum of squared errors, SSIM, bits by the prior, the same given the caption
+        self.found = torch.zeros(samples, 5, dtype=torch.float64)
+        self.pairs = torch.zeros(256, 256, dtype=torch.int64)  # decoded byte, byte
+        self.captions = False  # whether pictures come with captions for the prior
         self.sizes: list[int] = []  # codes of a picture at each level
         levels = len(tokenizer.grids) if tokenizer else 1
         self.counts = torch.zeros(levels, tokenizer.vocab if tokenizer else 0, dtype=torch.float64)
@@ -196,11 +249,23 @@ class _Tally:
             self.counts[level] += torch.bincount(part.flatten(), minlength=self.tokenizer.vocab)
         self.found[places[good], 1] = _squared_error(decoded, batch["image"])[good].double()
         self.found[places[good], 2] = ssim(decoded, batch["image"]).cpu()[good]
+        self.pairs += pixel_bits.count_pairs(decoded[good], batch["image"][good])
+        if self.prior is not None:
+            self._add_prior(self.prior, places, good, codes, batch)
+
+    def _add_prior(self, prior: Prior, places: Tensor, good: Tensor, codes: Tensor, batch: Batch) -> None:
+        codes = codes.to(batch["image"].device)
+        self.captions = prior.text_length > 0 and "text" in batch
+        if prior.without_captions:
+            self.found[places[good], 3] = prior.bits(codes)[good]
+        if self.captions:
+            self.found[places[good], 4] = prior.bits(codes, batch["text"])[good]
 
     def join(self) -> None:
         """Bring together what all ranks have measured (a collective). Raises UserError if there is nothing."""
         dist.all_reduce(self.found)  # a place belongs to one rank, so this collects; nothing is added up here
         dist.all_reduce(self.counts)
+        dist.all_reduce(self.pairs)
         if not self.found[:, 0].any():
             raise UserError(f"none of the {len(self.found):,} samples can be read, see ledger.jsonl; mend the data")
 
@@ -224,8 +289,24 @@ class _Tally:
             "perplexity": 2 ** (entropy_bits / codes),
             "bits": codes * math.log2(self.tokenizer.vocab),
             "entropy_bits": entropy_bits,
+            **self._code_lengths(samples, 3 * image_size**2, codes * math.log2(self.tokenizer.vocab)),
             **about,
         }
+
+    def _code_lengths(self, samples: int, values: int, uniform_bits: float) -> Row:
+        """Bits by the prior and bits per dimension. values: of a picture; uniform_bits: of its codes without prior."""
+        pixels = pixel_bits.cheapest(self.pairs)
+        pixel_bits_per_dim = pixels.bits / (samples * values)
+        row: Row = {"pixel_bits_per_dim": pixel_bits_per_dim, "pixel_noise": str(pixels)}
+        code_bits = uniform_bits
+        if self.prior is not None and self.prior.without_captions:
+            code_bits = row["prior_bits"] = float(self.found[:, 3].sum()) / samples
+        row["code_bits_per_dim"] = code_bits / values
+        row["bits_per_dim"] = pixel_bits_per_dim + row["code_bits_per_dim"]
+        if self.captions:
+            given = row["prior_bits_given_caption"] = float(self.found[:, 4].sum()) / samples
+            row["bits_per_dim_given_caption"] = pixel_bits_per_dim + given / values
+        return row
 
 
 @torch.no_grad()
@@ -233,13 +314,14 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
     """Evaluate one export over all ranks (a collective), each picture read once.
 
     Returns:
-        name, export (its folder), stage, and the COLUMNS; then what the stage's own `evaluate` returns. Where a name of
-        its is also a column: left out if the column is measured here, for all exports alike; else as <stage>_<name>.
+        name, export (its folder), stage, and the COLUMNS; then what the stage's own `evaluate` returns. Its ELBO is the
+        column bits_per_dim. Where another name of its is also a column: left out if the column is measured here, for
+        all exports alike; else as <stage>_<name>.
 
     Raises:
         UserError: not one picture can be read.
     """
-    tally = _Tally(subject.tokenizer, pictures.samples)
+    tally = _Tally(subject.tokenizer, pictures.samples, subject.prior)
 
     def watched() -> Iterator[Batch]:
         read = pictures.read(device)
@@ -256,7 +338,9 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
     about = {"name": subject.name, "export": str(subject.export.folder), "stage": subject.export.name}
     row = {**about, **tally.numbers(subject.image_size)}
     for name, value in own.items():
-        if name not in COLUMNS:
+        if name == "elbo_bits_per_dim" and _codes_bytes(subject):
+            row["bits_per_dim"] = float(value)
+        elif name not in COLUMNS:
             row[name] = float(value)
         elif name not in row:
             row[f"{subject.export.name}_{name}"] = float(value)
@@ -279,29 +363,9 @@ def examples(subject: Subject, pictures: Pictures, device: torch.device) -> dict
     return shown
 
 
-def document(data: Path, pictures: Pictures, rows: Sequence[Row]) -> dict[str, Any]:
-    """The comparison: how it was done, and a row for each export."""
-    protocol = {
-        "data_set": str(data),
-        "split": data.absolute().name,
-        "digest": pictures.digest,
-        "samples": pictures.samples,
-        "order": "of validation: one fixed shuffle",
-        "resize": "centre square, area-resized to the export's own image_size",
-    }
-    return {"protocol": protocol, "definitions": DEFINITIONS, "exports": list(rows)}
-
-
-def as_json(numbers: dict[str, Any]) -> str:
-    """A document as JSON; see DEFINITIONS for numbers that are not finite, which JSON does not know."""
-    rows = [
-        {
-            key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-            for key, value in row.items()
-        }
-        for row in numbers["exports"]
-    ]
-    return json.dumps({**numbers, "exports": rows}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def _codes_bytes(subject: Subject) -> bool:
+    """Whether the stage's own bound is one of pictures of bytes; a Bernoulli VAE's is of black and white ones."""
+    return subject.tokenizer is None and not isinstance(getattr(subject.export.stage, "likelihood", None), Bernoulli)
 
 
 def _round_trip(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dalle_scale import log
 from dalle_scale.checkpoint import atomic
-from dalle_scale.evaluate import COLUMNS, DEFINITIONS, Example, as_json
+from dalle_scale.evaluate import COLUMNS, DEFINITIONS, Example, Pictures, Row
 
 _TITLE = "Image tokenizers compared"
 _GRID_COLUMNS = 8
@@ -53,11 +54,36 @@ figcaption b { display: block; font-weight: normal; color: var(--ink); }
 """
 
 
+def document(data: Path, pictures: Pictures, rows: Sequence[Row]) -> dict[str, Any]:
+    """The comparison: how it was done, and a row for each export."""
+    protocol = {
+        "data_set": str(data),
+        "split": data.absolute().name,
+        "digest": pictures.digest,
+        "samples": pictures.samples,
+        "order": "of validation: one fixed shuffle",
+        "resize": "centre square, area-resized to the export's own image_size",
+    }
+    return {"protocol": protocol, "definitions": DEFINITIONS, "exports": list(rows)}
+
+
+def as_json(numbers: dict[str, Any]) -> str:
+    """A document as JSON; see DEFINITIONS for numbers that are not finite, which JSON does not know."""
+    rows = [
+        {
+            key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+            for key, value in row.items()
+        }
+        for row in numbers["exports"]
+    ]
+    return json.dumps({**numbers, "exports": rows}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write(out: Path, numbers: dict[str, Any], shown: dict[str, dict[int, Example]]) -> None:
     """Write `out`/comparison.json, .md and .html, and reconstructions_<name>.png (originals above what came back).
 
     Args:
-        numbers: as from `evaluate.document`.
+        numbers: as from `document`.
         shown: name of the export -> its examples by place.
     """
     atomic.write(out / "comparison.json", as_json(numbers))

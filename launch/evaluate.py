@@ -2,11 +2,15 @@
 
     python launch/evaluate.py --data runs/data/valid --out runs/compared runs/dvae/export runs/vqvae/export
     deepspeed --num_gpus 8 launch/evaluate.py --data runs/data/valid --out runs/compared runs/dvae/export
+    python launch/evaluate.py --data runs/data/valid --out runs/compared runs/vqvae/export --prior runs/prior/export
 
 Takes exports of any stage that makes codes of pictures, each at its own picture size, and exports of stages that
-evaluate themselves on pictures. Measures PSNR, SSIM, use of the codebook and bits a picture; the numbers are the same
-for any number of ranks. Writes <out>/comparison.json, .md and .html (the page shows the same pictures for all), and
-reconstructions_<name>.png for each export. What cannot be read is left out, counted, and listed in ledger.jsonl.
+evaluate themselves on pictures. Measures PSNR, SSIM, use of the codebook, bits a picture and bits per dimension, the
+same for any number of ranks. With --prior codes cost what their prior says: the export of `dalle` that was trained on
+them, or those of `vqvae2_prior` of all levels, one --prior for each.
+
+Writes <out>/comparison.json, .md and .html (the page shows the same pictures for all), and reconstructions_<name>.png
+for each export. What cannot be read is left out, counted, and listed in ledger.jsonl.
 """
 
 from __future__ import annotations
@@ -26,8 +30,11 @@ def main() -> None:
     args = parse_args()
     check(args)
     ledger, device = args.out / "ledger.jsonl", dist.device()
-    subjects = evaluate.open_subjects(args.exports, device)
-    data = [evaluate.open_pictures(args.data, s.image_size, args.samples, args.batch, ledger) for s in subjects]
+    subjects = evaluate.open_subjects(args.exports, device, args.prior, args.text_tokenizer)
+    data = [
+        evaluate.open_pictures(args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior)
+        for subject in subjects
+    ]
     dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +47,7 @@ def main() -> None:
         few = min(SHOWN, data[0].samples)
         pictures = evaluate.open_pictures(args.data, subject.image_size, few, few, ledger, alone=True)
         shown[subject.name] = evaluate.examples(subject, pictures, device)
-    numbers = evaluate.document(args.data, data[0], rows)
+    numbers = evaluate_page.document(args.data, data[0], rows)
     evaluate_page.write(args.out, numbers, shown)
     log.say(evaluate_page.markdown(numbers))
     log.say(f"{args.out / 'comparison.html'}")
@@ -66,6 +73,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("exports", nargs="+", type=Path, metavar="EXPORT", help="export of an image tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="folder of a data set with images")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--prior", action="append", default=[], type=Path, help="export of a prior of codes; repeatable"
+    )
+    parser.add_argument("--text-tokenizer", help="of the priors' captions: file, folder or name (default: their own)")
     parser.add_argument("--samples", type=int, help="evaluate at most so many pictures (default: all)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at once on each rank")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it

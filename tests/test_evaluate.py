@@ -221,7 +221,9 @@ def test_markdown_json_and_page_agree(done):
             name, form = titles.get(title, (title.replace("\\|", "|"), ".4f"))
             value = row.get(name)
             found.add((cells[0], name) if name in row else None)
-            assert cell == ("–" if value is None else format(float(value) if isinstance(value, str) else value, form))
+            if isinstance(value, str) and form != "s":
+                value = float(value)
+            assert cell == ("–" if value is None else format(value, form))
     every = {(name, key) for name, row in rows.items() for key in row if key not in ("name", "export", "stage")}
     assert found - {None} == every, "all numbers of the JSON are in the table"
     page = (done / "comparison.html").read_text()
@@ -298,7 +300,7 @@ def test_short_names(tmp_path):
 
 def test_only_a_stage_without_codes():
     rows = [{"name": "<vae>", "export": "x", "stage": "vae", "samples": 3, "samples_lost": 0, "elbo": 1.5}]
-    document = evaluate.document(Path("data/valid"), Told(), rows)
+    document = evaluate_page.document(Path("data/valid"), Told(), rows)
     assert evaluate_page.table(rows) == [
         ["export", "stage", "samples evaluated", "samples lost", "elbo"],
         ["<vae>", "vae", "3", "0", "1.5000"],
@@ -328,6 +330,7 @@ def test_wrong_input_is_one_line(work, tmp_path):
         "stage 'clip' is not an image tokenizer": ("--data", good, "--out", out, tmp_path / "clip"),
         "not an export": ("--data", good, "--out", out, dvae, good),
         "did you mean": ("--data", good, "--out", out, work / "dvae"),
+        "stage 'dvae' does not model codes": ("--data", good, "--out", out, dvae, "--prior", dvae),
         "smaller than the window of SSIM": ("--data", good, "--out", out, tmp_path / "tiny"),
         "named twice": ("--data", good, "--out", out, dvae, dvae),
         "holds no samples": ("--data", tmp_path / "empty", "--out", out, dvae),

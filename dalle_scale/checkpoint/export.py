@@ -99,7 +99,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Export:
     parts = {name: folder / file for name, file in header["parts"].items()}
     stage_class = stages.resolve(header["stage"])
     config = parse(stage_class.Config, header["model"], where=f"{folder}/config.yaml: model")
-    upstream = open_tokenizer(parts[UPSTREAM_PART], device) if UPSTREAM_PART in parts else None
+    upstream = open_upstream(parts[UPSTREAM_PART], stage_class, device) if UPSTREAM_PART in parts else None
     stage = stage_class(config, upstream)
     with torch.random.fork_rng(devices=[]):  # fresh weights draw random numbers; the caller's stream stays as it was
         nets = stage.nets()
@@ -123,6 +123,20 @@ def open_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Im
         raise UserError(f"{folder}: stage '{export.name}' is not an image tokenizer; give the export of one (dvae)")
     tokenizer: ImageTokenizer = make(export.nets)
     return tokenizer
+
+
+def open_upstream(folder: str | Path, stage_class: type[Stage], device: str | torch.device = "cpu") -> Any:
+    """Open the export below a stage: an image tokenizer, or `nn.latents.Latents` for one that `takes_latents`.
+
+    Raises:
+        UserError: no export, or one of another kind.
+    """
+    if not stage_class.takes_latents:
+        return open_tokenizer(folder, device)
+    export = load(folder, device)
+    if not hasattr(export.stage, "latents"):
+        raise UserError(f"{folder}: stage '{export.name}' has no continuous latents; give the export of a VAE")
+    return export.stage.latents(export.nets)
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -135,10 +135,10 @@ class Stage(types.Stage):
             text_weight = weight * ~dropped[:, 0] / (1 - c.caption_dropout)
         codes = self._codes(batch)
         text_logits, image_logits = nets[turn](text, codes)
-        image_loss = (_cross_entropy(image_logits, codes) * weight).mean()
+        image_loss = (cross_entropy(image_logits, codes) * weight).mean()
         if not c.text_length:
             return Losses(image_loss, {"loss": image_loss.detach(), "image": image_loss.detach()})
-        text_loss = (_cross_entropy(text_logits, text) * text_weight).mean()
+        text_loss = (cross_entropy(text_logits, text) * text_weight).mean()
         total = c.text_weight * text_loss + (1 - c.text_weight) * image_loss
         return Losses(total, {"loss": total.detach(), "text": text_loss.detach(), "image": image_loss.detach()})
 
@@ -149,6 +149,23 @@ class Stage(types.Stage):
         assert self.upstream is not None
         with torch.no_grad():
             return self.upstream.encode(batch["image"])
+
+    @torch.no_grad()
+    def code_bits(self, nets: Nets, codes: Tensor, text: Tensor | None = None) -> Tensor:
+        """What the codes of pictures cost: -log2 p(codes | caption), fp64 [B], summed over a picture.
+
+        Args:
+            nets: raw modules, not engines.
+            codes: int64 [B, N].
+            text: int64 [B, T]; None = the empty caption, which a model trained with `caption_dropout` knows, or no
+                caption where the model takes none.
+        """
+        if not self.config.text_length:
+            text = self.no_captions(codes)
+        elif text is None:
+            text = self.empty_caption(codes.device).expand(len(codes), -1)
+        _, logits = nets["model"](text, codes)
+        return cross_entropy(logits, codes).double() * (codes.shape[1] / math.log(2))
 
     def empty_caption(self, device: torch.device | str = "cpu") -> Tensor:
         """Tokens [T] of the caption that says nothing: all pads."""
@@ -295,7 +312,7 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter(-1, codes, best)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the positions of each sample, in nats: fp32 logits [B, P, V], int64 [B, P] -> [B]."""
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(dim=1)

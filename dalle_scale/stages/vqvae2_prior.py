@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_scale import types
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.pixelsnail import PixelSNAIL
-from dalle_scale.stages.dalle import check_sampling
+from dalle_scale.stages.dalle import check_sampling, cross_entropy
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
@@ -165,9 +164,21 @@ class Stage(types.Stage):
         """Cross entropy, the mean over the codes of the level. Terms: nll (nats per code), bits_per_code."""
         upper, codes = self.levels(batch["codes"])
         logits = nets[turn](codes, upper, batch.get("text"), batch["seed"], step)
-        nll = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape).mean(dim=1)
-        total = (nll * batch["weight"]).mean()
+        total = (cross_entropy(logits, codes) * batch["weight"]).mean()
         return Losses(total, {"nll": total.detach(), "bits_per_code": total.detach() / math.log(2)})
+
+    @torch.no_grad()
+    def code_bits(self, nets: Nets, codes: Tensor, text: Tensor | None = None) -> Tensor:
+        """What the codes of this level cost: -log2 p(level | levels above, caption), fp64 [B], summed over a picture.
+
+        Args:
+            nets: raw modules in eval mode, not engines.
+            codes: of all levels, int64 [B, N].
+            text: int64 [B, T], where the model takes captions.
+        """
+        upper, codes = self.levels(codes)
+        logits = nets["model"](codes, upper, text)
+        return cross_entropy(logits, codes).double() * (codes.shape[1] / math.log(2))
 
     @torch.inference_mode()
     def sample(

@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, TESTS, free_port
 from toys.exports import save, save_dvae, write_data
+from toys.priors import DALLE, save_prior, save_text
 
 
 def run(options: list[str]) -> None:
@@ -35,10 +36,12 @@ def run_rank(rank: int, port: int, options: list[str]) -> None:
 def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path / "valid")
     exports = [save_dvae(tmp_path / "dvae"), save(tmp_path / "bounds", "toys.bounds")]
+    parts = {"tokenizer": exports[0], "text_tokenizer": save_text(tmp_path)}
+    prior = save_prior(tmp_path / "prior", "dalle", parts, image_vocab=64, grid=8, caption_dropout=0.1, **DALLE)
 
     def options(out: str) -> list[str]:
-        line = ["--data", tmp_path / "valid", "--out", tmp_path / out, "--samples", 43, "--batch", 6, *exports]
-        return [str(option) for option in line]
+        line = ["--data", tmp_path / "valid", "--out", tmp_path / out, "--samples", 43, "--batch", 6, "--prior", prior]
+        return [str(option) for option in (*line, *exports)]
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -48,6 +51,7 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     one, two = (json.loads((tmp_path / f"out{n}" / "comparison.json").read_text()) for n in (1, 2))
     assert one["exports"][0]["samples"] + one["exports"][0]["samples_lost"] == 43
     assert one["exports"][0] == two["exports"][0], "to the last bit"
+    assert 0 < one["exports"][0]["prior_bits"] != one["exports"][0]["prior_bits_given_caption"] > 0
     assert one["protocol"] == two["protocol"]
     for name, value in one["exports"][1].items():  # the stage adds up on its own, rank by rank
         assert two["exports"][1][name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value)
