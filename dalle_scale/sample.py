@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from dalle_scale.checkpoint import export
+from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
-from dalle_scale.stages import dalle, vqvae2_prior
+from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn.diffusion import Variance
+from dalle_scale.stages import dalle, ddpm, vqvae2_prior
 from dalle_scale.types import ImageTokenizer, PictureSource, UserError
+
+DIFFUSION_OPTIONS = ("method", "steps", "spacing", "eta", "variance", "clip")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Options:
-    """How pictures are drawn: the parameters of `dalle.Stage.sample`. Other stages take the temperature only."""
+    """How pictures are drawn: the parameters of `dalle.Stage.sample`, and of `diffusion_samplers.Options` for the
+    `ddpm` stage, which takes the guidance too. Other stages take the temperature only."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -40,6 +46,16 @@ class Options:
     guidance: float = 1.0
     prime: Tensor | None = None  # int64 [P], the first codes of all pictures, as from `Sampler.prime_codes`
     size: tuple[int, int] | None = None  # rows and columns of codes, larger than in training
+    method: diffusion_samplers.Method | None = None  # None = the model's own, here and below
+    steps: int | None = None
+    spacing: diffusion_samplers.Spacing | None = None
+    eta: float | None = None
+    variance: Variance | None = None
+    clip: bool | None = None
+
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those of the options that differ from the default."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name)}
 
 
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
@@ -71,11 +87,9 @@ class Sampler:
             _check_levels(self.models)
         elif len(models) > 1:
             raise UserError(f"{folders[1]}: several models draw together only if each is the prior of another level")
-        elif isinstance(self.stage, PictureSource):
-            return
-        elif not isinstance(self.stage, dalle.Stage):
+        elif not isinstance(self.stage, dalle.Stage | PictureSource):
             raise UserError(f"{folders[0]}: stage '{models[0].name}' does not draw pictures")
-        if self.stage.upstream is None:
+        if self.stage.upstream is None and not isinstance(self.stage, PictureSource):
             raise UserError(
                 f"{models[0].folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`"
             )
@@ -83,8 +97,7 @@ class Sampler:
 
     def _open_text(self, name: str | Path | None) -> None:
         for model in self.models:
-            assert isinstance(model.stage, dalle.Stage | vqvae2_prior.Stage)
-            if model.stage.config.text_length and self.text is None:
+            if getattr(model.stage.config, "text_length", 0) and self.text is None:
                 name = name or model.part("text_tokenizer")
                 if name is None:
                     raise UserError(
@@ -100,7 +113,7 @@ class Sampler:
     @property
     def image_tokenizer(self) -> ImageTokenizer:
         """Of a model of codes. Raises UserError."""
-        if self.stage.upstream is None:
+        if self.stage.upstream is None or isinstance(self.stage, PictureSource):
             raise UserError("prime: this model draws pixels, not codes; there are no rows of codes to keep")
         return self.stage.upstream
 
@@ -161,10 +174,36 @@ class Sampler:
 
         return (batch(slice(start, start + batch_samples)) for start in range(0, len(places), batch_samples))
 
+    def record(self, options: Options) -> dict[str, Any]:
+        """How these exports draw with these options, for a protocol: plain values, defaults written out."""
+        names = ("temperature", "top_k", "top_p", "guidance", "size")
+        told: dict[str, Any] = {
+            "models": [str(model.folder) for model in self.models],
+            "models_sha256": [digest(model.folder) for model in self.models],
+            "stage": self.models[0].name,
+            **{name: getattr(options, name) for name in names},
+        }
+        if isinstance(self.stage, ddpm.Stage):
+            learned = self.stage.config.variance == "learned"
+            how = self._diffusion(options).resolved(len(self.stage.diffusion.alphas_cumprod), learned)
+            return told | {name: getattr(how, name) for name in DIFFUSION_OPTIONS}
+        return told | dict.fromkeys(DIFFUSION_OPTIONS)
+
     def _check(self, options: Options) -> None:
         """Raises UserError for what is out of range, or what these models do not take."""
         dalle.check_sampling(options.temperature, options.top_k, options.top_p, options.guidance)
-        if not isinstance(self.stage, dalle.Stage):
+        if isinstance(self.stage, ddpm.Stage):
+            if given := options.given(("temperature", "top_k", "top_p", "prime", "size")):
+                raise UserError(f"{', '.join(given)}: for models of codes; this one draws by diffusion, leave it out")
+            if options.guidance != 1.0 and not self.stage.config.caption_dropout:
+                raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
+            learned = self.stage.config.variance == "learned"
+            diffusion_samplers.plan(self.stage.diffusion.alphas_cumprod, self._diffusion(options), learned)
+        elif given := options.given(DIFFUSION_OPTIONS):
+            raise UserError(
+                f"{', '.join(given)}: for diffusion models, and '{self.models[0].name}' is none; leave it out"
+            )
+        elif not isinstance(self.stage, dalle.Stage):
             if replace(options, temperature=1.0) != Options():
                 raise UserError("top_k, top_p, guidance, prime and size are for models of the stage 'dalle'")
         elif options.size is not None:
@@ -172,6 +211,13 @@ class Sampler:
                 raise UserError("size: a picture with given rows has the model's own size; leave out one of the two")
             if not hasattr(self.image_tokenizer, "decode_grid"):
                 raise UserError("size: this image tokenizer decodes squares of its own size only")
+
+    def _diffusion(self, options: Options) -> diffusion_samplers.Options:
+        """How a diffusion model draws: as told, else as its config says. Raises UserError for a value out of range."""
+        assert isinstance(self.stage, ddpm.Stage)
+        config, given = self.stage.config, options.given(DIFFUSION_OPTIONS)
+        how: dict[str, Any] = {"method": config.sampler, "steps": config.sample_steps, **given}
+        return diffusion_samplers.Options(guidance=options.guidance, **how)
 
     def _images(self, text: Tensor, seeds: Tensor, options: Options) -> Tensor:
         """uint8 [N, 3, S, S] of captions int64 [N, T] and seeds int64 [N]."""
@@ -185,6 +231,9 @@ class Sampler:
                 return self.image_tokenizer.decode_grid(codes)  # type: ignore[attr-defined, no-any-return]
             prime = None if options.prime is None else options.prime.expand(len(seeds), -1)
             return self.image_tokenizer.decode(self.stage.sample(nets, text, seeds, prime=prime, **how))
+        if isinstance(self.stage, ddpm.Stage):
+            captions = text if self.text is not None else None
+            return self.stage.sample_images(nets, seeds, text=captions, options=self._diffusion(options))
         if isinstance(self.stage, PictureSource):
             return self.stage.sample_images(nets, seeds, temperature=options.temperature)
         upper = None

@@ -2,10 +2,10 @@
 
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 16 --out runs/mine
 
-Writes <out>/images/<prompt>_<candidate>.png, <out>/samples.jsonl with a row for each picture, and, when there are few,
-<out>/grid.png with a row for each prompt. The same model, prompt and seed give the same pictures, whatever else is
-drawn beside them. A model without captions (a VAE, a transformer with text_length 0) takes no prompts; --candidates
-says how many pictures.
+Writes <out>/images/<prompt>_<candidate>.png, <out>/samples.jsonl with a row for each picture, <out>/sampling.json that
+says how they were drawn, and, when there are few, <out>/grid.png with a row for each prompt. The same model, prompt and
+seed give the same pictures, whatever else is drawn beside them. A model without captions (a VAE, a transformer with
+text_length 0) takes no prompts; --candidates says how many pictures. --method to --clip are for diffusion models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_scale import dist, log
-from dalle_scale.sample import Options, Sampler
+from dalle_scale.checkpoint import atomic
+from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler
 from dalle_scale.types import UserError
 
 GRID_SAMPLES = 256  # grid.png is drawn up to this many
@@ -37,8 +38,8 @@ def main() -> None:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     prompts = prompts or [""]
     prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
-    size = tuple(args.size) if args.size else None
-    options = Options(args.temperature, args.top_k, args.top_p, args.guidance, prime, size)
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", *DIFFUSION_OPTIONS)}
+    options = Options(prime=prime, size=tuple(args.size) if args.size else None, **given)
     batches = sampler.draw(prompts, args.candidates, args.seed, options, args.batch)
     total = len(prompts) * args.candidates
     pictures = (
@@ -47,6 +48,8 @@ def main() -> None:
         for picture in zip(batch.prompt_index, batch.candidate, batch.seed, batch.images, strict=True)
     )
     images = write(args.out, prompts, log.progress(pictures, "sample", "pictures", total))
+    drawn = {"seed": args.seed, "prime_rows": args.prime_rows, "prompts": len(prompts), "candidates": args.candidates}
+    atomic.write(args.out / "sampling.json", json.dumps(sampler.record(options) | drawn, indent=1) + "\n")
     if sampler.text and sampler.text.truncated_samples:
         cut, length = sampler.text.truncated_samples, sampler.text_length
         log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
@@ -98,6 +101,12 @@ def parse_args() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="keep only this many of the likeliest codes; 0 = all")
     add("--top-p", type=float, default=1.0, help="keep the likeliest codes that hold this share; 1 = all")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 = off")
+    add("--method", help="of a diffusion model: ancestral, ddim or dpm++; default: the model's, as --steps")
+    add("--steps", type=int, help="evaluations of a diffusion model")
+    add("--spacing", help="which times: uniform, quadratic or log_snr; default: log_snr for dpm++, else uniform")
+    add("--eta", type=float, help="of ddim: share of the ancestral noise, 0 to 1; default: 0")
+    add("--variance", help="of ancestral: fixed_large, fixed_small or learned; default: as the model was trained")
+    add("--clip", action=argparse.BooleanOptionalAction, help="predicted pictures to [-1, 1]; default: ancestral only")
     add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
     add("--batch", type=int, default=256, help="pictures drawn at a time; does not change them")
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")

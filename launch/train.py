@@ -84,7 +84,7 @@ def open_stage(config: RunConfig, with_tokenizer: bool) -> Stage:
     stage_class = stages.resolve(config.stage)
     model_config = configs.parse(stage_class.Config, config.model, where="model")
     path = config.tokenizer if with_tokenizer else None
-    return stage_class(model_config, export.open_tokenizer(path, dist.device()) if path else None)
+    return stage_class(model_config, export.open_upstream(path, stage_class, dist.device()) if path else None)
 
 
 def open_data(config: RunConfig, stage: Stage, source: DataSource, train: bool, alone: bool = False) -> Stream:

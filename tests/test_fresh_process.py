@@ -36,6 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """Every stage that gives pictures; priors with their tokenizer, and without captions."""
     folder = tmp_path_factory.mktemp("exports")
     made = {name: export_tiny(folder / name, name) for name in (*TOKENIZERS, "vae")}
+    made["ddpm"] = export_tiny(folder / "ddpm", "ddpm", text_length=0, text_vocab=0, caption_dropout=0.0)
     dvae, vqvae2 = export.load(made["dvae"]).stage, export.load(made["vqvae2"]).stage
     parts = {"tokenizer": folder / "dvae"}
     grid = {"image_vocab": dvae.config.vocab, "grid": dvae.config.image_size // dvae.config.downsampling}

@@ -17,6 +17,9 @@ from torch import nn
 
 from dalle_scale import stages
 from dalle_scale.checkpoint import export
+from dalle_scale.checkpoint.digest import digest
+from dalle_scale.fidelity_result import MADE_BY
+from dalle_scale.nn import diffusion_samplers
 from dalle_scale.sample import Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
@@ -205,6 +208,83 @@ def test_a_stage_that_draws_pixels(tmp_path):
         Sampler([vae, vae])
     with pytest.raises(UserError, match="draws pixels"):
         Sampler([vae]).prime_codes(tmp_path / "x.png", 1)
+    with pytest.raises(UserError, match="method, steps: for diffusion models, and 'vae' is none; leave it out"):
+        Sampler([vae]).draw([""], 1, 0, Options(method="ddim", steps=10))
+
+
+DDPM = {"image_size": 8, "width": 32, "multipliers": (1,), "blocks": 1, "attention_sizes": (), "timesteps": 24}
+
+
+@pytest.fixture(scope="module")
+def diffusion(folder, tmp_path_factory):
+    """Export of an untrained diffusion model with captions."""
+    more = {"text_length": 8, "text_vocab": 48, "caption_dropout": 0.1, "sampler": "ddim", "sample_steps": 4}
+    parts = {"text_tokenizer": folder.parent / "text.model"}
+    return export_stage(tmp_path_factory.mktemp("diffusion") / "ddpm", "ddpm", parts, **DDPM, **more)
+
+
+def test_diffusion_with_captions(diffusion):
+    """The stage's pictures for the captions, drawn as its config says but for what is told."""
+    sampler = Sampler([diffusion])
+    batches = list(sampler.draw(PROMPTS[:2], 2, 7, Options(guidance=3.0, steps=3), batch_samples=3))
+    seeds = torch.tensor([seed for batch in batches for seed in batch.seed])
+    text = sampler.text.encode([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, 8)
+    how = diffusion_samplers.Options("ddim", 3, guidance=3.0)
+    expected = sampler.stage.sample_images(sampler.models[0].nets, seeds, text=text, options=how)
+    found = torch.cat([batch.images for batch in batches])
+    # convolutions of another batch size may round another way, and a byte may tip
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert len({image.numpy().tobytes() for image in found}) == 4
+    [plain] = sampler.draw(PROMPTS[:1], 2, 7)
+    [same] = sampler.draw(PROMPTS[:1], 2, 7, Options(method="ddim", steps=4, spacing="uniform", eta=0.0))
+    [other] = sampler.draw(PROMPTS[:1], 2, 7, Options(method="ancestral"))
+    assert torch.equal(plain.images, same.images) and not torch.equal(plain.images, other.images)
+    assert not torch.equal(plain.images, found[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 25}, "steps: 25, but this model has 24 times; take 2 to 24"),
+        ({"eta": 2.0}, "eta: 2.0 is not in"),
+        ({"method": "dpm++", "eta": 0.5}, "eta: is for method 'ddim'"),
+        ({"method": "ancestral", "variance": "learned"}, "this model has learned none"),
+        ({"top_k": 3, "temperature": 0.5}, "temperature, top_k: for models of codes"),
+        ({"spacing": "cubic"}, "spacing: 'cubic' is none of uniform"),
+    ],
+)
+def test_diffusion_options_are_checked_before_the_first_batch(diffusion, options, message):
+    with pytest.raises(UserError, match=message):
+        Sampler([diffusion]).draw(PROMPTS, 1, 0, Options(**options))
+
+
+def test_diffusion_without_captions(tmp_path):
+    model = export_stage(tmp_path / "ddpm", "ddpm", {}, **DDPM)
+    how = ["--method", "dpm++", "--steps", 4, "--spacing", "log_snr", "--clip"]
+    done = run_program("--model", model, "--out", tmp_path / "out", "--candidates", 2, *how)
+    assert done.returncode == 0, done.stderr
+    [batch] = Sampler([model]).draw([""], 2, 0, Options(method="dpm++", steps=4, spacing="log_snr", clip=True))
+    for candidate, image in enumerate(batch.images):
+        written = np.asarray(Image.open(tmp_path / "out" / "images" / f"00000_{candidate:04d}.png"))
+        assert np.array_equal(written, image.permute(1, 2, 0).numpy())
+    told = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    wanted = {
+        "method": "dpm++",
+        "steps": 4,
+        "spacing": "log_snr",
+        "eta": None,
+        "clip": True,
+        "seed": 0,
+        "candidates": 2,
+    }
+    assert told.items() >= wanted.items() and told["models_sha256"] == [digest(model)]
+    assert set(MADE_BY) - told.keys() == {"weights", "update", "kept"}  # an export does not tell
+    default = Sampler([model]).record(Options())
+    assert (default["steps"], default["spacing"], default["variance"]) == (DDPM["timesteps"], "uniform", "fixed_large")
+    with pytest.raises(UserError, match=r"guidance: 2.0, but this model was trained without caption_dropout"):
+        Sampler([model]).draw([""], 1, 0, Options(guidance=2.0))
+    with pytest.raises(UserError, match="trained without captions; leave them out"):
+        Sampler([model]).draw(["a red circle"], 1, 0)
 
 
 def test_long_prompts_are_cut_and_counted(folder):

@@ -12,18 +12,19 @@ from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import dist, types
+from dalle_scale.nn.flops import flops
+from dalle_scale.nn.latents import Latents
 from dalle_scale.nn.likelihood import Bernoulli, DiscretisedLogistic, Gaussian, Likelihood, phi, phi_inverse, to_bytes
 from dalle_scale.nn.noise import normal_noise
+from dalle_scale.nn.roundtrip import PREVIEW_SAMPLES, squared_error
 from dalle_scale.nn.schedules import cosine
 from dalle_scale.nn.vae_blocks import Decoder, DiagonalGaussian, Encoder
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel, UserError
 
-_PREVIEW_SAMPLES = 8
 _PREVIEW_STEPS = 8  # pictures of an interpolation: a row of the log's sheet
 
 
@@ -33,8 +34,8 @@ class VAEConfig(StrictModel):
     image_size: int = Field(default=32, ge=2)  # pixels
     augment: Literal["none", "dvae", "transformer"] = "none"
 
-    n_hid: int = Field(default=32, ge=4)
-    multipliers: tuple[int, ...] = Field(  # width of each group of residual blocks, in n_hid; pooling between groups
+    n_hid: int = Field(default=32, ge=4, multiple_of=4)  # blocks are a quarter as wide inside
+    multipliers: tuple[PositiveInt, ...] = Field(  # width of each group of blocks, in n_hid; pooling between groups
         default=(1, 2, 4), min_length=1, validate_default=True
     )
     blocks_per_group: int = Field(default=2, ge=1)
@@ -84,18 +85,9 @@ class VAEConfig(StrictModel):
         """Pixel values of a picture."""
         return 3 * self.image_size**2
 
-    @field_validator("n_hid")
-    @classmethod
-    def _check_n_hid(cls, value: int) -> int:
-        if value % 4:
-            raise ValueError("must be a multiple of 4, the bottleneck of a block")
-        return value
-
     @field_validator("multipliers")
     @classmethod
     def _check_multipliers(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        if min(value) < 1:
-            raise ValueError("must be 1 or more")
         size, downsampling = info.data.get("image_size", 0), 2 ** (len(value) - 1)
         if size % downsampling:
             raise ValueError(f"{len(value)} groups pool by {downsampling}, which does not divide image_size {size}")
@@ -276,22 +268,30 @@ class Stage(types.Stage):
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above their reconstructions [N, 3, 2 S, S]; prior samples, always of the same seeds; and a row of
         pictures from each original to the next one."""
-        images = batch["image"][:_PREVIEW_SAMPLES]
+        images = batch["image"][:PREVIEW_SAMPLES]
         maps, _, _ = nets["model"](images)
         path = self.interpolate(nets, images, images.roll(-1, dims=0), _PREVIEW_STEPS)
         return {
             "reconstruction": torch.cat([images, to_bytes(self.likelihood.mean(maps))], dim=2),
-            "samples": self.sample_images(nets, torch.arange(_PREVIEW_SAMPLES)),
+            "samples": self.sample_images(nets, torch.arange(PREVIEW_SAMPLES)),
             "interpolation": path.flatten(0, 1),
         }
 
     def flops_per_sample(self) -> float:
         """Convolutions, forward and backward (counted as twice the forward)."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model = VAE(self.config, self.likelihood.channels)
-            mean, _ = model.encoder(torch.empty(1, 3, self.config.image_size, self.config.image_size))
-            model.decoder(mean)
-        return 3.0 * float(counter.get_total_flops())
+        size = self.config.image_size
+        return 3 * flops(lambda: self.nets()["model"](torch.empty(1, 3, size, size, dtype=torch.uint8)))
+
+    def latents(self, nets: Nets) -> Latents:
+        """The trained net as the encoder below another stage: means of q(z | x) and back to pictures."""
+        model = cast(VAE, nets["model"])
+        return Latents(
+            model,
+            encode=lambda images: model.encoder(phi(images))[0],
+            decode=lambda z: self._pictures(model, z),
+            shape=self.config.latent_shape,
+            image_size=self.config.image_size,
+        )
 
     def _pictures(self, model: VAE, z: Tensor) -> Tensor:
         """Latents [N, C, side, side] -> uint8 [N, 3, S, S]."""
@@ -299,4 +299,4 @@ class Stage(types.Stage):
 
     def _squared_error(self, maps: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of each sample on the 0..255 scale, fp32 [B]."""
-        return (phi_inverse(self.likelihood.mean(maps)) - images.float()).square().mean(dim=(1, 2, 3))
+        return squared_error(phi_inverse(self.likelihood.mean(maps)), images)

@@ -1,0 +1,396 @@
+"""Denoising diffusion (arXiv 2006.11239): a UNet that takes the noise off pictures, or off latents of a frozen encoder.
+
+Loss: the mean squared error of what the net predicts (L_simple, Eq. 14), of a time drawn evenly from all. With a
+learned variance, L_simple + 0.001 L_vlb (arXiv 2102.09672, Sec. 3.1): the bound trains the variance alone.
+
+A batch of other trainers draws times in pairs t, T - 1 - t, half of its pictures each, which steadies the loss: early
+and late times cost very differently. Here a sample's loss depends on nothing but its seed and the update, and two
+samples that do not know of each other cannot share a pair. So with `antithetic` each picture takes both times of a
+pair, with other noise: an update of B pictures evaluates 2 B maps. (Pairs across updates would steady only averages
+over updates, by making each update lopsided.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from dalle_scale import dist, log, types
+from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn.diffusion import (
+    Diffusion,
+    Schedule,
+    Target,
+    Variance,
+    betas_of,
+    rate_and_distortion,
+    to_bytes,
+    to_map,
+)
+from dalle_scale.nn.diffusion_samplers import Method, Options, Predict
+from dalle_scale.nn.flops import flops
+from dalle_scale.nn.latents import Latents
+from dalle_scale.nn.noise import normal_noise, uniform_noise
+from dalle_scale.nn.unet import UNet
+from dalle_scale.nn.unet_blocks import norm_groups
+from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+
+PREVIEW_SAMPLES = 8
+BOUND_WEIGHT = 0.001  # lambda of L_hybrid; its L_vlb is in bits per value, as in the paper's code
+_DRAWS = 3  # numbers of noise an update: of the map, of time and caption, of dropout
+
+
+class DDPMConfig(StrictModel):
+    """The defaults are the paper's for CIFAR-10."""
+
+    image_size: int = Field(default=32, ge=2)  # pixels
+    augment: Literal["none", "dvae", "transformer"] = "none"  # dvae: of pictures of just this size, flips alone
+
+    latent_channels: int = Field(default=0, ge=0)  # of the latents of `tokenizer:`, a VAE's; 0 = pixels
+    latent_size: int = Field(default=0, ge=0, validate_default=True)  # their side
+    latent_scale: float = Field(default=1.0, gt=0)  # latents times this should have standard deviation 1
+
+    width: int = Field(default=128, ge=4)  # channels at full size
+    multipliers: tuple[int, ...] = Field(default=(1, 2, 2, 2), min_length=1, validate_default=True)  # at each side
+    blocks: int = Field(default=2, ge=1)  # residual blocks at each side
+    attention_sizes: tuple[int, ...] = Field(default=(16,), validate_default=True)  # sides with attention
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    timesteps: int = Field(default=1000, ge=2)  # T
+    schedule: Schedule = Field(default="linear", validate_default=True)
+    target: Target = "eps"  # what the net predicts; the loss is the plain squared error of just that
+    variance: Variance = "fixed_large"
+    antithetic: bool = False  # each picture at two times, t and T - 1 - t
+
+    text_length: int = Field(default=0, ge=0)  # caption tokens, empty places included; 0 = no captions
+    text_vocab: int = Field(default=0, ge=0, validate_default=True)
+    bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share emptied while training, for guided sampling
+
+    sampler: Method = "ancestral"  # of `sample_images`, where it is not told
+    sample_steps: int | None = Field(default=None, ge=2)  # None = T
+    preview_steps: int = Field(default=25, ge=2)  # of DDIM, for the log
+    bound_steps: int = Field(default=0, ge=0)  # times above 0 of a picture in `evaluate`; 0 = all, exact
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """[C, side, side] of what is diffused."""
+        if self.latent_channels:
+            return (self.latent_channels, self.latent_size, self.latent_size)
+        return (3, self.image_size, self.image_size)
+
+    @field_validator("latent_size")
+    @classmethod
+    def _check_latent_size(cls, value: int, info: ValidationInfo) -> int:
+        if (value > 0) != (info.data.get("latent_channels", value) > 0):
+            raise ValueError("set latent_channels and latent_size together, or neither")
+        return value
+
+    @field_validator("width")
+    @classmethod
+    def _check_width(cls, value: int) -> int:
+        if value % 4 or value % norm_groups(value):
+            raise ValueError("must be a multiple of 4, above 128 of 32: the groups of the norms")
+        return value
+
+    @field_validator("multipliers")
+    @classmethod
+    def _check_multipliers(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("must be 1 or more")
+        size, halvings = _side(info), len(value) - 1
+        if size % 2**halvings:
+            raise ValueError(f"{len(value)} sides halve {halvings} times, which {size} cannot")
+        return value
+
+    @field_validator("attention_sizes")
+    @classmethod
+    def _check_attention_sizes(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        sides = [_side(info) >> level for level in range(len(info.data.get("multipliers", ())))]
+        if sides and not set(value) <= set(sides):
+            raise ValueError(f"the net has the sides {', '.join(map(str, sides))}")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: Schedule, info: ValidationInfo) -> Schedule:
+        if value == "linear" and info.data.get("timesteps", 1000) <= 20:
+            raise ValueError("needs more than 20 timesteps, or beta reaches 1; take more, or schedule cosine")
+        return value
+
+    @field_validator("text_vocab")
+    @classmethod
+    def _check_text_vocab(cls, value: int, info: ValidationInfo) -> int:
+        if (value > 0) != (info.data.get("text_length", value) > 0):
+            raise ValueError("set text_length and text_vocab together, or neither")
+        return value
+
+
+def _side(info: ValidationInfo) -> int:
+    side: int = info.data.get("latent_size", 0) or info.data.get("image_size", 0)
+    return side
+
+
+class Stage(types.Stage):
+    """Trains one net, "model"."""
+
+    Config = DDPMConfig
+    takes_latents = True
+
+    def __init__(self, config: DDPMConfig, upstream: ImageTokenizer | None = None) -> None:
+        """Raises:
+        UserError: an encoder that does not fit, or has codes for latents, or is not asked for.
+        """
+        super().__init__(config, upstream)
+        self.config: DDPMConfig = config
+        self.codec = _fitting(config, upstream)
+        self.diffusion = Diffusion(betas_of(config.schedule, config.timesteps))
+
+    @property
+    def needs(self) -> Needs:
+        """Pictures, and captions if the model takes them."""
+        c = self.config
+        return Needs(
+            image_size=c.image_size,
+            augment=c.augment,
+            text_length=c.text_length,
+            text_vocab=c.text_vocab,
+            bpe_dropout=c.bpe_dropout,
+        )
+
+    def nets(self) -> Nets:
+        c = self.config
+        channels, size, _ = c.map_shape
+        model = UNet(
+            n_in=channels,
+            n_out=channels * (2 if c.variance == "learned" else 1),
+            size=size,
+            width=c.width,
+            multipliers=c.multipliers,
+            blocks=c.blocks,
+            attention_sizes=c.attention_sizes,
+            dropout=c.dropout,
+            text_vocab=c.text_vocab,
+            text_length=c.text_length,
+        )
+        return {"model": model}
+
+    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        """See the module's docstring. Outside of training the noise is that of update 0, so that the losses of two
+        validations differ by the weights alone.
+
+        Terms: loss; mse; quarter_1 .. quarter_4, the mse at each quarter of the times, the least noisy first (a sum
+        over the rows of a quarter by how many there are on average, so that their mean is the mse); with a learned
+        variance bound (bits per value, without L_T).
+        """
+        training = nets[turn].training
+        number = _DRAWS * step if training else 0
+        weight, seeds, x0 = batch["weight"], batch["seed"], self._maps(batch["image"])
+        draws = uniform_noise(seeds, number + 1, 2)
+        times = (draws[:, 0].double() * len(self.diffusion)).long()
+        text = self._captions(batch, draws[:, 1] < self.config.caption_dropout if training else None)
+        images = None if self.codec else batch["image"]
+        if self.config.antithetic:
+            times = torch.cat([times, len(self.diffusion) - 1 - times])
+            seeds = torch.cat([seeds, ~seeds])  # seeds are not negative: those of the second half are nobody else's
+            x0 = torch.cat([x0, x0])
+            text, images = (None if rows is None else torch.cat([rows, rows]) for rows in (text, images))
+        noise = normal_noise(seeds, number, x0[0].numel()).view_as(x0)
+        x = self.diffusion.noisy(x0, times, noise)
+        predicted, share = self._split(nets[turn](x, times, text, seeds, number + 2))
+        target = self.diffusion.target(self.config.target, x0, noise, times)
+        mse = (predicted - target).square().flatten(1).mean(dim=1)
+
+        def mean(rows: Tensor) -> Tensor:
+            return (rows.view(-1, len(weight)) * weight).mean()
+
+        total, terms = mean(mse), {"mse": mean(mse.detach()), **self._by_quarter(mse.detach(), times, weight)}
+        if share is not None:
+            x0_predicted = self.diffusion.x0(self.config.target, predicted.detach(), x, times)
+            log_variance = self.diffusion.log_variance("learned", times, x, share)
+            bits = mean(self.diffusion.bound_bits(images, x0, x0_predicted, log_variance, times))
+            bits = bits * len(self.diffusion)
+            total, terms["bound"] = total + BOUND_WEIGHT * bits, bits.detach()
+        return Losses(total, {"loss": total.detach(), **terms})
+
+    def _by_quarter(self, mse: Tensor, times: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Terms `quarter_n` of the errors [R] at times [R]."""
+        steps, terms = len(self.diffusion), {}
+        for quarter in range(4):
+            first, end = (-(-part * steps // 4) for part in (quarter, quarter + 1))
+            inside = (times >= first) & (times < end)
+            rows = (mse * inside).view(-1, len(weight)) * weight
+            terms[f"quarter_{quarter + 1}"] = rows.mean() * (steps / max(end - first, 1))
+        return terms
+
+    def _maps(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> what is diffused, fp32 [B, C, side, side]."""
+        if not self.config.latent_channels:
+            return to_map(images).contiguous()
+        if self.codec is None:
+            raise UserError("model.latent_channels: set, but there is no encoder; set tokenizer: <the export of a VAE>")
+        return self.codec.encode(images) * self.config.latent_scale
+
+    def _pictures(self, maps: Tensor) -> Tensor:
+        """What is diffused -> uint8 [B, 3, S, S]."""
+        return self.codec.decode(maps / self.config.latent_scale) if self.codec else to_bytes(maps)
+
+    def _captions(self, batch: Batch, dropped: Tensor | None = None) -> Tensor | None:
+        """int64 [B, T], None in a model without; those `dropped` bool [B] are empty, as all are without "text"."""
+        if not self.config.text_length:
+            return None
+        empty = self.empty_caption(batch["image"].device)
+        if "text" not in batch:
+            return empty.expand(len(batch["image"]), -1)
+        return batch["text"] if dropped is None else torch.where(dropped[:, None], empty, batch["text"])
+
+    def empty_caption(self, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens [T] of the caption that says nothing: all pads."""
+        c = self.config
+        return torch.arange(c.text_vocab, c.text_vocab + c.text_length, device=device)
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The net's maps: the prediction, and the share of ln beta in a learned ln variance (0 .. 1 for -1 .. 1)."""
+        if self.config.variance != "learned":
+            return out, None
+        predicted, share = out.chunk(2, dim=1)
+        return predicted, (share + 1) / 2
+
+    def predict(
+        self, net: nn.Module, x: Tensor, times: Tensor, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The map x0 that a noisy one means, not clipped, and the share of `Diffusion.log_variance` if learned."""
+        predicted, share = self._split(net(x, times, text))
+        return self.diffusion.x0(self.config.target, predicted, x, times), share
+
+    @torch.no_grad()
+    def evaluate(self, nets: Nets, batches: Iterable[Batch], bound_steps: int | None = None) -> dict[str, float]:
+        """The variational bound (Eq. 5) over all samples of all ranks (a collective), x0 clipped as in the paper.
+
+        Args:
+            nets: raw modules in eval mode, not engines; the averaged weights, if they are to be compared with others'.
+            batches: noise comes from their seeds; captions may be missing. Batches lie on the model's device.
+            bound_steps: instead of the config's.
+
+        Returns:
+            Bits per value, upper bounds of -log2 p(x) in the mean. elbo_bits_per_dim is the sum over all T times of
+            rate_bits_per_dim (times above 0, and L_T) and distortion_bits_per_dim (time 0). With `bound_steps` k > 0
+            the first two end in _estimate: time 0 exactly and k of the times above, without bias.
+
+        Raises:
+            UserError: the model is one of latents.
+        """
+        if self.config.latent_channels:
+            raise UserError("evaluate: a bound in bits is one of bytes; this model has latents")
+        steps = self.config.bound_steps if bound_steps is None else bound_steps
+        sums = torch.zeros(3, dtype=torch.float64, device=next(nets["model"].parameters()).device)
+        for batch in batches:
+            predict = partial(self._moments, nets["model"], self._captions(batch))
+            watch = partial(log.progress, what="bound", unit="times", total=len(self.diffusion) - 1)
+            found = rate_and_distortion(self.diffusion, predict, batch["image"], batch["seed"], steps, watch)
+            sums += (torch.stack([torch.ones_like(found[0]), *found]) * (batch["weight"] > 0)).sum(dim=1)
+        count, *totals = dist.all_reduce(sums).tolist()
+        rate_bits, distortion_bits = (total / count for total in totals)
+        suffix = "_estimate" if steps else ""
+        return {
+            f"elbo_bits_per_dim{suffix}": rate_bits + distortion_bits,
+            f"rate_bits_per_dim{suffix}": rate_bits,
+            "distortion_bits_per_dim": distortion_bits,
+        }
+
+    def _moments(self, net: nn.Module, text: Tensor | None, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 predicted from x, clipped, and ln of the variance of the step from it."""
+        x0, share = self.predict(net, x, times, text)
+        return x0.clamp(-1, 1), self.diffusion.log_variance(self.config.variance, times, x, share)
+
+    @torch.no_grad()
+    def sample_images(
+        self,
+        nets: Nets,
+        seeds: Tensor,
+        *,
+        temperature: float = 1.0,
+        text: Tensor | None = None,
+        options: Options | None = None,
+    ) -> Tensor:
+        """Draw pictures, uint8 [N, 3, S, S].
+
+        A picture depends on its seed and caption, not on its batch, but for the rounding of convolutions.
+
+        Args:
+            nets: raw modules in eval mode, not engines.
+            seeds: int64 [N], one a picture.
+            temperature: 1; there is none to set.
+            text: int64 [N, T], where the model takes captions; None = the empty caption.
+            options: see nn/diffusion_samplers.py; None = the config's.
+
+        Raises:
+            UserError: an option out of range, or one that this model does not take.
+        """
+        if temperature != 1:
+            raise UserError(f"temperature = {temperature}: a diffusion model draws at 1; leave it out")
+        options = self._options(options)
+        net = nets["model"]
+        seeds = seeds.to(next(net.parameters()).device)
+
+        predict: Predict = partial(self.predict, net)
+        if self.config.text_length:
+            empty = self.empty_caption(seeds.device)
+            text = empty.expand(len(seeds), -1) if text is None else text.to(seeds.device)
+            predict = diffusion_samplers.guided(partial(self.predict, net), text, empty, options.guidance)
+        levels, learned = self.diffusion.alphas_cumprod, self.config.variance == "learned"
+        maps = diffusion_samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
+        return self._pictures(maps)
+
+    def _options(self, options: Options | None) -> Options:
+        """What is left open filled in. Raises UserError."""
+        c = self.config
+        options = options or Options(c.sampler, c.sample_steps)
+        if options.guidance != 1 and not c.caption_dropout:
+            raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
+        if options.method == "ancestral" and options.variance is None:
+            options = replace(options, variance=c.variance)
+        if c.latent_channels and options.clip is None:
+            options = replace(options, clip=False)  # latents have no range
+        return options
+
+    @torch.no_grad()
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Pictures drawn with few steps, for the batch's first captions, always from the same seeds."""
+        count = min(PREVIEW_SAMPLES, len(batch["weight"]))
+        options = Options("ddim", min(self.config.preview_steps, len(self.diffusion)), clip=True)
+        text = batch["text"][:count] if self.config.text_length else None
+        return {"samples": self.sample_images(nets, torch.arange(count), text=text, options=options)}
+
+    def flops_per_sample(self) -> float:
+        """Convolutions and matrix products, forward and backward (counted as twice the forward); both times of a pair.
+        The frozen encoder is left out."""
+        c = self.config
+
+        def forward() -> None:
+            text = torch.zeros(1, c.text_length, dtype=torch.int64) if c.text_length else None
+            self.nets()["model"](torch.empty(1, *c.map_shape), torch.zeros(1, dtype=torch.int64), text)
+
+        return (2 if c.antithetic else 1) * 3 * flops(forward)
+
+
+def _fitting(config: DDPMConfig, upstream: object) -> Latents | None:
+    """The encoder below a model of latents. Raises UserError."""
+    if upstream is None:
+        return None
+    if not config.latent_channels:
+        raise UserError("tokenizer: given, but this model is one of pixels; leave it out, or set model.latent_channels")
+    if not isinstance(upstream, Latents):
+        raise UserError("tokenizer: has codes, not latents; give the export of a VAE")
+    channels, size, _ = upstream.shape
+    theirs = {"latent_channels": channels, "latent_size": size, "image_size": upstream.image_size}
+    for name, value in theirs.items():
+        if getattr(config, name) != value:
+            raise UserError(f"model.{name}: {getattr(config, name)}, but the encoder has {value}; set it to that")
+    return upstream
