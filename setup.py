@@ -39,10 +39,14 @@ setup(
             "pytest-timeout>=2.4",
             "hypothesis>=6.100",
             "vector-quantize-pytorch>=1.30",  # an independent quantizer
+            "diffusers>=0.42",  # independent diffusion steps
+            "torch-fidelity>=0.4,<0.5",
             "ruff",
             "mypy",
             "types-PyYAML",
         ],
+        "eval": ["torch-fidelity>=0.4,<0.5"],  # the Inception of FID
+        "benchmarks": ["matplotlib>=3.10"],
         "wandb": ["wandb"],
     },
 )

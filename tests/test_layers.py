@@ -24,6 +24,13 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "sample": {"nn", "stages", "checkpoint", "data"},
     "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
     "rejection": {"rerank"},
+    "features": {"nn", "checkpoint", "rerank"},
+    "fidelity_result": {"checkpoint"},
+    "fidelity_sources": {"checkpoint", "data", "evaluate", "fidelity_result", "rerank"},
+    "fidelity": {"nn", "features", "fidelity_result", "fidelity_sources"},
+    "clip_evaluate": {"checkpoint", "data", "evaluate", "rerank"},
+    "clip_evaluate_samples": {"clip_evaluate", "rerank"},
+    "clip_evaluate_page": {"checkpoint", "clip_evaluate", "data", "evaluate", "gallery"},
     "evaluate": {"nn", "checkpoint", "data"},
     "evaluate_page": {"checkpoint", "evaluate"},
     "gallery": set(),
@@ -37,6 +44,7 @@ HOMES = {  # package -> files of the library that may import it
     "transformers": ("data/text.py", "rerank.py", "nn/torchvision_ops.py"),
     "open_clip": ("nn/torchvision_ops.py", "rerank.py", "stages/clip.py"),
     "torchvision": ("nn/torchvision_ops.py",),
+    "torch_fidelity": ("features.py",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
