@@ -7,15 +7,18 @@ Captions keep this project's tokens: below `text_vocab` words, at `text_vocab + 
 attends causally and is read at its last position. That place sees the whole caption whatever its length; open_clip's
 usual rule, the highest token number, would pick a word wherever a caption fills all places.
 
-The loss compares every picture with every caption of one micro-batch over all ranks. Accumulating micro-batches adds
-such losses, it does not enlarge the comparison: `engine.micro_batch_samples` x ranks is the contrastive batch. For the
-same reason a sample's loss depends on what else is in the batch, unlike in other stages.
+The loss compares every picture with every caption of one micro-batch over all ranks: by a softmax over each picture's
+captions and each caption's pictures, or, with `loss: siglip`, by a sigmoid of each pair for itself (SigLIP, arXiv
+2303.15343). Accumulating micro-batches adds such losses, it does not enlarge the comparison:
+`engine.micro_batch_samples` x ranks is the contrastive batch. For the same reason a sample's loss depends on what else
+is in the batch, unlike in other stages.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -47,17 +50,33 @@ class Stage(types.Stage):
         text_length: int = Field(default=256, gt=0)  # caption tokens, empty places included
         bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
         augment: Literal["none", "dvae", "transformer"] = "none"  # as in types.Needs
-        logit_scale: float = Field(default=1 / 0.07, gt=0)  # inverse temperature at the start
-        logit_scale_max: float = Field(default=100.0, gt=0)
+        loss: Literal["softmax", "siglip"] = "softmax"
+        # inverse temperature at the start; None = 1 / 0.07 of softmax, 10 of siglip (arXiv 2303.15343, Sec. 3.2)
+        logit_scale: float | None = Field(default=None, gt=0)
+        logit_scale_max: float = Field(default=100.0, gt=0)  # for both losses; the paper of siglip has no such cap
+        logit_bias: float | None = None  # of siglip, at the start; None = -10, as in the same section
 
         @model_validator(mode="after")
         def _divisible(self) -> Stage.Config:
             for size, part in (("image_size", "patch"), ("width", "heads"), ("text_width", "text_heads")):
                 if getattr(self, size) % getattr(self, part):
                     raise ValueError(f"{size} {getattr(self, size)} does not divide by {part} {getattr(self, part)}")
-            if self.logit_scale > self.logit_scale_max:
-                raise ValueError(f"logit_scale {self.logit_scale} is above logit_scale_max {self.logit_scale_max}")
+            if self.first_scale > self.logit_scale_max:
+                raise ValueError(f"logit_scale {self.first_scale} is above logit_scale_max {self.logit_scale_max}")
+            if self.logit_bias is not None and self.loss != "siglip":
+                raise ValueError(f"logit_bias {self.logit_bias}: the softmax loss has none; set loss: siglip")
             return self
+
+        @property
+        def first_scale(self) -> float:
+            """Inverse temperature at the start."""
+            return self.logit_scale or (10.0 if self.loss == "siglip" else 1 / 0.07)
+
+        @property
+        def first_bias(self) -> float | None:
+            """Bias of the logits at the start; None where the loss has none."""
+            bias = -10.0 if self.logit_bias is None else self.logit_bias
+            return bias if self.loss == "siglip" else None
 
     config: Config
 
@@ -93,7 +112,8 @@ class Stage(types.Stage):
                 "heads": c.text_heads,
                 "pool_type": "last",
             },
-            "init_logit_scale": math.log(c.logit_scale),
+            "init_logit_scale": math.log(c.first_scale),
+            "init_logit_bias": c.first_bias,
             "nonscalar_logit_scale": True,  # DeepSpeed cannot share a parameter without dimensions
         }
 
@@ -105,11 +125,14 @@ class Stage(types.Stage):
         return {"model": model}
 
     def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
-        """Mean of both directions' cross entropies, in nats. On rank r of W it covers r's rows of the global logits;
-        its mean over the ranks is the loss of the joint batch, and so is its gradient."""
-        images, texts, scale = nets["model"](self._pixels(nets, batch["image"]), batch["text"])
+        """`contrastive_loss` or, where there is a bias, `sigmoid_loss`, in nats. On rank r of W it covers r's rows of
+        the global logits; its mean over the ranks is the loss of the joint batch, and so is its gradient."""
+        images, texts, scale, *bias = nets["model"](self._pixels(nets, batch["image"]), batch["text"])
         scale = _CappedScale.apply(scale.float().squeeze(), self.config.logit_scale_max)  # type: ignore[no-untyped-call]
-        return contrastive_loss(images.float(), texts.float(), scale, batch["text"], batch["weight"])
+        features = images.float(), texts.float()
+        if bias:
+            return sigmoid_loss(*features, scale, bias[0].float().squeeze(), batch["text"], batch["weight"])
+        return contrastive_loss(*features, scale, batch["text"], batch["weight"])
 
     def image_features(self, nets: Nets, images: Tensor) -> Tensor:
         """uint8 pictures [N, 3, H, W] -> unit vectors [N, embed_dim]. Other sizes than `image_size` are resized."""
@@ -170,28 +193,74 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tenso
         partner has the sample's own caption (equal captions in a batch cannot be told apart, and count as right);
         `logit_scale`.
     """
+    pairs = _compare(images, texts, scale, tokens, weight)
+
+    def one_way(logits: Tensor) -> Tensor:
+        return (F.cross_entropy(logits, pairs.labels, reduction="none") * weight).mean()
+
+    total = (one_way(pairs.image_logits) + one_way(pairs.text_logits)) / 2
+    return Losses(total, {"loss": total.detach(), **pairs.accuracies, "logit_scale": scale.detach()})
+
+
+def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, tokens: Tensor, weight: Tensor) -> Losses:
+    """SigLIP's pairwise loss (arXiv 2303.15343, Eq. 1 and Algorithm 1) over all ranks, blind to empty slots.
+
+    Each picture and caption of the joint batch are a question of their own: do they belong together?
+
+        -1/n  sum over i, j of  log sigmoid(z_ij (scale * <image_i, text_j> + bias)),  z_ii = 1, others -1
+
+    where i and j run over the n samples that are there: a sum over captions, a mean over pictures. As in the paper, an
+    equal caption of another sample counts as wrong. Every rank must hold the same number of slots; it computes its own
+    pictures' rows, [B, ranks * B]. With all weights 1 in one process the total is `open_clip.SigLipLoss`.
+
+    Args:
+        bias: of the logits, a scalar.
+        images, texts, scale, tokens, weight: as in `contrastive_loss`.
+
+    Returns:
+        Terms as in `contrastive_loss`, and `logit_bias`.
+    """
+    pairs = _compare(images, texts, scale, tokens, weight)
+    signs = torch.full_like(pairs.image_logits, -1).scatter_(1, pairs.labels[:, None], 1)
+    per_sample = -F.logsigmoid(signs * (pairs.image_logits + bias)).sum(dim=1)  # a hidden pair adds 0
+    total = (per_sample * weight).mean()
+    terms = {"loss": total.detach(), **pairs.accuracies}
+    return Losses(total, terms | {"logit_scale": scale.detach(), "logit_bias": bias.detach()})
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """This rank's B pictures against all captions of the joint batch, and its captions against all pictures."""
+
+    image_logits: Tensor  # [B, ranks * B]; -inf where the column is an empty slot
+    text_logits: Tensor
+    labels: Tensor  # int64 [B]: the column of each row's own partner
+    accuracies: dict[str, Tensor]
+
+
+def _compare(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tensor, weight: Tensor) -> _Pairs:
+    """Logits of this rank's rows; arguments as in `contrastive_loss`. Gradients reach the vectors of all ranks."""
     ranks, rank, slots = dist.world_size(), dist.rank(), len(weight)
     clip_loss = import_open_clip().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
     with warnings.catch_warnings():  # open_clip gathers by a function that torch has deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        image_logits, text_logits = clip_loss.get_logits(images, texts, scale)  # this rank's rows: [B, ranks * B]
+        both = clip_loss.get_logits(images, texts, scale)
     labels = clip_loss.get_ground_truth(images.device, slots)  # columns of this rank's own partners
 
     all_tokens = _gather(tokens)
     empty = _gather((weight == 0).long()).bool()
     own = torch.arange(slots * ranks, device=weight.device) == labels[:, None]
     hidden = empty & ~own  # an empty row keeps its own column: all hidden would be 0/0
+    image_logits, text_logits = (logits.masked_fill(hidden, float("-inf")) for logits in both)
 
-    def one_way(logits: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.masked_fill(hidden, float("-inf"))
-        right = (all_tokens[logits.argmax(dim=1)] == tokens).all(dim=1)
-        return (F.cross_entropy(logits, labels, reduction="none") * weight).mean(), (right * weight).mean()
+    def accuracy(logits: Tensor) -> Tensor:
+        return ((all_tokens[logits.argmax(dim=1)] == tokens).all(dim=1) * weight).mean()
 
-    image_loss, image_share = one_way(image_logits)
-    text_loss, text_share = one_way(text_logits)
-    total = (image_loss + text_loss) / 2
-    accuracies = {"accuracy_image_to_text": image_share, "accuracy_text_to_image": text_share}
-    return Losses(total, {"loss": total.detach(), **accuracies, "logit_scale": scale.detach()})
+    accuracies = {
+        "accuracy_image_to_text": accuracy(image_logits),
+        "accuracy_text_to_image": accuracy(text_logits),
+    }
+    return _Pairs(image_logits, text_logits, labels, accuracies)
 
 
 class _CappedScale(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +70,42 @@ def test_loss_is_open_clips():
     assert float(losses.terms["logit_scale"]) == pytest.approx(1 / 0.07)
 
 
+def test_siglip_loss_is_open_clips():
+    stage, nets = build(loss="siglip")
+    batch = make_batch(5)
+    images, texts, scale, bias = nets["model"](batch["image"].float() / 127.5 - 1, batch["text"])
+    expected = importlib.import_module("open_clip.loss").SigLipLoss()(images, texts, scale, bias)
+    losses = stage.loss("model", nets, batch, 0)
+    torch.testing.assert_close(losses.total, expected)
+    parameters = list(nets["model"].parameters())
+    pairs = zip(*(torch.autograd.grad(total, parameters) for total in (losses.total, expected)), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert torch.equal(losses.terms["loss"], losses.total.detach())
+    assert float(losses.terms["logit_scale"]) == pytest.approx(10) and float(losses.terms["logit_bias"]) == -10
+    assert all(term.shape == () for term in losses.terms.values())
+
+
+def test_siglip_starts_near_the_prior_of_a_pair():
+    """Sec. 3.2 of its paper: with unrelated vectors and the starting bias, the loss is about that of the positives."""
+    losses = build(loss="siglip")[0].loss("model", build(loss="siglip")[1], make_batch(8), 0)
+    assert 0 < losses.total.item() < 25
+    without = build(loss="siglip", logit_bias=0.0)
+    assert without[0].loss("model", without[1], make_batch(64), 0).total.item() > 2 * losses.total.item()
+
+
+def test_the_bias_exists_for_siglip_only():
+    """Weights of a softmax model from before there was a choice fit as they are."""
+    _, softmax = build()
+    _, siglip = build(loss="siglip")
+    before, now = softmax["model"].state_dict(), siglip["model"].state_dict()
+    assert set(now) - set(before) == {"logit_bias"} and set(before) < set(now)
+    assert min(parameter.ndim for parameter in siglip["model"].parameters()) == 1
+    earlier = {**SIZES, "augment": "none", "bpe_dropout": 0.0, "logit_scale": 1 / 0.07, "logit_scale_max": 100.0}
+    stage = clip.Stage(configs.parse(clip.Stage.Config, earlier, "model"))
+    assert stage.nets()["model"].load_state_dict(before).missing_keys == []
+
+
 def test_empty_slots_are_neither_positives_nor_negatives():
     """Against the mean of -log softmax over the samples that are there, in plain loops."""
     images, texts = unit(6, 8, seed=1), unit(6, 8, seed=2)
@@ -96,6 +133,10 @@ def test_a_batch_of_empty_slots_has_no_loss():
     losses = clip.contrastive_loss(images, texts, torch.tensor(7.0), torch.zeros(3, 2).long(), torch.zeros(3))
     losses.total.backward()
     assert losses.total.item() == 0 and not images.grad.any()
+    images, texts, bias = unit(3, 8), unit(3, 8, seed=1), torch.tensor(-10.0, requires_grad=True)
+    losses = clip.sigmoid_loss(images, texts, torch.tensor(7.0), bias, torch.zeros(3, 2).long(), torch.zeros(3))
+    losses.total.backward()
+    assert losses.total.item() == 0 and not images.grad.any() and bias.grad == 0
 
 
 def test_accuracy_counts_equal_captions_as_right():
@@ -192,8 +233,9 @@ def test_roles_of_parameters():
     assert marked == {"text.token_embedding.weight", "text.positional_embedding", "visual.positional_embedding"}
 
 
-def test_it_learns():
-    stage, nets = build()
+@pytest.mark.parametrize("loss", ["softmax", "siglip"])
+def test_it_learns(loss):
+    stage, nets = build(loss=loss)
     batch = make_batch(8)
     optimizer = torch.optim.AdamW(nets["model"].parameters(), lr=2e-3)
     for step in range(40):
@@ -211,6 +253,8 @@ def test_it_learns():
         ({"heads": 3}, "width 32 does not divide by heads 3"),
         ({"text_heads": 5}, "text_width 24 does not divide by text_heads 5"),
         ({"logit_scale": 200}, "logit_scale 200.0 is above logit_scale_max 100.0"),
+        ({"loss": "siglip", "logit_scale_max": 9}, "logit_scale 10.0 is above logit_scale_max 9.0"),
+        ({"logit_bias": -10}, "logit_bias -10.0: the softmax loss has none; set loss: siglip"),
     ],
 )
 def test_bad_sizes_are_one_line(change, message):
@@ -228,32 +272,34 @@ def joint_batch() -> Batch:
 
 
 def one_rank(rank: int, folder: str) -> None:
-    """Rank `rank` of two: loss of its half of the batch, gradients averaged as DeepSpeed does, written by rank 0."""
+    """Rank `rank` of two: losses of its half of the batch, gradients averaged as DeepSpeed does, written by rank 0."""
     torch.set_num_threads(1)
     limits = {"timeout": timedelta(seconds=120), "rank": rank, "world_size": 2}
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", **limits)
-    stage, nets = build()
-    batch = {key: value[rank * 4 : rank * 4 + 4] for key, value in joint_batch().items()}
-    losses = stage.loss("model", nets, batch, 0)
-    losses.total.backward()
-    result = {name: parameter.grad for name, parameter in nets["model"].named_parameters()}
-    result |= {f"term {name}": value for name, value in losses.terms.items()}
-    for value in result.values():
-        torch_dist.all_reduce(value)
-        value /= 2
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    del losses, result  # the graph holds the process group
+    for loss in ("softmax", "siglip"):
+        stage, nets = build(loss=loss)
+        batch = {key: value[rank * 4 : rank * 4 + 4] for key, value in joint_batch().items()}
+        losses = stage.loss("model", nets, batch, 0)
+        losses.total.backward()
+        result = {name: parameter.grad for name, parameter in nets["model"].named_parameters()}
+        result |= {f"term {name}": value.clone() for name, value in losses.terms.items()}
+        for value in result.values():
+            torch_dist.all_reduce(value)
+            value /= 2
+        if rank == 0:
+            torch.save(result, Path(folder) / f"{loss}.pt")
+        del losses, result  # the graph holds the process group
     dist.leave()
 
 
 def test_two_ranks_give_the_loss_and_gradient_of_the_joint_batch(tmp_path):
     torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
-    result = torch.load(tmp_path / "result.pt", weights_only=True)
-    stage, nets = build()
-    losses = stage.loss("model", nets, joint_batch(), 0)
-    losses.total.backward()
-    for name, value in losses.terms.items():
-        torch.testing.assert_close(result[f"term {name}"], value, msg=f"{name}: {result[f'term {name}']} != {value}")
-    for name, parameter in nets["model"].named_parameters():
-        torch.testing.assert_close(result[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    for loss in ("softmax", "siglip"):
+        result = torch.load(tmp_path / f"{loss}.pt", weights_only=True)
+        stage, nets = build(loss=loss)
+        losses = stage.loss("model", nets, joint_batch(), 0)
+        losses.total.backward()
+        for name, value in losses.terms.items():
+            torch.testing.assert_close(result[f"term {name}"], value, msg=f"{loss} {name}: {result[f'term {name}']}")
+        for name, parameter in nets["model"].named_parameters():
+            torch.testing.assert_close(result[name], parameter.grad, rtol=1e-3, atol=1e-5)

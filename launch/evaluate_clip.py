@@ -1,0 +1,110 @@
+"""How well CLIP models tell pictures apart by their captions, and what choosing by them is worth.
+
+    python launch/evaluate_clip.py runs/clip/export --data runs/data/valid --out runs/clip_evaluated
+    deepspeed --num_gpus 8 launch/evaluate_clip.py runs/clip/export ViT-B-32:openai --data runs/data/valid --out runs/e
+    python launch/evaluate_clip.py runs/clip/export --data runs/cifar/test --classes names.txt --templates t.txt --out o
+    python launch/evaluate_clip.py runs/clip/export --samples runs/dalle/samples --out runs/best_of
+
+With --data: retrieval of captions by pictures and of pictures by captions (R@1, 5, 10), and zero-shot classification.
+Classes are the lines of --classes, or the captions themselves where they are few; --templates makes several prompts of
+each class, whose vectors are averaged. With --samples, what launch/sample.py wrote: the CLIP score of the best of N
+candidates for N = 1, 2, 4, ... up to all of them; several models also judge each other's choice.
+
+Writes <out>/clip.json, clip.md, best_of.csv (to plot), and for each model examples_<name>/gallery.html. The numbers are
+the same for any number of ranks. What cannot be read is left out, counted, and listed in ledger.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dalle_scale import clip_evaluate, clip_evaluate_page, clip_evaluate_samples, dist, log, rejection, rerank
+from dalle_scale.clip_evaluate import Classes, Subject
+from dalle_scale.types import UserError
+
+
+def main() -> None:
+    """Check, open, measure one model after the other, write."""
+    args = parse_args()
+    check(args)
+    templates = clip_evaluate.read_templates(args.templates) if args.templates else ("{}",)
+    names = rejection.read_classes(args.classes, []) if args.classes else []
+    classes = Classes(tuple(names), templates, str(args.classes)) if names else None
+    rows = rerank.read_samples(args.samples) if args.samples else []
+    subjects = clip_evaluate.open_subjects(args.models, dist.device(), args.image_size)
+    dist.join()
+    if dist.is_main():
+        args.out.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    numbers = data_numbers(args, subjects, classes, templates) if args.data else {}
+    if rows:
+        numbers |= sample_numbers(args, subjects, rows)
+    about = [clip_evaluate_page.about_model(subject) for subject in subjects]
+    numbers["models"] = [model | row for model, row in zip(about, numbers.get("models", about), strict=True)]
+    if dist.is_main():
+        clip_evaluate_page.write(args.out, numbers)
+        log.say(clip_evaluate_page.summary(numbers))
+        log.say(f"{args.out / 'clip.md'}")
+
+
+def data_numbers(
+    args: argparse.Namespace, subjects: list[Subject], classes: Classes | None, templates: tuple[str, ...]
+) -> dict[str, Any]:
+    """Retrieval and classification on a data set; writes the examples. A collective."""
+    ledger, models, numbers = args.out / "ledger.jsonl", [], {}
+    for subject in subjects:
+        pictures = clip_evaluate.open_pairs(args.data, subject, args.limit, args.batch, ledger)
+        pairs = clip_evaluate.embed(subject, args.data, pictures, args.batch, ledger, dist.device())
+        row = {"pairs": len(pairs.own), "pairs_lost": pairs.lost, "retrieval": clip_evaluate.retrieval(pairs)}
+        kinds = classes or clip_evaluate.caption_classes(pairs.captions, len(pairs.own), templates)
+        if kinds:
+            vectors = clip_evaluate.embed_classes(subject, kinds, pairs.images.shape[1], args.batch)
+            row["classification"] = clip_evaluate.classification(pairs, kinds, vectors)
+        if dist.is_main():
+            log.say(f"{clip_evaluate_page.show(args.out, subject, pairs, args.data)}")
+        models.append(row)
+        numbers = {"protocol": clip_evaluate_page.about_data(args.data, pictures, kinds), "models": models}
+    return numbers
+
+
+def sample_numbers(args: argparse.Namespace, subjects: list[Subject], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The score of the best of N samples. A collective."""
+    scores = {s.name: clip_evaluate_samples.score_samples(s, args.samples, rows, args.batch) for s in subjects}
+    table = clip_evaluate_samples.best_of(rows, scores)
+    return {"samples": clip_evaluate_page.about_samples(args.samples, rows), "best_of": table}
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong before anything is opened."""
+    if not args.data and not args.samples:
+        raise UserError("nothing to evaluate on: give --data FOLDER, --samples FOLDER or both")
+    for name, value in (("limit", args.limit), ("batch", args.batch), ("image-size", args.image_size)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value}, but at least one is needed")
+    if (args.classes or args.templates) and not args.data:
+        raise UserError("--classes and --templates are for --data: name a data set")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a file; name a folder")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="CLIP", help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
+    add("--data", type=Path, help="folder of a data set with pictures and captions")
+    add("--samples", type=Path, help="folder that launch/sample.py wrote")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--classes", type=Path, metavar="FILE", help="classes, one a line (default: the captions, where they are few)")
+    add("--templates", type=Path, metavar="FILE", help="prompts, one a line, with {} for the class; default: {}")
+    add("--limit", type=int, help="evaluate at most so many pairs (default: all)")
+    add("--image-size", type=int, help="read pictures at this size (default: an export's own, or 224)")
+    add("--batch", type=int, default=64, help="pictures or captions at once on each rank")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    log.guarded(main)

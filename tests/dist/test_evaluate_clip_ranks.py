@@ -1,0 +1,56 @@
+"""launch/evaluate_clip.py on two ranks: the same files as on one."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, TESTS, free_port
+from toys.clips import save_clip, write_pairs, write_samples
+
+
+def run(options: list[str]) -> None:
+    """The program in this process."""
+    torch.set_num_threads(1)
+    sys.argv = ["evaluate_clip.py", *options]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / "evaluate_clip.py"), run_name="__main__")
+    assert not ended.value.code
+
+
+def run_rank(rank: int, port: int, options: list[str]) -> None:
+    """One of two ranks, as the launcher starts it."""
+    sys.path.insert(0, str(TESTS))  # the toys
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run([f"--local_rank={rank}", *options])
+
+
+def test_two_ranks_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches do not divide the pairs, the texts or the samples; the samples' prompts are captions too."""
+    write_pairs(tmp_path / "valid")
+    write_samples(tmp_path / "samples", candidates=4)
+    models = [save_clip(tmp_path / "a"), save_clip(tmp_path / "b", seed=1, loss="siglip")]
+    (tmp_path / "templates.txt").write_text("{}\nan image: {}\n{} it is\n")
+
+    def options(out: str) -> list[str]:
+        line = ["--data", tmp_path / "valid", "--samples", tmp_path / "samples", "--out", tmp_path / out]
+        return [str(word) for word in (*models, *line, "--batch", 3, "--templates", tmp_path / "templates.txt")]
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    run(options("out1"))
+    torch.set_num_threads(threads)
+    mp.spawn(run_rank, (free_port(), options("out2")), nprocs=2)
+    names = {path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*") if path.is_file()}
+    assert {"clip.json", "clip.md", "best_of.csv", "ledger.jsonl"} < {str(name) for name in names}
+    for name in names - {Path("ledger.jsonl")}:  # whose lines come in the order of the ranks
+        first, second = ((tmp_path / f"out{n}" / name).read_bytes() for n in (1, 2))
+        assert first == second, name
+    ledgers = (sorted((tmp_path / f"out{n}" / "ledger.jsonl").read_text().splitlines()) for n in (1, 2))
+    assert len({len(lines) for lines in ledgers}) == 1
