@@ -14,20 +14,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
-def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
-    """Convolution that keeps the size; weights ~ N(0, 1 / sqrt(n_in kernel^2)), biases 0."""
-    layer = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(n_in * kernel**2))
+
+def initialised(layer: Layer, std: float) -> Layer:
+    """The layer with weights ~ N(0, std) and biases 0."""
+    nn.init.normal_(layer.weight, std=std)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
+    """Convolution that keeps the size; weights ~ N(0, 1 / sqrt(n_in kernel^2)), biases 0."""
+    return initialised(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), std=1 / math.sqrt(n_in * kernel**2))
+
+
+def run(module: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """module(*inputs); with `recompute`, what it computes inside is computed again in the backward pass, not kept."""
+    if recompute and torch.is_grad_enabled():  # no module draws from torch's generator, whose state need not be kept
+        output: Tensor = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        output = module(*inputs)
+    return output
 
 
 class Bottleneck(nn.Module):
@@ -49,10 +65,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n_in, h, w] -> [B, n_out, h, w]."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            branch = checkpoint(self.branch, x, use_reentrant=False)
-        else:
-            branch = self.branch(x)
+        branch = run(self.branch, x, recompute=self.activation_checkpointing)
         return torch.add(self.skip(x), branch, alpha=self.gain)
 
 

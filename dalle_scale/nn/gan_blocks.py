@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.blocks import conv
+from dalle_scale.nn.blocks import conv, run
 
 
 class Residual(nn.Module):
@@ -30,10 +28,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n_in, h, w] -> [B, n_out, h, w]."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            branch = checkpoint(self.branch, x, use_reentrant=False)
-        else:
-            branch = self.branch(x)
+        branch = run(self.branch, x, recompute=self.activation_checkpointing)
         total: Tensor = self.skip(x) + branch
         return total
 

@@ -28,9 +28,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.blocks import Bottleneck, CodeHead
+from dalle_scale.nn.blocks import Bottleneck, CodeHead, run
 from dalle_scale.nn.pixelsnail_blocks import (
     Block,
     CausalAttention,
@@ -167,11 +166,7 @@ class PixelSNAIL(nn.Module):
         seeds = seeds if self.training else None
         x = self.input(embedded) + (self.row[:, None] + self.column)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                inputs = (x, embedded, condition, seeds, step)
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, embedded, condition, seeds, step)
+            x = run(block, x, embedded, condition, seeds, step, recompute=self.activation_checkpointing)
         return self._logits(x.flatten(0, 2)).view(*codes.shape, -1)
 
     def begin(self, count: int, upper: Tensor | None = None, text: Tensor | None = None) -> Drawing:

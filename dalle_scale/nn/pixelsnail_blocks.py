@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.nn.blocks import initialised
 from dalle_scale.nn.noise import uniform_noise
 
 _BLOCKS_MAX = 1 << 16  # of one net: the noise of update u and block b is number u * _BLOCKS_MAX + b
@@ -223,10 +224,7 @@ Cache: TypeAlias = "tuple[Rows, Rows] | AttentionCache"
 
 def linear(n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:
     """Weights ~ N(0, gain / sqrt(n_in)), biases 0."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(n_in))
-    nn.init.zeros_(layer.bias)
-    return layer
+    return initialised(nn.Linear(n_in, n_out), std=gain / math.sqrt(n_in))
 
 
 def embedding(vocab: int, width: int) -> nn.Embedding:

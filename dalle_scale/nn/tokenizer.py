@@ -39,7 +39,7 @@ class Tokenizer:
         """uint8 images [B, 3, S, S] -> codes int64 [B, N], level after level, each in raster order."""
         assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
         parts = torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([torch.cat([level.flatten(1) for level in self._encode(part)], dim=1) for part in parts])
+        return torch.cat([flat(self._encode(part)) for part in parts])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, N] of any integer type -> uint8 images [B, 3, S, S]."""
@@ -57,3 +57,8 @@ class Tokenizer:
     @property
     def _device(self) -> torch.device:
         return next(self._net.parameters()).device
+
+
+def flat(levels: Sequence[Tensor]) -> Tensor:
+    """Codes of each level [B, h, w] -> [B, N], level after level, each in raster order."""
+    return torch.cat([level.flatten(1) for level in levels], dim=1)

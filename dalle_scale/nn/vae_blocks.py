@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dalle_scale.nn.blocks import Bottleneck, conv
+from dalle_scale.nn.blocks import Bottleneck, conv, initialised
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Encoder(nn.Module):
             layers += [nn.MaxPool2d(2)] if group else []
             layers += _group(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), len(widths))
         self.trunk = nn.Sequential(*layers)
-        self.output = _initialised(nn.Conv2d(widths[-1], 2 * channels, kernel), fan_in=widths[-1] * kernel**2)
+        output = nn.Conv2d(widths[-1], 2 * channels, kernel)
+        self.output = initialised(output, std=1 / math.sqrt(widths[-1] * kernel**2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.trunk(self.input(x.to(self.input.weight.dtype)))
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], blocks: int, channels: int, kernel: int, maps: int) -> None:
         super().__init__()
-        self.input = _initialised(nn.ConvTranspose2d(channels, widths[-1], kernel), fan_in=channels)
+        self.input = initialised(nn.ConvTranspose2d(channels, widths[-1], kernel), std=1 / math.sqrt(channels))
         layers: list[nn.Module] = []
         for group in reversed(range(len(widths))):
             before = widths[min(group + 1, len(widths) - 1)]
@@ -88,11 +89,3 @@ def _group(n_in: int, width: int, blocks: int, kernels: Sequence[int], groups: i
     starts about as large as one."""
     gain = 1 / math.sqrt(groups * blocks)
     return [Bottleneck(width if index else n_in, width, kernels, gain) for index in range(blocks)]
-
-
-def _initialised(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: int) -> nn.Conv2d | nn.ConvTranspose2d:
-    """Weights ~ N(0, 1 / sqrt(fan_in)), biases 0: as `conv`, for layers that change the size."""
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(fan_in))
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -6,15 +6,10 @@ blocks of ReLU, 3x3, ReLU, 1x1. Pixels span -1 .. 1 here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dalle_scale import log
-from dalle_scale.types import Batch
+from dalle_scale.nn.blocks import run
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -32,18 +27,6 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return to_levels(pixels).round_().to(torch.uint8)
 
 
-def squared_error(pixels: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error of each sample on the 0..255 scale, fp32 [B]: pixels against uint8 images [B, 3, S, S]."""
-    return (to_levels(pixels) - images.float()).square().mean(dim=(1, 2, 3))
-
-
-def first_images(batches: Iterable[Batch], count: int) -> Tensor:
-    """The first `count` images of filled slots (or as many as there are), uint8 [N, 3, S, S] on the CPU, to start
-    codebooks from; shows a progress bar."""
-    images = (image for batch in batches for image in batch["image"][batch["weight"] > 0].cpu())
-    return torch.stack(list(log.progress(islice(images, count), "k-means: reading", "images", total=count)))
-
-
 class Residual(nn.Module):
     """x + 1x1 convolution of ReLU of 3x3 convolution, `hidden` wide, of ReLU of x: [B, width, h, w], same shape."""
 
@@ -55,11 +38,7 @@ class Residual(nn.Module):
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            branch: Tensor = checkpoint(self.branch, x, use_reentrant=False)
-        else:
-            branch = self.branch(x)
-        return x + branch
+        return x + run(self.branch, x, recompute=self.activation_checkpointing)
 
 
 class Encoder(nn.Module):

@@ -7,18 +7,20 @@ number, so the loss of a sample does not depend on what it is batched with, nor 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import log, types
-from dalle_scale.nn import patch_init
+from dalle_scale.nn import patch_init, roundtrip
 from dalle_scale.nn.blocks import Decoder, Encoder
+from dalle_scale.nn.config_checks import check_downsampling
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
 from dalle_scale.nn.likelihood import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
@@ -27,7 +29,6 @@ from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time (512 MiB in fp32)
-_PREVIEW_SAMPLES = 8
 
 
 class DVAEConfig(StrictModel):
@@ -40,8 +41,8 @@ class DVAEConfig(StrictModel):
 
     # "resnet" (the paper) or "patch": fold downsampling^2 squares into channels first, then stay at that resolution
     stem: Literal["resnet", "patch"] = "resnet"
-    n_hid: int = Field(default=256, ge=4)
-    multipliers: tuple[int, ...] = Field(  # width of each group of residual blocks, in n_hid
+    n_hid: int = Field(default=256, ge=4, multiple_of=4)  # blocks are a quarter as wide inside
+    multipliers: tuple[PositiveInt, ...] = Field(  # width of each group of residual blocks, in n_hid
         default=(1, 2, 4, 8), min_length=1, validate_default=True
     )
     blocks_per_group: int = Field(default=2, ge=1)
@@ -77,27 +78,12 @@ class DVAEConfig(StrictModel):
         """Channels of each group."""
         return tuple(self.n_hid * multiplier for multiplier in self.multipliers)
 
-    @field_validator("downsampling")
-    @classmethod
-    def _check_downsampling(cls, value: int, info: ValidationInfo) -> int:
-        size = info.data.get("image_size", value)
-        if value & (value - 1) or size % value:
-            raise ValueError(f"must be a power of two that divides image_size {size}")
-        return value
-
-    @field_validator("n_hid")
-    @classmethod
-    def _check_n_hid(cls, value: int) -> int:
-        if value % 4:
-            raise ValueError("must be a multiple of 4, the bottleneck of a block")
-        return value
+    _check_downsampling = field_validator("downsampling")(check_downsampling)
 
     @field_validator("multipliers")
     @classmethod
     def _check_multipliers(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         poolings = info.data.get("downsampling", 1).bit_length() - 1
-        if min(value) < 1:
-            raise ValueError("must be 1 or more")
         if info.data.get("stem") == "resnet" and len(value) <= poolings:
             raise ValueError(f"stem resnet pools {poolings} times and needs at least {poolings + 1} groups")
         return value
@@ -203,12 +189,9 @@ class Stage(types.Stage):
         (of the relaxed reconstruction)."""
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above what their hard codes decode to: uint8 [N, 3, 2 S, S]."""
-        images = batch["image"][:_PREVIEW_SAMPLES]
-        maps, _, _ = nets["model"](images)
-        return {"reconstruction": torch.cat([images, to_bytes(self.likelihood.mean(maps))], dim=2)}
+        return roundtrip.preview(partial(self._round_trip, nets), batch)
 
     def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
@@ -240,21 +223,9 @@ class Stage(types.Stage):
             samples_at_once=_LOGITS_AT_ONCE // (config.grid**2 * config.vocab),
         )
 
-    @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """Quality of hard codes over all samples of all ranks (a collective). Batches lie on the model's device.
-
-        Returns:
-            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes
-            (finite where the bytes are exact);
-            codes_used, share of the K codes that occur; perplexity of the codes.
-        """
-        usage = UsageWindow(self.config.vocab, samples=1)
-        for batch in batches:
-            maps, _, codes = nets["model"](batch["image"])
-            mse = self._squared_error(maps, batch["image"])
-            usage.add(codes.flatten(1), mse, batch["weight"] > 0)
-        return {name: float(value) for name, value in usage.close_chunk().items()}
+        """psnr_db, codes_used and perplexity of hard codes: see `roundtrip.evaluate`."""
+        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.vocab)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
@@ -264,7 +235,11 @@ class Stage(types.Stage):
             model.decoder(assignment)
         return 3.0 * float(counter.get_total_flops())
 
+    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A `roundtrip.RoundTrip`, given its nets."""
+        maps, _, codes = nets["model"](images)
+        return phi_inverse(self.likelihood.mean(maps)), codes.flatten(1)
+
     def _squared_error(self, maps: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of each sample on the 0..255 scale, fp32 [B]."""
-        pixels = phi_inverse(self.likelihood.mean(maps))
-        return (pixels - images.float()).square().mean(dim=(1, 2, 3))
+        return roundtrip.squared_error(phi_inverse(self.likelihood.mean(maps)), images)

@@ -19,15 +19,17 @@ push at random.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import dist, types
+from dalle_scale.nn import roundtrip
+from dalle_scale.nn.codebook_init import start_codebooks
 from dalle_scale.nn.discriminator import (
     DiscriminatorConfig,
     GanLoss,
@@ -37,16 +39,16 @@ from dalle_scale.nn.discriminator import (
     generator_loss,
     lecam,
 )
+from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gan_blocks import GanDecoder, GanEncoder
 from dalle_scale.nn.perceptual import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
 from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
 from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import first_images, squared_error, to_bytes, to_pixels
+from dalle_scale.nn.vq_blocks import to_bytes, to_levels, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 22  # in work without gradients: 64 pictures of 256 x 256
-_PREVIEW_SAMPLES = 8
 _LARGEST_LAMBDA = 1e4
 _LAMBDA_EPS = 1e-6
 
@@ -58,7 +60,9 @@ class VQGANConfig(StrictModel):
     augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.Needs
 
     width: int = Field(default=128, ge=1)
-    multipliers: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)  # of each group; halved between groups
+    multipliers: tuple[PositiveInt, ...] = Field(  # of each group; halved between groups
+        default=(1, 1, 2, 2, 4), min_length=1
+    )
     blocks_per_group: int = Field(default=2, ge=1)  # the decoder has one more
     norm_groups: int = Field(default=32, ge=1)
     dim: int = Field(default=256, ge=1)  # channels of the features that are quantized
@@ -99,8 +103,8 @@ class VQGANConfig(StrictModel):
     def _fits(self) -> VQGANConfig:
         if self.grid << (len(self.multipliers) - 1) != self.image_size:
             raise ValueError(f"image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times")
-        if min(self.multipliers) < 1 or any(width % self.norm_groups for width in self.widths):
-            raise ValueError(f"norm_groups {self.norm_groups} must divide the widths {self.widths}, all above 0")
+        if any(width % self.norm_groups for width in self.widths):
+            raise ValueError(f"norm_groups {self.norm_groups} must divide the widths {self.widths}")
         if self.image_size < self.discriminator.smallest_pixels:
             needs = self.discriminator.smallest_pixels
             raise ValueError(f"discriminator.layers {self.discriminator.layers} need pictures of {needs} pixels")
@@ -119,6 +123,11 @@ class VQGAN(nn.Module):
         self.quantizer = Quantizer(config.quantizer, config.dim)
         self.decoder = GanDecoder(*shape)
 
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> what is quantized, [B, dim, h, h]."""
+        features: Tensor = self.encoder(to_pixels(images))
+        return features
+
     def forward(
         self, images: Tensor, weight: Tensor | None = None, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,7 +142,7 @@ class VQGAN(nn.Module):
             Pictures around -1 .. 1 [B, 3, S, S]; what the last convolution made them from, without gradient
             [B, C, S, S]; quantizer's loss fp32 [B]; codes int64 [B, h, h].
         """
-        quantized = self.quantizer(self.encoder(to_pixels(images)), weight, seeds)
+        quantized = self.quantizer(self.features(images), weight, seeds)
         pictures, last = self.decoder(quantized.values)
         return pictures, last.detach(), quantized.loss, quantized.codes
 
@@ -205,7 +214,8 @@ class Stage(types.Stage):
         if judged:
             means["lambda"] = self._lambda(nets)
         if nets["model"].training and total.requires_grad:
-            self._usage.add(codes.flatten(1), squared_error(made.detach(), images), weight > 0)
+            mse = roundtrip.squared_error(to_levels(made.detach()), images)
+            self._usage.add(codes.flatten(1), mse, weight > 0)
         return Losses(total, means)
 
     def _measured(
@@ -241,9 +251,7 @@ class Stage(types.Stage):
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
         """Codebook, lambda and LeCam's averages, over all ranks. Every `usage_every` updates, over all ranks and the
         window: codes_used (share of K), perplexity, psnr_db."""
-        model = nets["model"]
-        assert isinstance(model, VQGAN)
-        model.quantizer.after_step(step)
+        cast(VQGAN, nets["model"]).quantizer.after_step(step)
         if self._gradients:
             gradients = dist.all_reduce(torch.stack(self._gradients).mean(dim=0), "mean")
             _average(nets, "gradient_norms").update(gradients.flatten(1).norm(dim=1))
@@ -254,69 +262,46 @@ class Stage(types.Stage):
 
     def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features that the fresh encoder makes of training images."""
-        config, model = self.config.quantizer, nets["model"]
-        assert isinstance(model, VQGAN)
-        if config.init != "kmeans":
-            return
-        images = first_images(batches, config.init_samples)
-        parts = torch.split(images, _samples_at_once(self.config))
-        with torch.no_grad():
-            features = [model.encoder(to_pixels(part)).float().permute(0, 2, 3, 1).flatten(0, 2) for part in parts]
-        model.quantizer.initialise(torch.cat(features))
-
-    @torch.no_grad()
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        images = batch["image"][:_PREVIEW_SAMPLES]
-        return {"reconstruction": torch.cat([images, to_bytes(nets["model"](images)[0])], dim=2)}
+        model = cast(VQGAN, nets["model"])
+        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
         """The trained net, frozen, as an `ImageTokenizer`."""
-        model, config = nets["model"], self.config
-        assert isinstance(model, VQGAN)
+        model, config = cast(VQGAN, nets["model"]), self.config
         return Tokenizer(
             model,
-            lambda images: [model.quantizer.encode(model.encoder(to_pixels(images)))],
+            lambda images: [model.quantizer.encode(model.features(images))],
             lambda levels: to_bytes(model.decoder(model.quantizer.lookup(levels[0]))[0]),
             vocab=config.quantizer.vocab,
             grids=(config.grid,),
             image_size=config.image_size,
-            samples_at_once=_samples_at_once(config),
+            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
         )
 
-    @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """Quality over all samples of all ranks (a collective). Batches lie on the model's device.
+        """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
+        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
 
-        Returns:
-            psnr_db, from the mean squared error over all values before they are rounded to bytes; codes_used, share of
-            the K codes that occur; perplexity of the codes.
-        """
-        usage = UsageWindow(self.config.quantizer.vocab, samples=1)
-        for batch in batches:
-            made, _, _, codes = nets["model"](batch["image"])
-            usage.add(codes.flatten(1), squared_error(made, batch["image"]), batch["weight"] > 0)
-        return {name: float(value) for name, value in usage.close_chunk().items()}
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
+        return roundtrip.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products of both turns, once the discriminator counts. In forward passes: 3 for the
         model's training and 1 to show its pictures to the discriminator; of the discriminator 2 for the model's turn
         and 6 for the two pictures of its own; of the perceptual features 2, and 1 back."""
-        size = self.config.image_size
-        with torch.device("meta"):
-            images = torch.empty(1, 3, size, size, dtype=torch.uint8)
-            passes: list[tuple[int, nn.Module, Tensor]] = [
-                (4, VQGAN(self.config), images),
-                (8, PatchDiscriminator(self.config.discriminator), images.float()),
-            ]
-            if self.config.perceptual.kind != "none":
-                passes.append((3, vgg16(), images.float()))
-            total = 0
-            for times, net, pictures in passes:
-                with FlopCounterMode(display=False) as counter:
-                    net(pictures)
-                total += times * counter.get_total_flops()
-        return float(total)
+        config = self.config
+        shape = (1, 3, config.image_size, config.image_size)
+        total = 4 * flops(lambda: VQGAN(config)(torch.empty(shape, dtype=torch.uint8)))
+        total += 8 * flops(lambda: PatchDiscriminator(config.discriminator)(torch.empty(shape)))
+        if config.perceptual.kind != "none":
+            total += 3 * flops(lambda: vgg16()(torch.empty(shape)))
+        return total
+
+    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A `roundtrip.RoundTrip`, given its nets."""
+        made, _, _, codes = nets["model"](images)
+        return to_levels(made), codes.flatten(1)
 
     def _distance(self, made: Tensor, target: Tensor) -> Tensor:
         if self._lpips is None:
@@ -331,11 +316,6 @@ class Stage(types.Stage):
         likeness, verdict = _average(nets, "gradient_norms").value()
         factor: Tensor = (likeness / (verdict + _LAMBDA_EPS)).clamp(max=_LARGEST_LAMBDA)
         return factor
-
-
-def _samples_at_once(config: VQGANConfig) -> int:
-    """Pictures that are encoded or decoded together without gradients."""
-    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
 
 
 def _average(nets: Nets, name: Literal["logits", "gradient_norms"]) -> MovingAverage:

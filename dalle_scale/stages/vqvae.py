@@ -8,23 +8,26 @@ vectors from which unused codes restart, which comes from the samples' seeds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import types
+from dalle_scale.nn import roundtrip
+from dalle_scale.nn.codebook_init import start_codebooks
+from dalle_scale.nn.config_checks import check_downsampling
+from dalle_scale.nn.flops import flops
 from dalle_scale.nn.likelihood import Gaussian
 from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
 from dalle_scale.nn.tokenizer import Tokenizer
 from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
+from dalle_scale.nn.vq_blocks import Decoder, Encoder, to_bytes, to_levels, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
-_PREVIEW_SAMPLES = 8
 
 
 class VQVAEConfig(StrictModel):
@@ -53,13 +56,7 @@ class VQVAEConfig(StrictModel):
         """Codes along a side."""
         return self.image_size // self.downsampling
 
-    @field_validator("downsampling")
-    @classmethod
-    def _check_downsampling(cls, value: int, info: ValidationInfo) -> int:
-        size = info.data.get("image_size", value)
-        if value & (value - 1) or size % value:
-            raise ValueError(f"must be a power of two that divides image_size {size}")
-        return value
+    _check_downsampling = field_validator("downsampling")(check_downsampling)
 
 
 class VQVAE(nn.Module):
@@ -120,40 +117,27 @@ class Stage(types.Stage):
             reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
         total = ((reconstruction + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            named |= {"mse": squared_error(pixels, images), "quantizer_loss": quantizer_loss}
+            mse = roundtrip.squared_error(to_levels(pixels), images)
+            named |= {"mse": mse, "quantizer_loss": quantizer_loss}
             if nets[turn].training and total.requires_grad:
-                self._usage.add(codes.flatten(1), named["mse"], weight > 0)
+                self._usage.add(codes.flatten(1), mse, weight > 0)
             means = (torch.stack([value.detach() for value in named.values()]) * weight).mean(dim=1)
         return Losses(total, dict(zip(named, means, strict=True)))
 
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
         """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used (share of K),
         perplexity, psnr_db."""
-        _model(nets).quantizer.after_step(step)
+        cast(VQVAE, nets["model"]).quantizer.after_step(step)
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    @torch.no_grad()
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        images = batch["image"][:_PREVIEW_SAMPLES]
-        pixels, _, _ = nets["model"](images)
-        return {"reconstruction": torch.cat([images, to_bytes(pixels)], dim=2)}
-
-    @torch.no_grad()
     def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar)."""
-        if self.config.quantizer.init != "kmeans":
-            return
-        model = _model(nets)
-        images = first_images(batches, self.config.quantizer.init_samples)
-        parts = torch.split(images, _samples_at_once(self.config))
-        rows = [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in parts]
-        model.quantizer.initialise(torch.cat(rows))
+        model = cast(VQVAE, nets["model"])
+        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
         """The trained net, frozen, as an `ImageTokenizer`."""
-        model, config = nets["model"], self.config
-        assert isinstance(model, VQVAE)
+        model, config = cast(VQVAE, nets["model"]), self.config
         return Tokenizer(
             model,
             lambda images: [model.quantizer.encode(model.features(images))],
@@ -161,36 +145,23 @@ class Stage(types.Stage):
             vocab=config.quantizer.vocab,
             grids=(config.grid,),
             image_size=config.image_size,
-            samples_at_once=_samples_at_once(config),
+            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
         )
 
-    @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """Quality over all samples of all ranks (a collective). Batches lie on the model's device.
+        """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
+        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
 
-        Returns:
-            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes;
-            codes_used, share of the K codes that occur; perplexity of the codes.
-        """
-        usage = UsageWindow(self.config.quantizer.vocab, samples=1)
-        for batch in batches:
-            pixels, codes, _ = nets["model"](batch["image"])
-            usage.add(codes.flatten(1), squared_error(pixels, batch["image"]), batch["weight"] > 0)
-        return {name: float(value) for name, value in usage.close_chunk().items()}
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
+        return roundtrip.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            VQVAE(self.config)(torch.empty(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8))
-        return 3.0 * float(counter.get_total_flops())
+        size = self.config.image_size
+        return 3 * flops(lambda: VQVAE(self.config)(torch.empty(1, 3, size, size, dtype=torch.uint8)))
 
-
-def _samples_at_once(config: VQVAEConfig) -> int:
-    """How many samples evaluation holds at a time."""
-    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
-
-
-def _model(nets: Nets) -> VQVAE:
-    model = nets["model"]
-    assert isinstance(model, VQVAE)
-    return model
+    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A `roundtrip.RoundTrip`, given its nets."""
+        pixels, codes, _ = nets["model"](images)
+        return to_levels(pixels), codes.flatten(1)

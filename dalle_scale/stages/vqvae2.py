@@ -10,22 +10,24 @@ samples' seeds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import types
+from dalle_scale.nn import roundtrip
+from dalle_scale.nn.codebook_init import start_codebooks
+from dalle_scale.nn.flops import flops
 from dalle_scale.nn.quantizer import Quantized, Quantizer, QuantizerConfig
-from dalle_scale.nn.tokenizer import Tokenizer
+from dalle_scale.nn.tokenizer import Tokenizer, flat
 from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import Decoder, Encoder, first_images, squared_error, to_bytes, to_pixels
+from dalle_scale.nn.vq_blocks import Decoder, Encoder, to_bytes, to_levels, to_pixels
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
-_PREVIEW_SAMPLES = 8
 
 
 class VQVAE2Config(StrictModel):
@@ -155,7 +157,7 @@ class Stage(types.Stage):
     def __init__(self, config: VQVAE2Config, upstream: types.ImageTokenizer | None = None) -> None:
         super().__init__(config, upstream)
         self.config: VQVAE2Config = config
-        self._usages = self._windows(config.usage_window_samples)
+        self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples, config.grids)
 
     @property
     def needs(self) -> Needs:
@@ -175,47 +177,35 @@ class Stage(types.Stage):
         reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
         total = ((reconstruction + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            mse = squared_error(pixels, images)
+            mse = roundtrip.squared_error(to_levels(pixels), images)
             if nets[turn].training and total.requires_grad:
-                self._add(self._usages, codes, mse, weight > 0)
+                self._usage.add(flat(codes), mse, weight > 0)
             terms = {"mse": (mse * weight).mean(), "quantizer_loss": (quantizer_loss * weight).mean()}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
         """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used_<grid> (share of K)
         and perplexity_<grid> of each level, psnr_db."""
-        model = _model(nets)
+        model = cast(VQVAE2, nets["model"])
         for level in range(self.config.levels):
             model.quantizer(level).after_step(step)
-        return self._close(self._usages) if (step + 1) % self.config.usage_every == 0 else {}
+        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    @torch.no_grad()
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        images = batch["image"][:_PREVIEW_SAMPLES]
-        pixels, _, _ = nets["model"](images)
-        return {"reconstruction": torch.cat([images, to_bytes(pixels)], dim=2)}
-
-    @torch.no_grad()
     def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar), from
         the top down, since each level sees the codes above it."""
-        if self.config.quantizer.init != "kmeans":
-            return
-        model = _model(nets)
-        images = first_images(batches, self.config.quantizer.init_samples)
-        for level in range(self.config.levels):
-            rows = []
-            for part in torch.split(images, _samples_at_once(self.config)):
-                _, maps = model.encode(part, levels=level)
-                features = model.features(level, model.hidden(part), maps)
-                rows.append(features.permute(0, 2, 3, 1).flatten(0, 2))
-            model.quantizer(level).initialise(torch.cat(rows))
+        model = cast(VQVAE2, nets["model"])
+
+        def features(level: int, images: Tensor) -> Tensor:
+            _, maps = model.encode(images, levels=level)
+            return model.features(level, model.hidden(images), maps)
+
+        levels = [(model.quantizer(level), partial(features, level)) for level in range(self.config.levels)]
+        start_codebooks(self.config.quantizer, levels, batches, _PIXELS_AT_ONCE)
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
         """The trained net, frozen, as an `ImageTokenizer` of several levels."""
-        model, config = nets["model"], self.config
-        assert isinstance(model, VQVAE2)
+        model, config = cast(VQVAE2, nets["model"]), self.config
         return Tokenizer(
             model,
             lambda images: model.encode(images)[0],
@@ -223,53 +213,24 @@ class Stage(types.Stage):
             vocab=config.quantizer.vocab,
             grids=config.grids,
             image_size=config.image_size,
-            samples_at_once=_samples_at_once(config),
+            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
         )
 
-    @torch.no_grad()
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """Quality over all samples of all ranks (a collective). Batches lie on the model's device.
+        """psnr_db, codes_used_<grid> and perplexity_<grid>: see `roundtrip.evaluate`."""
+        config = self.config
+        return roundtrip.evaluate(partial(self._round_trip, nets), batches, config.quantizer.vocab, config.grids)
 
-        Returns:
-            psnr_db, from the mean squared error over all values of reconstructions that are not yet rounded to bytes;
-            codes_used_<grid>, share of the K codes that occur at a level; perplexity_<grid>.
-        """
-        usages = self._windows(samples=1)
-        for batch in batches:
-            pixels, codes, _ = nets["model"](batch["image"])
-            self._add(usages, codes, squared_error(pixels, batch["image"]), batch["weight"] > 0)
-        return {name: float(value) for name, value in self._close(usages).items()}
+    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
+        return roundtrip.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            VQVAE2(self.config)(torch.empty(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8))
-        return 3.0 * float(counter.get_total_flops())
+        size = self.config.image_size
+        return 3 * flops(lambda: VQVAE2(self.config)(torch.empty(1, 3, size, size, dtype=torch.uint8)))
 
-    def _windows(self, samples: int) -> list[UsageWindow]:
-        """One for each level."""
-        return [UsageWindow(self.config.quantizer.vocab, samples) for _ in self.config.grids]
-
-    def _add(self, usages: Sequence[UsageWindow], codes: Sequence[Tensor], mse: Tensor, valid: Tensor) -> None:
-        for usage, squares in zip(usages, codes, strict=True):
-            usage.add(squares.flatten(1), mse, valid)
-
-    def _close(self, usages: Sequence[UsageWindow]) -> dict[str, Tensor]:
-        """What the windows have to say; the squared error is the same in all of them."""
-        values = {}
-        for usage, grid in zip(usages, self.config.grids, strict=True):
-            level = usage.close_chunk()
-            values["psnr_db"] = level.pop("psnr_db")
-            values |= {f"{name}_{grid}": value for name, value in level.items()}
-        return values
-
-
-def _samples_at_once(config: VQVAE2Config) -> int:
-    """How many samples evaluation holds at a time."""
-    return max(1, _PIXELS_AT_ONCE // config.image_size**2)
-
-
-def _model(nets: Nets) -> VQVAE2:
-    model = nets["model"]
-    assert isinstance(model, VQVAE2)
-    return model
+    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A `roundtrip.RoundTrip`, given its nets."""
+        pixels, codes, _ = nets["model"](images)
+        return to_levels(pixels), flat(codes)

@@ -1,4 +1,4 @@
-"""Started by test_train.py through the deepspeed launcher: runs launch/train.py for many command lines in one launch,
+"""Started by tests through the deepspeed launcher: runs launch/train.py for many command lines in one launch,
 because a launch costs ten seconds. The file named on the command line holds a JSON list of argument lists.
 
 All of them share one process group: DeepSpeed keeps groups that it made in the first run, which end with the first.

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+import checks
 import pytest
+import torch
 import vqgan_checks
 import yaml
-from conftest import ROOT, TESTS, command, environment, metrics, write_config, write_images
+from conftest import ROOT, TESTS, metrics, write_config, write_images
 from safetensors.torch import load_file
 
-CHECKS = [name.removeprefix("check_") for name in vars(vqgan_checks) if name.startswith("check_")]
 NETS = ("model", "discriminator")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1_process", "2_processes"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Outcome of every check, the worst of all ranks."""
-    out: Path = tmp_path_factory.mktemp("vqgan") / "results.json"
-    launch(TESTS / "dist" / "vqgan_checks.py", out, processes=request.param)
-    by_rank = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(request.param)]
-    return {name: max((rank[name] for rank in by_rank), key=len) for name in by_rank[0]}
+    return checks.outcomes(vqgan_checks, request.param, tmp_path_factory.mktemp("vqgan"))
 
 
-def launch(script: Path, argument: Path, processes: int) -> None:
-    line = command(script, str(argument), processes=processes)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("zero", vqgan_checks.STAGES)
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("zero", checks.STAGES)
+@pytest.mark.parametrize("check", checks.names(vars(vqgan_checks)))
 def test_engines(results: dict[str, str], check: str, zero: int) -> None:
     assert results[f"{check}-{zero}"] == "ok", results[f"{check}-{zero}"]
 
@@ -47,17 +37,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["log"] = {"every": 1, "preview_every": 6, "valid_every": 3, "valid_samples": 13, "save_every": 3}
     config = write_config(folder / "vqgan.yaml", tree)
     todo = []
-    for zero in vqgan_checks.STAGES:
+    for zero in checks.STAGES:
         name = f"zero{zero}"
         third = folder / name / "checkpoints" / "00000003"
         todo.append([str(config), f"engine.zero={zero}", f"run={folder / name}"])
         todo.append([str(config), f"engine.zero={zero}", f"run={folder / name}_resumed", "--resume", str(third)])
     (folder / "todo.json").write_text(json.dumps(todo))
-    launch(TESTS / "dist" / "many_runs.py", folder / "todo.json", processes=2)
+    checks.launch(TESTS / "dist" / "many_runs.py", folder / "todo.json", processes=2)
     return folder
 
 
-@pytest.mark.parametrize("zero", vqgan_checks.STAGES)
+@pytest.mark.parametrize("zero", checks.STAGES)
 def test_resume_is_bit_exact(runs: Path, zero: int) -> None:
     """Both nets, lambda, LeCam's averages and the codebook; only the windows of usage start empty."""
     windows = {"train/codes_used", "train/perplexity", "train/psnr_db"}
@@ -69,18 +59,11 @@ def test_resume_is_bit_exact(runs: Path, zero: int) -> None:
         }
     for net in NETS:
         want, got = (load_file(runs / f"zero{zero}{end}" / "export" / f"{net}.safetensors") for end in ("", "_resumed"))
-        assert got.keys() == want.keys() and all(torch_equal(got[name], want[name]) for name in want)
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
         assert not any("features" in name or "lpips" in name for name in want)
 
 
-def torch_equal(one: object, other: object) -> bool:
-    import torch
-
-    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return torch.equal(one, other)
-
-
-@pytest.mark.parametrize("zero", vqgan_checks.STAGES)
+@pytest.mark.parametrize("zero", checks.STAGES)
 def test_same_losses_at_every_zero_stage(runs: Path, zero: int) -> None:
     for line, reference in zip(metrics(runs / f"zero{zero}"), metrics(runs / "zero0"), strict=True):
         assert line == pytest.approx(reference, rel=1e-3, abs=1e-4)

@@ -1,19 +1,16 @@
-"""Started by test_vqgan_engines.py through the deepspeed launcher: VQGAN's two players in engines against a plain PyTorch loop.
+"""Started by test_vqgan_engines.py through the deepspeed launcher: VQGAN's two players against plain PyTorch.
 
-Writes `{name of the check: "ok" or what went wrong}` to the file named on the command line. The reference trains on
-the global batch with two optimizers, and takes lambda by its definition: autograd through the decoder to the weight of
-its last convolution.
+The reference is a loop that trains on the global batch with two optimizers, and takes lambda by its definition:
+autograd through the decoder to the weight of its last convolution.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
+import checks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +22,6 @@ from dalle_scale.nn.perceptual import build_lpips
 from dalle_scale.stages.vqgan import Stage
 
 BATCH, DECAY = 8, 0.6
-STAGES = (0, 1, 2, 3)
 MODEL = {
     "image_size": 16,
     "width": 4,
@@ -241,20 +237,5 @@ def check_bf16(zero: int) -> None:
     assert next(players["model"].module.parameters()).dtype == torch.bfloat16
 
 
-def main() -> None:
-    build.start()
-    results = {}
-    for name, check in [(n.removeprefix("check_"), f) for n, f in globals().items() if n.startswith("check_")]:
-        for zero in STAGES:
-            try:
-                check(zero)
-                outcome = "ok"
-            except Exception:
-                outcome = traceback.format_exc()
-            wrong = dist.sum_on_host([outcome != "ok"])[0]
-            results[f"{name}-{zero}"] = outcome if outcome != "ok" or not wrong else "wrong on another rank"
-    Path(f"{sys.argv[-1]}.{dist.rank()}").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    checks.run(globals())

@@ -66,6 +66,20 @@ def test_window_forgets_whole_chunks_that_it_does_not_need() -> None:
     assert floats(values) == pytest.approx(brute_force([3, 4, 5]))  # 4 + 3 would be too few
 
 
+def test_levels_are_counted_apart() -> None:
+    """Two levels of one and three codes a side, in one window, against a window for each."""
+    both, top, bottom = UsageWindow(VOCAB, 8, grids=(1, 3)), UsageWindow(VOCAB, 8), UsageWindow(VOCAB, 8)
+    for index in range(4):
+        codes, mse, valid = micro_batch(index)
+        both.add(torch.cat([codes[:, :1] // 2, codes], dim=1), mse, valid)
+        top.add(codes[:, :1] // 2, mse, valid)
+        bottom.add(codes, mse, valid)
+        values, coarse, fine = (floats(window.close_chunk()) for window in (both, top, bottom))
+        assert values.pop("psnr_db") == coarse.pop("psnr_db") == fine.pop("psnr_db")
+        assert values == {f"{k}_1": v for k, v in coarse.items()} | {f"{k}_3": v for k, v in fine.items()}
+        assert coarse != fine
+
+
 def count_on_rank(rank: int, folder: str) -> None:
     """One of two ranks: even micro-batches on rank 0, odd ones on rank 1."""
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import assert_psnr, assert_usage, batch_of, rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from dalle_scale.checkpoint import export
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.likelihood import phi
 from dalle_scale.stages.dvae import DVAE, Stage
-from dalle_scale.types import Batch, ImageTokenizer, UserError
+from dalle_scale.types import ImageTokenizer, UserError
 
 TINY = {"image_size": 16, "downsampling": 4, "vocab": 32, "n_hid": 8, "multipliers": (1, 1, 2), "n_init": 8}
 PATCH = {"stem": "patch", "image_size": 16, "downsampling": 4, "vocab": 32, "n_hid": 48, "n_init": 48}
@@ -44,16 +45,6 @@ def shapes(count: int, size: int = 16, seed: int = 0) -> Tensor:
     inside = (across[:, None, :] & down[:, :, None])[:, None]
     images = torch.where(inside, colours[:, 0, :, None, None], colours[:, 1, :, None, None])
     return images.to(torch.uint8).contiguous(memory_format=torch.channels_last)
-
-
-def batch_of(images: Tensor, first_seed: int = 100) -> Batch:
-    n = len(images)
-    ids = torch.arange(n)
-    return {"image": images, "id": ids, "seed": first_seed + ids, "weight": torch.ones(n)}
-
-
-def rows(batch: Batch, index: slice | list[int]) -> Batch:
-    return {key: value[index] for key, value in batch.items()}
 
 
 def test_paper_defaults() -> None:
@@ -270,13 +261,8 @@ def test_evaluate_against_brute_force() -> None:
     result = stage.evaluate({"model": model}, iter(batches))
     tokenizer = stage.tokenizer({"model": model})
     codes = tokenizer.encode(kept)
-    error = (tokenizer.decode(codes).double() - kept.double()).square().mean()
-    frequencies = torch.bincount(codes.flatten(), minlength=32).double() / codes.numel()
-    entropy = -sum(f * math.log(f) for f in frequencies.tolist() if f)
-    # the tokenizer's pictures are rounded to bytes, the figure is of what they are rounded from
-    assert result["psnr_db"] == pytest.approx(20 * math.log10(255) - 10 * math.log10(float(error)), abs=1e-2)
-    assert result["codes_used"] == float((frequencies > 0).double().mean())
-    assert result["perplexity"] == pytest.approx(math.exp(entropy))
+    assert_psnr(result, tokenizer.decode(codes), kept)
+    assert_usage(result, codes, vocab=32)
 
 
 def test_tokenizer() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from batches import assert_psnr, assert_usage, batch_of, quarters, rows
+from torch import nn
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
@@ -28,21 +28,6 @@ def make(quantizer: dict[str, Any] | None = None, **values: Any) -> tuple[Stage,
     model = stage.nets()["model"]
     assert isinstance(model, VQVAE)
     return stage, model
-
-
-def pictures(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Quarters of one of eight plain colours each: uint8 [count, 3, size, size]."""
-    colours = 60 + 130 * torch.randint(2, (count, 3, 2, 2), generator=torch.Generator().manual_seed(seed))
-    return colours.repeat_interleave(size // 2, 2).repeat_interleave(size // 2, 3).to(torch.uint8)
-
-
-def batch_of(images: Tensor) -> Batch:
-    ids = torch.arange(len(images))
-    return {"image": images, "id": ids, "seed": 100 + ids, "weight": torch.ones(len(images))}
-
-
-def rows(batch: Batch, index: slice | list[int]) -> Batch:
-    return {key: value[index] for key, value in batch.items()}
 
 
 def step_of(stage: Stage, model: VQVAE, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
@@ -82,7 +67,7 @@ def test_pixels() -> None:
 @pytest.mark.parametrize("likelihood", ["mse", "gaussian"])
 def test_loss_from_the_definition(likelihood: str) -> None:
     stage, model = make(likelihood=likelihood, gaussian_std=0.3)
-    batch = batch_of(pictures(3))
+    batch = batch_of(quarters(3))
     losses = stage.loss("model", {"model": model}, batch, 0)
     total, mse = 0.0, 0.0
     for image in batch["image"]:
@@ -104,7 +89,7 @@ def test_loss_from_the_definition(likelihood: str) -> None:
 
 def test_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
     stage, model = make()
-    batch = batch_of(pictures(6))
+    batch = batch_of(quarters(6))
     alone = [stage.loss("model", {"model": model}, rows(batch, [i]), 3).total.item() for i in range(6)]
     assert stage.loss("model", {"model": model}, batch, 3).total.item() == pytest.approx(sum(alone) / 6, rel=1e-5)
 
@@ -112,7 +97,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("quantizer", [{"vocab": 24, "update": "loss"}, {"vocab": 24, "code_dim": 3, "rotation": True}])
 def test_every_parameter_gets_a_gradient(quantizer: dict[str, Any]) -> None:
     stage, model = make(quantizer)
-    stage.loss("model", {"model": model}, batch_of(pictures(8)), 0).total.backward()
+    stage.loss("model", {"model": model}, batch_of(quarters(8)), 0).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -123,9 +108,9 @@ def test_the_optimizer_has_no_codebook() -> None:
 
 def test_training_lowers_the_error_and_reports_usage() -> None:
     stage, model = make(FOUND, usage_every=10, usage_window_samples=160)
-    stage.initialise({"model": model}, iter([batch_of(pictures(64))]))
+    stage.initialise({"model": model}, iter([batch_of(quarters(64))]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    history = [step_of(stage, model, optimizer, batch_of(pictures(16, seed=step)), step) for step in range(40)]
+    history = [step_of(stage, model, optimizer, batch_of(quarters(16, seed=step)), step) for step in range(40)]
     assert history[-1]["mse"] < 0.8 * history[0]["mse"]
     assert [step for step, line in enumerate(history) if "codes_used" in line] == [9, 19, 29, 39]
     assert history[-1]["psnr_db"] > history[9]["psnr_db"]
@@ -137,7 +122,7 @@ def test_kmeans_start() -> None:
 
     def endless() -> Any:
         for index in range(4):
-            batch = batch_of(pictures(12, seed=index))
+            batch = batch_of(quarters(12, seed=index))
             batch["weight"][0] = 0
             batch["image"][0] = torch.randint(256, (3, 16, 16))
             yield batch
@@ -146,7 +131,7 @@ def test_kmeans_start() -> None:
     stage, model = make(FOUND)
     before = model.quantizer.codebook.clone()
     stage.initialise({"model": model}, endless())
-    used = torch.cat([pictures(12, seed=index)[1:] for index in range(4)])[:40]
+    used = torch.cat([quarters(12, seed=index)[1:] for index in range(4)])[:40]
     features = model.features(used).detach().permute(0, 2, 3, 1).flatten(0, 2)
     assert not torch.equal(model.quantizer.codebook, before)
     error = torch.cdist(features, model.quantizer.codebook).min(dim=1).values.square().mean()
@@ -157,13 +142,13 @@ def test_kmeans_start() -> None:
     assert torch.equal(model.quantizer.codebook, before)
     stage, model = make({"vocab": 24, "init": "kmeans", "init_samples": 1})
     with pytest.raises(UserError, match=r"16 vectors cannot give 24 codes; raise quantizer\.init_samples, now 1"):
-        stage.initialise({"model": model}, iter([batch_of(pictures(4))]))
+        stage.initialise({"model": model}, iter([batch_of(quarters(4))]))
 
 
 def test_evaluation_counts_right_and_changes_nothing() -> None:
     stage, model = make(FOUND)
     model.eval()
-    images = pictures(10)
+    images = quarters(10)
     batches = [batch_of(images[:7]), batch_of(images[7:])]
     batches[0]["weight"][2] = 0
     kept = images[[0, 1, 3, 4, 5, 6, 7, 8, 9]]
@@ -175,18 +160,13 @@ def test_evaluation_counts_right_and_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     tokenizer = stage.tokenizer({"model": model})
     codes = tokenizer.encode(kept)
-    error = (tokenizer.decode(codes).double() - kept.double()).square().mean()
-    frequencies = torch.bincount(codes.flatten(), minlength=24).double() / codes.numel()
-    entropy = -sum(f * math.log(f) for f in frequencies.tolist() if f)
-    # the tokenizer's pictures are rounded to bytes, the figure is of what they are rounded from
-    assert result["psnr_db"] == pytest.approx(20 * math.log10(255) - 10 * math.log10(float(error)), abs=1e-2)
-    assert result["codes_used"] == float((frequencies > 0).double().mean())
-    assert result["perplexity"] == pytest.approx(math.exp(entropy))
+    assert_psnr(result, tokenizer.decode(codes), kept)
+    assert_usage(result, codes, vocab=24)
 
 
 def test_tokenizer_of_an_export(tmp_path: Any) -> None:
     stage, model = make()
-    images = pictures(5)
+    images = quarters(5)
     tokenizer = stage.tokenizer({"model": model})
     assert isinstance(tokenizer, ImageTokenizer)
     assert (tokenizer.vocab, tokenizer.grids, tokenizer.image_size) == (24, (4,), 16)
@@ -211,7 +191,7 @@ def test_recomputed_activations_change_nothing() -> None:
         for module in model.modules():
             if hasattr(module, "activation_checkpointing"):
                 module.activation_checkpointing = recompute
-        stage.loss("model", {"model": model}, batch_of(pictures(4)), 0).total.backward()
+        stage.loss("model", {"model": model}, batch_of(quarters(4)), 0).total.backward()
         assert float(model.quantizer.counts.sum()) == 4 * 16
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

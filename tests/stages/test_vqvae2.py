@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from batches import assert_psnr, assert_usage, batch_of, quarters
 from torch import Tensor
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
 from dalle_scale.nn.vq_blocks import to_bytes
 from dalle_scale.stages.vqvae2 import VQVAE2, Stage
-from dalle_scale.types import Batch, UserError
+from dalle_scale.types import UserError
 
 TINY = {"image_size": 16, "downsampling": 2, "levels": 2, "width": 8, "residual_width": 4, "blocks": 1, "dim": 6}
 FOUND = {"vocab": 16, "restart_below": 0.5, "init": "kmeans", "init_samples": 24}
@@ -27,17 +27,6 @@ def make(quantizer: dict[str, Any] | None = None, **values: Any) -> tuple[Stage,
     model = stage.nets()["model"]
     assert isinstance(model, VQVAE2)
     return stage, model
-
-
-def pictures(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Quarters of one of eight plain colours each: uint8 [count, 3, size, size]."""
-    colours = 60 + 130 * torch.randint(2, (count, 3, 2, 2), generator=torch.Generator().manual_seed(seed))
-    return colours.repeat_interleave(size // 2, 2).repeat_interleave(size // 2, 3).to(torch.uint8)
-
-
-def batch_of(images: Tensor) -> Batch:
-    ids = torch.arange(len(images))
-    return {"image": images, "id": ids, "seed": 100 + ids, "weight": torch.ones(len(images))}
 
 
 def test_grids_of_the_paper() -> None:
@@ -60,7 +49,7 @@ def nearest(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 def test_two_levels_written_out() -> None:
     """The bottom is quantized with the decoded top beside it; the picture is decoded from both."""
     stage, model = make()
-    batch = batch_of(pictures(3))
+    batch = batch_of(quarters(3))
     x = batch["image"].float() / 127.5 - 1
     bottom = model.encoders[1](x)
     top = model.encoders[0](bottom)
@@ -82,7 +71,7 @@ def test_two_levels_written_out() -> None:
 @pytest.mark.parametrize("update", ["ema", "loss"])
 def test_every_parameter_gets_a_gradient(levels: int, update: str) -> None:
     stage, model = make({"vocab": 16, "update": update}, levels=levels)
-    stage.loss("model", {"model": model}, batch_of(pictures(8)), 0).total.backward()
+    stage.loss("model", {"model": model}, batch_of(quarters(8)), 0).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert [float(q.counts.sum()) for q in model.quantizers if update == "ema"] == (
         [8 * grid**2 for grid in stage.config.grids] if update == "ema" else []
@@ -93,11 +82,11 @@ def test_every_parameter_gets_a_gradient(levels: int, update: str) -> None:
 def test_training_lowers_the_error_and_reports_each_level(levels: int) -> None:
     stage, model = make(FOUND, levels=levels, usage_every=10, usage_window_samples=160)
     nets = {"model": model}
-    stage.initialise(nets, iter([batch_of(pictures(40))]))
+    stage.initialise(nets, iter([batch_of(quarters(40))]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for step in range(30):
-        losses = stage.loss("model", nets, batch_of(pictures(16, seed=step)), step)
+        losses = stage.loss("model", nets, batch_of(quarters(16, seed=step)), step)
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
@@ -113,9 +102,9 @@ def test_training_lowers_the_error_and_reports_each_level(levels: int) -> None:
 def test_kmeans_start_goes_down_the_levels() -> None:
     """Each level is clustered as it will be seen: with the new codes of those above it."""
     stage, model = make(FOUND, levels=3)
-    stage.initialise({"model": model}, iter([batch_of(pictures(40))]))
+    stage.initialise({"model": model}, iter([batch_of(quarters(40))]))
     model.eval()
-    images = pictures(40)[:24]
+    images = quarters(40)[:24]
     hidden, maps = model.hidden(images), None
     for level in range(3):
         features = model.features(level, hidden, maps).detach()
@@ -130,7 +119,7 @@ def test_kmeans_start_goes_down_the_levels() -> None:
 
 def test_evaluate_against_the_tokenizer() -> None:
     stage, model = make()
-    images = pictures(9)
+    images = quarters(9)
     batches = [batch_of(images[:5]), batch_of(images[5:])]
     batches[1]["weight"][0] = 0
     kept = images[[0, 1, 2, 3, 4, 6, 7, 8]]
@@ -138,18 +127,14 @@ def test_evaluate_against_the_tokenizer() -> None:
     result = stage.evaluate({"model": model}, iter(batches))
     tokenizer = stage.tokenizer({"model": model})
     codes = tokenizer.encode(kept)
-    error = (tokenizer.decode(codes).double() - kept.double()).square().mean()
-    assert result["psnr_db"] == pytest.approx(20 * math.log10(255) - 10 * math.log10(float(error)), abs=1e-2)
+    assert_psnr(result, tokenizer.decode(codes), kept)
     for grid, part in zip((4, 8), torch.split(codes, [16, 64], dim=1), strict=True):
-        frequencies = torch.bincount(part.flatten(), minlength=16).double() / part.numel()
-        entropy = -sum(f * math.log(f) for f in frequencies.tolist() if f)
-        assert result[f"codes_used_{grid}"] == float((frequencies > 0).double().mean())
-        assert result[f"perplexity_{grid}"] == pytest.approx(math.exp(entropy))
+        assert_usage(result, part, vocab=16, ending=f"_{grid}")
 
 
 def test_tokenizer_of_an_export(tmp_path: Any) -> None:
     stage, model = make()
-    images = pictures(5)
+    images = quarters(5)
     tokenizer = stage.tokenizer({"model": model})
     assert (tokenizer.vocab, tokenizer.grids, tokenizer.image_size) == (16, (4, 8), 16)
     codes = tokenizer.encode(images)
