@@ -1,12 +1,14 @@
-"""Parts of the VQ-VAE family against the plain way to do the same, side by side.
+"""Autoencoders and their parts against the plain way to do the same or against a peer, side by side.
 
-    python benchmarks/autoencoders.py pixelsnail quantizer
+    python benchmarks/autoencoders.py pixelsnail quantizer dvae
 
+    dvae         one training step of the dVAE, beside DALLE-pytorch's DiscreteVAE with as many parameters
     quantizer    forward, backward and codebook update of 8192 codes of width 256, beside vector-quantize-pytorch
     pixelsnail   codes of 32x32 squares drawn pixel by pixel from what is kept, against a full forward pass for each
 
-Both sides run in one process on one thread, in turn, repetition after repetition; a figure is the median over the
-repetitions, each of which ran both. Processor time is there for busy machines.
+The sides run on one thread, in turn, repetition after repetition; a figure is the median over the repetitions, each of
+which ran them all. A side that is measured beside a peer has a process of its own, which waits while the others work.
+Processor time is there for busy machines.
 
 Writes benchmarks/results/autoencoders_<name>.json.
 """
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,6 +36,28 @@ from dalle_scale.types import Nets
 
 RESULTS = Path(__file__).parent / "results"
 VECTOR_QUANTIZE = "vector-quantize-pytorch==1.32.0"
+DALLE_PYTORCH = "dalle-pytorch==1.6.6"
+# what its DiscreteVAE needs to be imported; others of its requirements are not needed here or do not build any more
+DALLE_PYTORCH_NEEDS = ("axial-positional-embedding==0.3.12", "rotary-embedding-torch==0.9.1", "setuptools==80.9.0")
+
+# Shapes of the dVAE: pictures 4 times the grid, and the paper's 8192 codes and downsampling of 8. The peer's widths are
+# those of its train_vae.py; ours have as many parameters within 1 %. "ours" has the stem of the recipes and one width,
+# "paper's stem" the paper's widths of groups.
+_THEIRS = {"hidden_dim": 256, "codebook_dim": 512, "num_resnet_blocks": 2}
+DVAES: dict[str, dict[str, Any]] = {
+    "64 px, 16x16 of 1024 codes": {
+        "shape": {"image_size": 64, "vocab": 1024, "samples": 8},
+        "dalle-pytorch": {"num_layers": 2, **_THEIRS},
+        "ours": {"downsampling": 4, "stem": "patch", "multipliers": [1], "n_hid": 720, "n_init": 720},
+        "paper's stem": {"downsampling": 4, "multipliers": [1, 2, 4], "n_hid": 164, "n_init": 164},
+    },
+    "256 px, 32x32 of 8192 codes": {
+        "shape": {"image_size": 256, "vocab": 8192, "samples": 1},
+        "dalle-pytorch": {"num_layers": 3, **_THEIRS},
+        "ours": {"downsampling": 8, "stem": "patch", "multipliers": [1], "n_hid": 640, "n_init": 640},
+        "paper's stem": {"downsampling": 8, "multipliers": [1, 2, 4, 8], "n_hid": 92, "n_init": 46},
+    },
+}
 
 
 def main() -> None:
@@ -53,6 +78,40 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     started, used = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - started, time.process_time() - used
+
+
+class Sides:
+    """Programs that do one thing each, each in a process of its own: one line asks, one line of JSON answers."""
+
+    def __init__(self, commands: dict[str, list[str]]) -> None:
+        self._processes = {
+            name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for name, command in commands.items()
+        }
+
+    def __enter__(self) -> Sides:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for process in self._processes.values():
+            process.kill()
+
+    def ask(self, name: str, what: str) -> Any:
+        """What a side answers to a line."""
+        process = self._processes[name]
+        assert process.stdin is not None and process.stdout is not None
+        print(what, file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    def measure(self, title: str, repetitions: int) -> dict[str, list[Any]]:
+        """Answers of every side to "run", which they do in turn; one more run before, which allocates, is left out."""
+        answers: dict[str, list[Any]] = {name: [] for name in self._processes}
+        for name in answers:
+            self.ask(name, "run")
+        for _ in log.progress(range(repetitions), title, "repetitions", repetitions):
+            for name, row in answers.items():
+                row.append(self.ask(name, "run"))
+        return answers
 
 
 # --- PixelSNAIL -------------------------------------------------------------------------------------------------------
@@ -117,33 +176,14 @@ def draw_uncached(stage: vqvae2_prior.Stage, nets: Nets, seeds: Tensor) -> Tenso
 
 
 def quantizer(repetitions: int) -> dict[str, Any]:
-    """4 x 32 x 32 vectors through 8192 codes of width 256, EMA update. Each side in a process of its own, which waits
-    while the other works; the peer is installed into an environment of its own."""
+    """4 x 32 x 32 vectors through 8192 codes of width 256, EMA update. The peer is installed into an environment of its
+    own."""
     pythons = {"ours": Path(sys.executable), "vector-quantize-pytorch": peer("quantizers", VECTOR_QUANTIZE)}
     program = str(Path(__file__).with_name("quantizer_side.py"))
-    sides = {
-        name: subprocess.Popen([str(python), program, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name, python in pythons.items()
-    }
-
-    def ask(name: str, what: str) -> float:
-        side = sides[name]
-        assert side.stdin is not None and side.stdout is not None
-        print(what, file=side.stdin, flush=True)
-        return float(side.stdout.readline())
-
-    try:
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for name in sides:
-            ask(name, "run")  # the first allocates
-        for _ in log.progress(range(repetitions), "quantizer", "repetitions", repetitions):
-            for name in sides:
-                seconds[name].append(ask(name, "run"))
-        memory = {name: ask(name, "memory") for name in sides}
-    finally:
-        for side in sides.values():
-            side.kill()
-    ours, theirs = sides
+    with Sides({name: [str(python), program, name] for name, python in pythons.items()}) as sides:
+        seconds = sides.measure("quantizer", repetitions)
+        memory = {name: sides.ask(name, "memory") for name in pythons}
+    ours, theirs = pythons
     ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
     return {
         "vectors": "4 x 32 x 32 of width 256",
@@ -157,7 +197,66 @@ def quantizer(repetitions: int) -> dict[str, Any]:
     }
 
 
-COMPARISONS: dict[str, Callable[[int], dict[str, Any]]] = {"pixelsnail": pixelsnail, "quantizer": quantizer}
+# --- dVAE -------------------------------------------------------------------------------------------------------------
+
+
+def dvae(repetitions: int) -> dict[str, Any]:
+    """One step of each dVAE on random pictures: forward pass, backward pass, update. Ours with the loss of the paper or
+    of the recipes for emoji, with the peer's optimizer or the one that the engine builds.
+
+    Raises:
+        AssertionError: a side has over 1 % more or less parameters than the peer.
+    """
+    python = str(peer("dalle_pytorch", "--no-deps", DALLE_PYTORCH, *DALLE_PYTORCH_NEEDS))
+    compared = {title: _compare_dvaes(title, models, python, repetitions) for title, models in DVAES.items()}
+    return {"peer": DALLE_PYTORCH, "compared": compared}
+
+
+def _compare_dvaes(title: str, models: dict[str, Any], python: str, repetitions: int) -> dict[str, Any]:
+    """The sides at one shape."""
+    shape, patch = models["shape"], models["ours"]
+    asked = {
+        "dalle-pytorch": {"side": "dalle-pytorch", "model": models["dalle-pytorch"], "optimizer": "adam"},
+        "ours": {"side": "ours", "model": patch, "optimizer": "adam"},
+        "ours, engine's optimizer": {"side": "ours", "model": patch, "optimizer": "engine"},
+        "ours, squared error": {"side": "ours", "model": {**patch, "likelihood": "l2"}, "optimizer": "adam"},
+        "ours, paper's stem": {"side": "ours", "model": models["paper's stem"], "optimizer": "adam"},
+    }
+    program = str(Path(__file__).with_name("dvae_side.py"))
+    commands = {
+        name: [python if name == "dalle-pytorch" else sys.executable, program, json.dumps({**side, "shape": shape})]
+        for name, side in asked.items()
+    }
+    with Sides(commands) as sides:
+        parameters = {name: sides.ask(name, "parameters") for name in asked}
+        theirs = parameters["dalle-pytorch"]
+        assert all(abs(count / theirs - 1) < 0.01 for count in parameters.values()), parameters
+        answers = sides.measure(title, repetitions)
+        memory = {name: sides.ask(name, "memory") for name in asked}
+    rows = {}
+    for name, side in asked.items():
+        pairs = zip(answers["dalle-pytorch"], answers[name], strict=True)
+        times, times_by_processor = zip(*([b / a for b, a in zip(*pair, strict=True)] for pair in pairs), strict=True)
+        walls, processor = zip(*answers[name], strict=True)
+        rows[name] = {
+            "model": side["model"],
+            "optimizer": side["optimizer"],
+            "parameters": parameters[name],
+            "seconds": round(statistics.median(walls), 3),
+            "processor_seconds": round(statistics.median(processor), 3),
+            "times_as_fast": round(statistics.median(times), 2),
+            "times_as_fast_by_processor_time": round(statistics.median(times_by_processor), 2),
+            "times_as_fast_by_processor_time_lowest": round(min(times_by_processor), 2),
+            "peak_mebibytes": round(memory[name] / 2**20, 1),
+        }
+    return {"samples": shape["samples"], "sides": rows}
+
+
+COMPARISONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "pixelsnail": pixelsnail,
+    "quantizer": quantizer,
+    "dvae": dvae,
+}
 
 
 if __name__ == "__main__":

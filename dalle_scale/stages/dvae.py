@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_scale import log, types
+from dalle_scale import types
 from dalle_scale.nn import patch_init, roundtrip
 from dalle_scale.nn.blocks import Decoder, Encoder
+from dalle_scale.nn.codebook_init import first_images
 from dalle_scale.nn.config_checks import check_downsampling
+from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
 from dalle_scale.nn.likelihood import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
@@ -197,10 +197,7 @@ class Stage(types.Stage):
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
         if self.config.init != "kmeans":
             return
-        count = self.config.init_samples
-        images = (image for batch in batches for image in batch["image"][batch["weight"] > 0].cpu())
-        read = log.progress(islice(images, count), "k-means: reading", "images", total=count)
-        squares = torch.stack([F.pixel_unshuffle(image, self.config.downsampling) for image in read])
+        squares = F.pixel_unshuffle(first_images(batches, self.config.init_samples), self.config.downsampling)
         patches = squares.permute(0, 2, 3, 1).flatten(0, 2)
         centroids, error = patch_init.codebook(patches, self.config.vocab)
         model = nets["model"]
@@ -229,11 +226,12 @@ class Stage(types.Stage):
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model = DVAE(self.config, self.likelihood.channels)
-            assignment = model.encoder(torch.empty(1, 3, self.config.image_size, self.config.image_size))
-            model.decoder(assignment)
-        return 3.0 * float(counter.get_total_flops())
+
+        def forward() -> None:
+            model, size = DVAE(self.config, self.likelihood.channels), self.config.image_size
+            model.decoder(model.encoder(torch.empty(1, 3, size, size)))
+
+        return 3 * flops(forward)
 
     def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
         """A `roundtrip.RoundTrip`, given its nets."""
