@@ -24,7 +24,7 @@ from dalle_scale.checkpoint import atomic
 from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler
 from dalle_scale.types import UserError
 
-GRID_SAMPLES = 256  # grid.png is drawn up to this many
+GRID_SAMPLES, GRID_COLUMNS = 256, 12  # grid.png is drawn up to so many; columns where there is but one prompt
 
 
 def main() -> None:
@@ -54,7 +54,8 @@ def main() -> None:
         cut, length = sampler.text.truncated_samples, sampler.text_length
         log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
     if total <= GRID_SAMPLES:
-        log.grid(torch.stack(images), columns=args.candidates).save(args.out / "grid.png")
+        columns = args.candidates if len(prompts) > 1 else min(args.candidates, GRID_COLUMNS)
+        log.grid(torch.stack(images), columns).save(args.out / "grid.png")
     log.say(f"{total} pictures: {args.out / ('grid.png' if total <= GRID_SAMPLES else 'images')}")
 
 
