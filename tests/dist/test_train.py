@@ -24,7 +24,7 @@ from dalle_scale.data import codes
 from dalle_scale.data.shards import ShardWriter
 
 PROGRAM = ROOT / "launch" / "train.py"
-STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior")
+STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior", "ddpm")
 # Fresh features of the tiny vqvae2 are all but equal, and which of two codes is nearer is up to their last bits
 COMPARED = tuple(stage for stage in STAGES if stage != "vqvae2")
 ZEROS = (0, 1, 2, 3)
