@@ -1,11 +1,12 @@
 # make demo   train the whole text-to-image chain on a small world and show the pictures (MINUTES=8)
-# make test   every check and test
+# make test   every check and test, on two workers (WORKERS=2)
 # Both set up .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 8
+WORKERS ?= 2
 STAMP := $(VENV)/installed
 
 export DS_ACCELERATOR ?= cpu
@@ -29,8 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dalle_scale/types.py dalle_scale/config.py dalle_scale/stages
 
+# a file's tests stay on one worker, which share what they have set up; two threads in each of two processes would
+# wait for each other most of the time
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

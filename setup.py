@@ -37,6 +37,7 @@ setup(
         "test": [
             "pytest>=9.0",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "vector-quantize-pytorch>=1.30",  # an independent quantizer
             "diffusers>=0.42",  # independent diffusion steps
