@@ -15,3 +15,14 @@ def check_downsampling(value: int, info: ValidationInfo) -> int:
     if value & (value - 1) or size % value:
         raise ValueError(f"must be a power of two that divides image_size {size}")
     return value
+
+
+def check_text_vocab(value: int, info: ValidationInfo) -> int:
+    """Size of the caption vocabulary, declared after `text_length`: a model takes captions, or it does not.
+
+    Raises:
+        ValueError: one of the two is 0 and the other is not.
+    """
+    if (value > 0) != (info.data.get("text_length", value) > 0):
+        raise ValueError("set text_length and text_vocab together, or neither")
+    return value

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dalle_scale import dist, log, types
 from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn.config_checks import check_text_vocab
 from dalle_scale.nn.diffusion import (
     Diffusion,
     Schedule,
@@ -124,12 +125,7 @@ class DDPMConfig(StrictModel):
             raise ValueError("needs more than 20 timesteps, or beta reaches 1; take more, or schedule cosine")
         return value
 
-    @field_validator("text_vocab")
-    @classmethod
-    def _check_text_vocab(cls, value: int, info: ValidationInfo) -> int:
-        if (value > 0) != (info.data.get("text_length", value) > 0):
-            raise ValueError("set text_length and text_vocab together, or neither")
-        return value
+    _check_text_vocab = field_validator("text_vocab")(check_text_vocab)
 
 
 def _side(info: ValidationInfo) -> int:

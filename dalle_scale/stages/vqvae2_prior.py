@@ -19,6 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from dalle_scale import types
+from dalle_scale.nn.config_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.pixelsnail import PixelSNAIL
@@ -103,12 +104,7 @@ class Stage(types.Stage):
                 raise ValueError(f"must divide width {width}, and 4 must too")
             return value
 
-        @field_validator("text_vocab")
-        @classmethod
-        def _check_text_vocab(cls, value: int, info: ValidationInfo) -> int:
-            if (value > 0) != (info.data.get("text_length", value) > 0):
-                raise ValueError("set text_length and text_vocab together, or neither")
-            return value
+        _check_text_vocab = field_validator("text_vocab")(check_text_vocab)
 
     config: Config
 
