@@ -8,11 +8,9 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 from toys.exports import DAMAGED, save, save_dvae, write_data
+from toys.programs import run_here
 
 from dalle_scale import evaluate, evaluate_page
 from dalle_scale.checkpoint import export
@@ -38,20 +37,7 @@ from dalle_scale.types import UserError
 PROGRAM = ROOT / "launch" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CPU = torch.device("cpu")
-
-
-def run(*options: object) -> tuple[int, str]:
-    """The program in this process: exit code, everything it printed."""
-    printed = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(printed),
-        redirect_stderr(printed),
-        pytest.raises(SystemExit) as end,
-    ):
-        patch.setattr(sys, "argv", [str(PROGRAM), *map(str, options)])
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-    return int(end.value.code or 0), printed.getvalue()
+run = partial(run_here, PROGRAM)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
-import runpy
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, write_images
 from toys.clips import CAPTIONS, NAMES, NO_CAPTION, NO_PICTURE, PICTURES, save_clip, write_pairs, write_samples
+from toys.programs import run_here
 
 from dalle_scale import clip_evaluate, clip_evaluate_page, rerank
 from dalle_scale import clip_evaluate_samples as best
@@ -29,20 +27,7 @@ from dalle_scale.data.transforms import square
 from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "launch" / "evaluate_clip.py"
-
-
-def run(*options: object) -> tuple[int, str]:
-    """The program in this process: exit code, everything it printed."""
-    printed = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(printed),
-        redirect_stderr(printed),
-        pytest.raises(SystemExit) as end,
-    ):
-        patch.setattr(sys, "argv", [str(PROGRAM), *map(str, options)])
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-    return int(end.value.code or 0), printed.getvalue()
+run = partial(run_here, PROGRAM)
 
 
 @pytest.fixture(scope="module", autouse=True)

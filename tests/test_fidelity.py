@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
-import runpy
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from conftest import ROOT, write_images
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toys.exports import DAMAGED, save, save_dvae, write_data
+from toys.programs import run_here
 from toys.sampled import blobs, save_clip, save_samples
 
 from dalle_scale import features, fidelity, fidelity_result, fidelity_sources, rerank
@@ -34,20 +33,7 @@ from dalle_scale.types import UserError
 PROGRAM = ROOT / "launch" / "fidelity.py"
 CPU = torch.device("cpu")
 TOLD = {"models": ["runs/dalle/export"], "models_sha256": ["ab"], "method": "ancestral", "seed": 3, "guidance": 2.0}
-
-
-def run(*options: object) -> tuple[int, str]:
-    """The program in this process: exit code, everything it printed."""
-    printed = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(printed),
-        redirect_stderr(printed),
-        pytest.raises(SystemExit) as end,
-    ):
-        patch.setattr(sys, "argv", [str(PROGRAM), *map(str, options)])
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-    return int(end.value.code or 0), printed.getvalue()
+run = partial(run_here, PROGRAM)
 
 
 @pytest.fixture(scope="module", autouse=True)

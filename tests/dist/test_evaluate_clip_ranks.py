@@ -12,23 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, TESTS, free_port
 from toys.clips import save_clip, write_pairs, write_samples
+from toys.programs import run_here, run_rank
 
 
-def run(options: list[str]) -> None:
-    """The program in this process."""
-    torch.set_num_threads(1)
-    sys.argv = ["evaluate_clip.py", *options]
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "launch" / "evaluate_clip.py"), run_name="__main__")
-    assert not ended.value.code
-
-
-def run_rank(rank: int, port: int, options: list[str]) -> None:
-    """One of two ranks, as the launcher starts it."""
-    sys.path.insert(0, str(TESTS))  # the toys
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    run([f"--local_rank={rank}", *options])
+PROGRAM = ROOT / "launch" / "evaluate_clip.py"
 
 
 def test_two_ranks_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +31,10 @@ def test_two_ranks_write_the_same_files(tmp_path: Path, monkeypatch: pytest.Monk
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", sys.argv)
-    run(options("out1"))
+    torch.set_num_threads(1)
+    assert run_here(PROGRAM, *options("out1"))[0] == 0
     torch.set_num_threads(threads)
-    mp.spawn(run_rank, (free_port(), options("out2")), nprocs=2)
+    mp.spawn(run_rank, (free_port(), PROGRAM, options("out2")), nprocs=2)
     names = {path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*") if path.is_file()}
     assert {"clip.json", "clip.md", "best_of.csv", "ledger.jsonl"} < {str(name) for name in names}
     for name in names - {Path("ledger.jsonl")}:  # whose lines come in the order of the ranks

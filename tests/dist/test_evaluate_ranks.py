@@ -13,24 +13,11 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT, TESTS, free_port
 from toys.exports import save, save_dvae, write_data
+from toys.programs import run_here, run_rank
 from toys.priors import DALLE, save_prior, save_text
 
 
-def run(options: list[str]) -> None:
-    """The program in this process."""
-    torch.set_num_threads(1)
-    sys.argv = ["evaluate.py", *options]
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "launch" / "evaluate.py"), run_name="__main__")
-    assert not ended.value.code
-
-
-def run_rank(rank: int, port: int, options: list[str]) -> None:
-    """One of two ranks, as the launcher starts it."""
-    sys.path.insert(0, str(TESTS))  # the toys
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    run([f"--local_rank={rank}", *options])
+PROGRAM = ROOT / "launch" / "evaluate.py"
 
 
 def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,9 +32,10 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", sys.argv)
-    run(options("out1"))
+    torch.set_num_threads(1)
+    assert run_here(PROGRAM, *options("out1"))[0] == 0
     torch.set_num_threads(threads)
-    mp.spawn(run_rank, (free_port(), options("out2")), nprocs=2)
+    mp.spawn(run_rank, (free_port(), PROGRAM, options("out2")), nprocs=2)
     one, two = (json.loads((tmp_path / f"out{n}" / "comparison.json").read_text()) for n in (1, 2))
     assert one["exports"][0]["samples"] + one["exports"][0]["samples_lost"] == 43
     assert one["exports"][0] == two["exports"][0], "to the last bit"
