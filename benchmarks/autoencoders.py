@@ -18,16 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from environment import describe, peer
+from side import timed
+from sides import Sides, compared
 from torch import Tensor
 
 from dalle_scale import log
@@ -71,47 +70,6 @@ def main() -> None:
         result = {**COMPARISONS[name](args.repetitions), "repetitions": args.repetitions, **describe()}
         print(json.dumps(result, indent=1))
         (RESULTS / f"autoencoders_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """How long a call takes: (seconds, seconds of the processor, which other programs on the machine do not change)."""
-    started, used = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - started, time.process_time() - used
-
-
-class Sides:
-    """Programs that do one thing each, each in a process of its own: one line asks, one line of JSON answers."""
-
-    def __init__(self, commands: dict[str, list[str]]) -> None:
-        self._processes = {
-            name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for name, command in commands.items()
-        }
-
-    def __enter__(self) -> Sides:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for process in self._processes.values():
-            process.kill()
-
-    def ask(self, name: str, what: str) -> Any:
-        """What a side answers to a line."""
-        process = self._processes[name]
-        assert process.stdin is not None and process.stdout is not None
-        print(what, file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
-
-    def measure(self, title: str, repetitions: int) -> dict[str, list[Any]]:
-        """Answers of every side to "run", which they do in turn; one more run before, which allocates, is left out."""
-        answers: dict[str, list[Any]] = {name: [] for name in self._processes}
-        for name in answers:
-            self.ask(name, "run")
-        for _ in log.progress(range(repetitions), title, "repetitions", repetitions):
-            for name, row in answers.items():
-                row.append(self.ask(name, "run"))
-        return answers
 
 
 # --- PixelSNAIL -------------------------------------------------------------------------------------------------------
@@ -181,18 +139,15 @@ def quantizer(repetitions: int) -> dict[str, Any]:
     pythons = {"ours": Path(sys.executable), "vector-quantize-pytorch": peer("quantizers", VECTOR_QUANTIZE)}
     program = str(Path(__file__).with_name("quantizer_side.py"))
     with Sides({name: [str(python), program, name] for name, python in pythons.items()}) as sides:
-        seconds = sides.measure("quantizer", repetitions)
+        answers = sides.measure("step", repetitions)
         memory = {name: sides.ask(name, "memory") for name in pythons}
     ours, theirs = pythons
-    ratios = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    times = compared(answers, theirs)
     return {
         "vectors": "4 x 32 x 32 of width 256",
         "codes": 8192,
         "peer": VECTOR_QUANTIZE,
-        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
-        "times_as_fast": round(statistics.median(ratios), 2),
-        "times_as_fast_lowest": round(min(ratios), 2),
-        "peak_mebibytes": {name: round(size / 2**20, 1) for name, size in memory.items()},
+        "sides": {name: {**times[name], "peak_mebibytes": round(size / 2**20, 1)} for name, size in memory.items()},
         "share_of_memory": round(memory[ours] / memory[theirs], 3),
     }
 
@@ -231,24 +186,19 @@ def _compare_dvaes(title: str, models: dict[str, Any], python: str, repetitions:
         parameters = {name: sides.ask(name, "parameters") for name in asked}
         theirs = parameters["dalle-pytorch"]
         assert all(abs(count / theirs - 1) < 0.01 for count in parameters.values()), parameters
-        answers = sides.measure(title, repetitions)
+        answers = sides.measure("step", repetitions)
         memory = {name: sides.ask(name, "memory") for name in asked}
-    rows = {}
-    for name, side in asked.items():
-        pairs = zip(answers["dalle-pytorch"], answers[name], strict=True)
-        times, times_by_processor = zip(*([b / a for b, a in zip(*pair, strict=True)] for pair in pairs), strict=True)
-        walls, processor = zip(*answers[name], strict=True)
-        rows[name] = {
+    times = compared(answers, "dalle-pytorch")
+    rows = {
+        name: {
             "model": side["model"],
             "optimizer": side["optimizer"],
             "parameters": parameters[name],
-            "seconds": round(statistics.median(walls), 3),
-            "processor_seconds": round(statistics.median(processor), 3),
-            "times_as_fast": round(statistics.median(times), 2),
-            "times_as_fast_by_processor_time": round(statistics.median(times_by_processor), 2),
-            "times_as_fast_by_processor_time_lowest": round(min(times_by_processor), 2),
+            **times[name],
             "peak_mebibytes": round(memory[name] / 2**20, 1),
         }
+        for name, side in asked.items()
+    }
     return {"samples": shape["samples"], "sides": rows}
 
 

@@ -1,23 +1,20 @@
-"""One side of the comparison of dVAEs in autoencoders.py, in a process of its own so that its memory is known.
+"""One side of the comparison of dVAEs in autoencoders.py: "step" takes one training step.
 
 The command line has a JSON object: side, shape (image_size, vocab, samples), model (fields of the net of that side) and
-optimizer ("adam" or, for ours, "engine"). Reads lines and answers in JSON: "run" takes one training step and answers
-with seconds of the clock and of the processor; "memory" with the most bytes that any step has taken beyond what was
-there before the first; "parameters" with their number.
+optimizer ("adam" or, for ours, "engine").
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from side import quiet, serve
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-3  # of the peer's train_vae.py and of most of our recipes
@@ -25,27 +22,15 @@ LEARNING_RATE = 1e-3  # of the peer's train_vae.py and of most of our recipes
 
 def main() -> None:
     """Serve the side that the command line describes."""
-    torch.set_num_threads(1)
+    answers = quiet()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in the environment of a peer
     asked = json.loads(sys.argv[1])
     shape = asked["shape"]
     size = (shape["samples"], shape["image_size"], shape["image_size"], 3)
     pictures = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not come between
     net, step = {"ours": ours, "dalle-pytorch": theirs}[asked["side"]](asked, pictures.permute(0, 3, 1, 2))
-    before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for line in sys.stdin:
-        answer: Any
-        if line.strip() == "parameters":
-            answer = sum(parameter.numel() for parameter in net.parameters())
-        elif line.strip() == "memory":
-            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes
-        else:
-            started, used = time.perf_counter(), time.process_time()
-            step()
-            answer = (time.perf_counter() - started, time.process_time() - used)
-        print(json.dumps(answer), file=answers, flush=True)
+    serve(answers, net, {"step": step})
 
 
 def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[], None]]:

@@ -18,7 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_scale.nn.pixelsnail import CaptionMean
-from dalle_scale.nn.unet_blocks import Attention, Double, Dropout, Halve, NormSwish, ResBlock, conv, linear, norm_groups
+from dalle_scale.nn.unet_blocks import (
+    Attention,
+    Conv3x3,
+    Double,
+    Dropout,
+    Halve,
+    NormSwish,
+    ResBlock,
+    laid_out,
+    linear,
+    norm_groups,
+)
 
 
 def time_embedding(times: Tensor, width: int) -> Tensor:
@@ -61,7 +72,7 @@ class UNet(nn.Module):
         assert width % self._groups == 0
         self.time1, self.time2 = linear(width, 4 * width), linear(4 * width, 4 * width)
         self.caption = CaptionMean(text_vocab, text_length, 4 * width) if text_length else None
-        self.input = conv(n_in, width, 3)
+        self.input = Conv3x3(n_in, width)
         self._widths: list[int] = []  # n_out of each residual block
         skips, channels = [width], width
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -80,10 +91,10 @@ class UNet(nn.Module):
                 self.up.append(self._unit(channels + skips.pop(), multiplier * width, size >> level in attention_sizes))
                 channels = multiplier * width
             if level:
-                self.up.append(Double(channels))
+                self.up.append(Double(channels, channels))
         self.time_of_block = linear(4 * width, *self._widths)
         self.norm = NormSwish(channels, self._groups)
-        self.output = conv(channels, n_out, 3, zero=True)
+        self.output = Conv3x3(channels, n_out, zero=True)
 
     def _unit(self, n_in: int, n_out: int, attends: bool) -> nn.ModuleList:
         """A residual block, and the attention after it where there is one."""
@@ -105,7 +116,7 @@ class UNet(nn.Module):
         Returns:
             fp32 [B, n_out, size, size].
         """
-        x = x.to(self.input.weight.dtype).contiguous()
+        x = laid_out(x.to(self.input.weight.dtype))
         dropout = None
         if seeds is not None and self.training and self.dropout:
             largest = max(self._widths) * self.size**2  # no map is larger

@@ -1,8 +1,8 @@
 """The parts of the diffusion UNet (arXiv 2006.11239, App. B): residual block, attention, halving and doubling of sides.
 
-Maps are [B, C, H, W], contiguous. Weights start uniform in +-sqrt(6 / (inputs + outputs)) ("fan_avg" of the paper's
-code), biases at 0, and the last layer of every residual branch at 0: the net starts as the identity of its residual
-paths.
+Maps are [B, C, H, W]; on CPUs they lie in memory as nn/winograd.py wants them, elsewhere as planes. Weights start
+uniform in +-sqrt(6 / (inputs + outputs)) ("fan_avg" of the paper's code), biases at 0, and the last layer of every
+residual branch at 0: the net starts as the identity of its residual paths.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dalle_scale.nn.noise import uniform_noise
+from dalle_scale.nn.winograd import conv3x3
 
 EPS = 1e-6
 
@@ -30,9 +31,37 @@ def norm_groups(width: int) -> int:
     return min(32, width // 4)
 
 
-def conv(n_in: int, n_out: int, kernel: int, zero: bool = False) -> nn.Conv2d:
+def laid_out(x: Tensor) -> Tensor:
+    """A map [B, C, H, W] as it should lie in memory on its device."""
+    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)
+
+
+class Conv1x1(nn.Conv2d):
+    """Product of the channels of each position."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, 1)
+        _started(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n_in, H, W] -> [B, n_out, H, W]."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        rows = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)  # torch's own way takes twice as long
+        return rows.permute(0, 3, 1, 2)
+
+
+class Conv3x3(nn.Conv2d):
     """Convolution that keeps the size."""
-    return _started(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), zero)
+
+    def __init__(self, n_in: int, n_out: int, zero: bool = False) -> None:
+        super().__init__(n_in, n_out, 3, padding=1)
+        _started(self, zero)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """[B, n_in, H, W] -> [B, n_out, H, W], plus a shift [B, n_out]."""
+        assert self.bias is not None
+        return conv3x3(x, self.weight, self.bias if shift is None else self.bias + shift)
 
 
 def linear(n_in: int, *widths: int, zero: bool = False) -> nn.Linear:
@@ -52,8 +81,8 @@ def _started(layer: nn.Conv2d, zero: bool = False) -> nn.Conv2d:
 
 
 class NormSwish(nn.Module):
-    """Swish of group norm. The map between the two is computed again in the backward pass instead of kept: a third
-    less memory for a pass over it."""
+    """Swish of group norm, then dropout. What lies between is computed again in the backward pass instead of kept: half
+    the memory for three passes over a map."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -61,34 +90,41 @@ class NormSwish(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None = None, block: int = 0) -> Tensor:
         """[B, C, H, W], same shape."""
-        out: Tensor = _NormSwish.apply(x.contiguous(), self.weight, self.bias, self.groups)  # type: ignore[no-untyped-call]
+        settings = (self.groups, dropout, block)
+        out: Tensor = _NormSwish.apply(laid_out(x), self.weight, self.bias, *settings)  # type: ignore[no-untyped-call]
         return out
 
 
 class _NormSwish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, dropout: Dropout | None, block: int
+    ) -> Tensor:
         count, width, height, columns = x.shape
         y, mean, rstd = torch.native_group_norm(x, weight, bias, count, width, height * columns, groups, EPS)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.groups = groups
-        return F.silu(y, inplace=True)
+        ctx.groups, ctx.dropout, ctx.block = groups, dropout, block
+        y = F.silu(y, inplace=True)
+        return y if dropout is None else dropout.drop(y, block)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         count, width, height, columns = x.shape
+        grad = laid_out(grads[0])
+        if ctx.dropout is not None:
+            grad = ctx.dropout.drop(grad, ctx.block)
         # y = scale x + shift, in fp32 on the few numbers of each channel
         scale = (rstd.float()[:, :, None] * weight.float().view(ctx.groups, -1)).view(count, width)
         shift = bias.float() - mean.float().repeat_interleave(width // ctx.groups, dim=1) * scale
         y = torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
-        grad = torch.ops.aten.silu_backward(grads[0].contiguous(), y)
+        grad = torch.ops.aten.silu_backward(grad, y)
         sizes, wanted = (count, width, height * columns, ctx.groups), list(ctx.needs_input_grad[:3])
         found = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, wanted)
-        return (*found, None)
+        return (*found, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -114,21 +150,15 @@ class Dropout:
         return cls(share, (places * 2**24).to(torch.int32) << 8, keys)
 
     def kept(self, x: Tensor, block: int) -> Tensor:
-        """bool, the shape of x [B, ...]."""
+        """bool, the shape of x [B, C, H, W]; channels count fastest, however x is laid out."""
+        count, width, height, columns = x.shape
         bits = self.places[: x[0].numel()] * self.keys[:, block, None]  # wraps around: uniform in -2^31 .. 2^31
-        return (bits >= round((self.share - 0.5) * 2**32)).view(x.shape)
+        kept = bits >= round((self.share - 0.5) * 2**32)
+        return kept.view(count, height, columns, width).permute(0, 3, 1, 2)
 
-
-class DroppedConv(nn.Conv2d):
-    """3x3 convolution of what dropout keeps. Scaling up the few weights instead of the map spares a pass over it."""
-
-    def forward(self, x: Tensor, dropout: Dropout | None = None, block: int = 0) -> Tensor:
-        """[B, n_in, H, W] -> [B, n_out, H, W]."""
-        weight: Tensor = self.weight
-        if dropout is not None:
-            x, weight = x * dropout.kept(x, block), weight / (1 - dropout.share)
-        out: Tensor = self._conv_forward(x, weight, self.bias)
-        return out
+    def drop(self, x: Tensor, block: int) -> Tensor:
+        """x [B, C, H, W] with zeros where a value falls, the others scaled up."""
+        return (x * self.kept(x, block)).mul_(1 / (1 - self.share))
 
 
 class ResBlock(nn.Module):
@@ -139,11 +169,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.number = number
         self.norm1 = NormSwish(n_in, groups)
-        self.conv1 = conv(n_in, n_out, 3)
+        self.conv1 = Conv3x3(n_in, n_out)
         self.norm2 = NormSwish(n_out, groups)
-        self.conv2 = DroppedConv(n_out, n_out, 3, padding=1)
-        _started(self.conv2, zero=True)
-        self.skip = conv(n_in, n_out, 1) if n_in != n_out else None
+        self.conv2 = Conv3x3(n_out, n_out, zero=True)
+        self.skip = Conv1x1(n_in, n_out) if n_in != n_out else None
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
 
     def forward(self, x: Tensor, time: Tensor, dropout: Dropout | None) -> Tensor:
@@ -158,8 +187,8 @@ class ResBlock(nn.Module):
         return branch.add_(skip)
 
     def _branch(self, x: Tensor, time: Tensor, dropout: Dropout | None) -> Tensor:
-        y = self.conv1(self.norm1(x)).add_(time[:, :, None, None])
-        out: Tensor = self.conv2(self.norm2(y), dropout, self.number)
+        y = self.conv1(self.norm1(x), time)
+        out: Tensor = self.conv2(self.norm2(y, dropout, self.number))
         return out
 
 
@@ -182,11 +211,11 @@ class Attention(nn.Module):
         return x + branch
 
     def _branch(self, x: Tensor) -> Tensor:
-        rows = self.norm(x).flatten(2).transpose(1, 2)  # [B, H W, C]
+        rows = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C]
         query, key, value = self.query_key_value(rows)[:, None].chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value)[:, 0]
         out: Tensor = self.output(mixed)
-        return out.transpose(1, 2).reshape(x.shape)
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Halve(nn.Module):
@@ -203,22 +232,9 @@ class Halve(nn.Module):
         return out
 
 
-class Double(nn.Module):
-    """Nearest-neighbour upsampling and a 3x3 convolution, as one transposed convolution.
+class Double(Conv3x3):
+    """Nearest-neighbour upsampling and a 3x3 convolution."""
 
-    Three neighbours of a doubled map are two of the original, one of them twice: the same sums with 4/9 of the
-    products, and the doubled map is never made.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width, 3, 3))  # of the 3x3 convolution
-        self.bias = nn.Parameter(torch.zeros(width))
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
-        weight = self.weight.float().transpose(0, 1).flip(2, 3)
-        weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
-        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-        return F.conv_transpose2d(x, weight.to(x.dtype), self.bias, stride=2, padding=1)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """[B, n_in, H, W] -> [B, n_out, 2 H, 2 W]."""
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"), shift)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.nn import winograd
 from dalle_scale.nn.unet import UNet, time_embedding
 from dalle_scale.nn.unet_blocks import Attention, Double, Dropout, Halve, NormSwish, ResBlock
 
@@ -115,12 +116,12 @@ def test_norm_and_swish_in_bfloat16() -> None:
 
 
 def test_doubling_is_upsampling_and_convolution() -> None:
-    part = Double(32).double()
+    part = Double(32, 32).double()
     nn.init.normal_(part.bias)
     x = torch.randn(2, 32, 3, 5, dtype=torch.float64, requires_grad=True)
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), part.weight, part.bias, padding=1)
     ours = part(x)
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)  # weights are joined in fp32
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(ours)
     wanted = (x, part.weight, part.bias)
     for ours_grad, plain_grad in zip(
@@ -189,8 +190,12 @@ def plain_unet(net: UNet, x: Tensor, times: Tensor) -> Tensor:
     return F.conv2d(plain_norm(net.norm, y, swish=True), net.output.weight, net.output.bias, padding=1)
 
 
+@pytest.mark.parametrize("by_winograd", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_against_a_plain_net(recompute: bool) -> None:
+def test_against_a_plain_net(recompute: bool, by_winograd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_winograd:  # which takes larger nets by itself
+        monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
+        monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
     net, plain = make().double(), make().double()
     for module in net.modules():
         if hasattr(module, "activation_checkpointing"):
