@@ -146,7 +146,7 @@ def _open_subject(name: str, folder: Path, device: torch.device) -> Subject:
     opened = export.load(folder, device)
     make = getattr(opened.stage, "tokenizer", None)
     if make is None:
-        if not hasattr(opened.stage, "evaluate") or opened.stage.needs.keys != ("image",):
+        if not hasattr(opened.stage, "evaluate") or "image" not in opened.stage.needs.keys:
             raise UserError(f"{folder}: stage '{opened.name}' is not an image tokenizer; give the export of one (dvae)")
         return Subject(name, opened, opened.stage.needs.image_size, None)
     tokenizer: ImageTokenizer = make(opened.nets)

@@ -40,7 +40,8 @@ def tiny(name: str, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`valid`: the data; exports of 16 x 16: `dvae` and its priors `guided` (captions or none), `told` (captions only)
-    and `plain` (no captions); `vqvae2` and its priors `top` and `bottom`; `vae` and `bits`, without codes."""
+    and `plain` (no captions); `vqvae2` and its priors `top` and `bottom`; `vae`, `bits` and
+    `ddpm`, without codes, `ddpm_told` (captions only)."""
     folder = tmp_path_factory.mktemp("bits")
     write_data(folder / "valid")
     parts = {"tokenizer": save_dvae(folder / "dvae", image_size=16), "text_tokenizer": save_text(folder)}
@@ -57,6 +58,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae = tiny("vae", image_size=16, importance_samples=2)
     save(folder / "vae", "vae", **vae)
     save(folder / "bits", "vae", **{**vae, "likelihood": "bernoulli"})
+    save(folder / "ddpm", "ddpm", **tiny("ddpm", timesteps=8))
+    save(folder / "ddpm_told", "ddpm", **tiny("ddpm", timesteps=8, caption_dropout=0.0))
     return folder
 
 
@@ -211,3 +214,13 @@ def test_text_tokenizer_may_be_named(work, tmp_path):
     pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=named.prior)
     row, want = evaluate.measure(named, pictures, CPU), measure(work, "dvae", "guided")
     assert row["prior_bits_given_caption"] == want["prior_bits_given_caption"], "the same weights"
+
+
+def test_a_diffusion_model_with_captions_is_shown_none(work):
+    row, opened = measure(work, "ddpm"), export.load(work / "ddpm")
+    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    batches = [batch for _, batch in pictures.read(CPU)]
+    expected = opened.stage.evaluate(opened.nets, batches)
+    assert row["bits_per_dim"] == pytest.approx(expected["elbo_bits_per_dim"]) and row["samples"] == 44
+    with pytest.raises(UserError, match="trained without caption_dropout"):
+        measure(work, "ddpm_told")

@@ -271,7 +271,8 @@ class Stage(types.Stage):
 
         Args:
             nets: raw modules in eval mode, not engines; the averaged weights, if they are to be compared with others'.
-            batches: noise comes from their seeds; captions may be missing. Batches lie on the model's device.
+            batches: noise comes from their seeds; without "text" the model sees the empty caption. Batches lie on the
+                model's device.
             bound_steps: instead of the config's.
 
         Returns:
@@ -280,13 +281,15 @@ class Stage(types.Stage):
             the first two end in _estimate: time 0 exactly and k of the times above, without bias.
 
         Raises:
-            UserError: the model is one of latents.
+            UserError: the model is one of latents, or there are no captions and it has never seen an empty one.
         """
         if self.config.latent_channels:
             raise UserError("evaluate: a bound in bits is one of bytes; this model has latents")
         steps = self.config.bound_steps if bound_steps is None else bound_steps
         sums = torch.zeros(3, dtype=torch.float64, device=next(nets["model"].parameters()).device)
         for batch in batches:
+            if self.config.text_length and not self.config.caption_dropout and "text" not in batch:
+                raise UserError("evaluate: without captions, but this model was trained without caption_dropout")
             predict = partial(self._moments, nets["model"], self._captions(batch))
             watch = partial(log.progress, what="bound", unit="times", total=len(self.diffusion) - 1)
             found = rate_and_distortion(self.diffusion, predict, batch["image"], batch["seed"], steps, watch)
