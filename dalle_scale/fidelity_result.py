@@ -22,8 +22,8 @@ MADE_BY = (
     "models",  # folders of the exports
     "models_sha256",  # as checkpoint.digest
     "stage",
-    "weights",  # ema or raw
-    "update",  # of training, and whether it is the last or the best
+    "weights",  # raw, or ema and its decay; of each model
+    "update",  # of training, which these are; of each model
     "method",  # of sampling: ancestral, ddim, dpm++
     "steps",  # of diffusion, as the next four
     "spacing",  # of the steps

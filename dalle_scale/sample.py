@@ -183,6 +183,9 @@ class Sampler:
             "stage": self.models[0].name,
             **{name: getattr(options, name) for name in names},
         }
+        if all(model.trained for model in self.models):
+            told["weights"] = [model.trained["weights"]["model"] for model in self.models]
+            told["update"] = [model.trained["update"] for model in self.models]
         if isinstance(self.stage, ddpm.Stage):
             learned = self.stage.config.variance == "learned"
             how = self._diffusion(options).resolved(len(self.stage.diffusion.alphas_cumprod), learned)

@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,10 +114,17 @@ class Trainer:
             self._refuse(self.means.close())
         states = {name: player.full_state() for name, player in self.players.items()}
         if dist.is_main():
-            export.save(self.folder / "export", self.config.stage, self.stage.config, states, self.parts)
+            model, folder = self.stage.config, self.folder / "export"
+            export.save(folder, self.config.stage, model, states, self.parts, self._trained())
         stream, keep = self.train.state(self.done), self.config.log.keep
         resume.save(self.folder, self.done, self.config, self.players, stream, keep)
         self.saved = self.done
+
+    def _trained(self) -> dict[str, Any]:
+        """What the export says of its weights."""
+        decays = {name: self.config.optim[name].ema_decay for name in self.players}
+        weights = {name: f"ema {decay}" if decay else "raw" for name, decay in decays.items()}
+        return {"update": self.done, "updates": self.config.updates, "weights": weights}
 
     def _stop_here(self, micro_batches: list[Batch]) -> bool:
         """The update boundary: ranks agree on the batch's weights, on signals, and on whether the losses were finite

@@ -278,7 +278,13 @@ def test_diffusion_without_captions(tmp_path):
         "candidates": 2,
     }
     assert told.items() >= wanted.items() and told["models_sha256"] == [digest(model)]
-    assert set(MADE_BY) - told.keys() == {"weights", "update", "kept"}  # an export does not tell
+    assert set(MADE_BY) - told.keys() == {"weights", "update", "kept"}  # this export does not tell
+    opened = export.load(model)
+    states = {"model": opened.nets["model"].state_dict()}
+    trained = {"update": 7, "updates": 9, "weights": {"model": "ema 0.9"}}
+    export.save(tmp_path / "trained", "ddpm", opened.config, states, trained=trained)
+    told = Sampler([tmp_path / "trained"]).record(Options())
+    assert (told["weights"], told["update"]) == (["ema 0.9"], [7])
     default = Sampler([model]).record(Options())
     assert (default["steps"], default["spacing"], default["variance"]) == (DDPM["timesteps"], "uniform", "fixed_large")
     with pytest.raises(UserError, match=r"guidance: 2.0, but this model was trained without caption_dropout"):

@@ -1,7 +1,7 @@
 """The inference artifact: one folder that holds everything a trained stage needs, readable without deepspeed.
 
     export/
-        config.yaml         format, stage, model (the stage's Config), nets, parts
+        config.yaml         format, stage, model (the stage's Config), nets, parts, trained
         <net>.safetensors   one file a net: parameters and buffers as `state_dict` names them, fp32
         <part>...           copies of what the model depends on: text tokenizer, export of the image tokenizer
 
@@ -41,6 +41,7 @@ class Export:
     stage: Stage  # its `upstream` is the part "tokenizer" where there is one
     nets: Nets
     parts: dict[str, Path]
+    trained: dict[str, Any]  # as `save` got it; {} where nothing is known
 
     def part(self, name: str) -> Path | None:
         """Where the part `name` lies, None if the export has no such part."""
@@ -53,6 +54,7 @@ def save(
     model_config: StrictModel,
     states: Mapping[str, Mapping[str, Tensor]],
     parts: Mapping[str, Path] | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an export, whole or not at all; an export that was there before is replaced.
 
@@ -62,6 +64,7 @@ def save(
         model_config: the stage's Config.
         states: net name -> its full `state_dict` (parameters and buffers).
         parts: name -> file or folder to copy in; keeps its file suffix.
+        trained: for protocols: update, updates (of the whole run), weights (net -> "raw", or "ema" and its decay).
 
     Raises:
         UserError: a part does not exist.
@@ -84,6 +87,7 @@ def save(
             "model": model_config.model_dump(mode="json"),
             "nets": sorted(states),
             "parts": files,
+            "trained": dict(trained or {}),
         }
         (temporary / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
 
@@ -108,7 +112,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Export:
     for name, net in nets.items():
         _load_weights(net, folder / f"{name}.safetensors")
         net.to(device).eval().requires_grad_(False)
-    return Export(folder, header["stage"], config, stage, nets, parts)
+    return Export(folder, header["stage"], config, stage, nets, parts, header.get("trained", {}))
 
 
 def open_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:

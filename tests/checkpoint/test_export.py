@@ -38,6 +38,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in opened.nets["model"].parameters())
 
 
+def test_what_is_told_of_the_weights(tmp_path: Path) -> None:
+    state, config = Stage(Stage.Config()).nets()["model"].state_dict(), Stage.Config()
+    trained = {"update": 3, "updates": 5, "weights": {"model": "ema 0.9"}}
+    export.save(tmp_path / "known", NAME, config, {"model": state}, trained=trained)
+    save(tmp_path / "unknown")
+    assert export.load(tmp_path / "known").trained == trained and export.load(tmp_path / "unknown").trained == {}
+
+
 def test_tied_and_channels_last_tensors_survive(tmp_path: Path) -> None:
     weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     export.save(tmp_path / "e", NAME, Stage.Config(), {"model": {"a": weight, "b": weight}})

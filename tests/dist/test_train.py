@@ -119,6 +119,7 @@ def test_same_export_everywhere(runs: Path, stage: str) -> None:
     for zero in ZEROS:
         for processes in (1, 2):
             opened = export.load(runs / f"{stage}_zero{zero}_{processes}" / "export")
+            assert opened.trained["update"] == UPDATES and opened.trained["weights"]["model"] == "ema 0.8"
             for name, tensor in opened.nets["model"].state_dict().items():
                 torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
 
