@@ -22,6 +22,7 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "engine": set(),
     "checkpoint": {"nn", "stages"},
     "sample": {"nn", "stages", "checkpoint", "data"},
+    "interpolate": {"nn", "stages", "checkpoint", "data"},
     "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
     "rejection": {"rerank"},
     "features": {"nn", "checkpoint", "rerank"},

@@ -187,7 +187,7 @@ class Stage(types.Stage):
         """
         training = nets[turn].training
         number = _DRAWS * step if training else 0
-        weight, seeds, x0 = batch["weight"], batch["seed"], self._maps(batch["image"])
+        weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(batch["image"])
         draws = uniform_noise(seeds, number + 1, 2)
         times = (draws[:, 0].double() * len(self.diffusion)).long()
         text = self._captions(batch, draws[:, 1] < self.config.caption_dropout if training else None)
@@ -225,7 +225,7 @@ class Stage(types.Stage):
             terms[f"quarter_{quarter + 1}"] = rows.mean() * (steps / max(end - first, 1))
         return terms
 
-    def _maps(self, images: Tensor) -> Tensor:
+    def maps(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> what is diffused, fp32 [B, C, side, side]."""
         if not self.config.latent_channels:
             return to_map(images).contiguous()
@@ -233,7 +233,7 @@ class Stage(types.Stage):
             raise UserError("model.latent_channels: set, but there is no encoder; set tokenizer: <the export of a VAE>")
         return self.codec.encode(images) * self.config.latent_scale
 
-    def _pictures(self, maps: Tensor) -> Tensor:
+    def pictures(self, maps: Tensor) -> Tensor:
         """What is diffused -> uint8 [B, 3, S, S]."""
         return self.codec.decode(maps / self.config.latent_scale) if self.codec else to_bytes(maps)
 
@@ -345,7 +345,7 @@ class Stage(types.Stage):
             predict = diffusion_samplers.guided(partial(self.predict, net), text, empty, options.guidance)
         levels, learned = self.diffusion.alphas_cumprod, self.config.variance == "learned"
         maps = diffusion_samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
-        return self._pictures(maps)
+        return self.pictures(maps)
 
     def _options(self, options: Options | None) -> Options:
         """What is left open filled in. Raises UserError."""

@@ -278,8 +278,8 @@ def test_latents(variance: str) -> None:
     losses.total.backward()
     assert losses.total.isfinite() and all(p.grad is not None for p in nets["model"].parameters())
     encoded = latents.encode(batch["image"])
-    torch.testing.assert_close(stage._maps(batch["image"]), 2 * encoded)
-    assert int((stage._pictures(2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
+    torch.testing.assert_close(stage.maps(batch["image"]), 2 * encoded)
+    assert int((stage.pictures(2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
     assert stage.sample_images(nets, torch.arange(3)).shape == (3, 3, 16, 16)
     with pytest.raises(UserError, match="this model has latents"):
         stage.evaluate(nets, [batch])

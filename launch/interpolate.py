@@ -1,0 +1,74 @@
+"""Pictures between pictures, in the latents of a VAE or of a diffusion model (DDIM).
+
+    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --steps 50 --out runs/between
+    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --steps 50 --images a.png b.png --out runs/between
+
+Without --images the ends are drawn from nothing. With --images each picture goes to latents and back, and there is a
+path from each to the next; the error of that round trip is told as in Table 2 of the paper of DDIM: the mean squared
+error of values from 0 to 1. Writes <out>/grid.png, a row for each path, and <out>/interpolation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dalle_scale import dist, interpolate, log
+from dalle_scale.checkpoint import atomic, export
+from dalle_scale.types import UserError
+
+
+def main() -> None:
+    """Open, walk, write."""
+    args = parse_args()
+    if args.paths < 1 or args.count < 2:
+        raise UserError(f"--paths {args.paths} --count {args.count}: at least one path of two pictures is needed")
+    if args.images and len(args.images) < 2:
+        raise UserError("--images: one picture, but a path has two ends; name at least two")
+    space = interpolate.open_space(export.load(args.model, dist.device()), args.steps, args.spacing)
+    if args.images:
+        pictures = interpolate.read_images(args.images, space.codec.image_size)
+        paths = interpolate.between_images(space, pictures, args.count)
+    else:
+        seeds = torch.arange(args.seed, args.seed + args.paths + 1, device=dist.device())
+        paths = interpolate.between_seeds(space, seeds, args.count)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log.grid(paths.images.flatten(0, 1), args.count).save(args.out / "grid.png")
+    told = {
+        "model": str(args.model),
+        "images": [str(path) for path in args.images],
+        "seed": None if args.images else args.seed,
+        "count": args.count,
+        "steps": args.steps,
+        "spacing": args.spacing,
+        "round_trip_mse": paths.round_trip_mse,
+    }
+    atomic.write(args.out / "interpolation.json", json.dumps(told, indent=1) + "\n")
+    if paths.round_trip_mse is not None:
+        log.say(f"there and back: mean squared error {paths.round_trip_mse:.4f} of values from 0 to 1")
+    log.say(f"{len(paths.images)} paths: {args.out / 'grid.png'}")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="export of a vae or a ddpm run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", default=[], help="picture files; a path from each to the next"
+    )
+    parser.add_argument("--paths", type=int, default=6, help="how many, without --images")
+    parser.add_argument("--count", type=int, default=11, help="pictures of a path, both ends included")
+    parser.add_argument(
+        "--steps", type=int, help="evaluations of a diffusion model each way; default: all of its times"
+    )
+    parser.add_argument("--spacing", default="uniform", help="which times: uniform, quadratic or log_snr")
+    parser.add_argument("--seed", type=int, default=0, help="of the ends, without --images")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    log.guarded(main)
