@@ -78,8 +78,8 @@ def open_space(opened: Export, steps: int | None, spacing: diffusion_samplers.Sp
     to_maps = partial(diffusion_samplers.decode, predict, levels, **walk)
     codec = Latents(
         net,
-        encode=lambda images: to_latents(stage.maps(images)),
-        decode=lambda latents: stage.pictures(to_maps(latents)),
+        encode=lambda images: to_latents(stage.maps(net, images)),
+        decode=lambda latents: stage.pictures(net, to_maps(latents)),
         shape=stage.config.map_shape,
         image_size=stage.config.image_size,
     )

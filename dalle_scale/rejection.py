@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_scale import prompts
 from dalle_scale.rerank import Scorer, batches, keep
 from dalle_scale.types import UserError
 
@@ -59,15 +60,7 @@ def read_classes(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
         UserError: the file cannot be read, holds fewer than two classes, or one of them twice; a sample's prompt is
             none of them; a class stands under two prompt numbers.
     """
-    try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the classes: {error}") from None
-    if path.suffix == ".jsonl":
-        try:
-            classes = [str(json.loads(line)["prompt"]) for line in classes]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f'{path}: every line must be a JSON object with a "prompt"') from None
+    classes = prompts.read(path, "classes")
     for caption, times in Counter(classes).most_common(1):
         if times > 1:
             raise UserError(f"{path}: the class '{caption}' stands there {times} times; name each class once")

@@ -140,8 +140,13 @@ class Sampler:
         seed: int,
         options: Options = Options(),
         batch_samples: int = 256,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[Samples]:
         """Pictures for each prompt, prompt by prompt, in batches that may hold several prompts.
+
+        Of several ranks each draws the batches rank, rank + world_size, ...; they are made small enough for all to have
+        one.
 
         A model without captions takes the one prompt "". A prompt longer than the model's text length keeps its first
         tokens; `text.truncated_samples` counts those.
@@ -166,13 +171,14 @@ class Sampler:
             text = self.text.encode(prompts, self.text_length).to(self.device)
         places = [divmod(place, candidates) for place in range(len(prompts) * candidates)]
         seeds = [candidate_seed(seed, prompts[owner], candidate) for owner, candidate in places]
+        size = min(batch_samples, -(-len(places) // world_size))
 
         def batch(part: slice) -> Samples:
             owners, numbers = [owner for owner, _ in places[part]], [candidate for _, candidate in places[part]]
             images = self._images(text[owners], torch.tensor(seeds[part], device=self.device), options)
             return Samples(owners, numbers, seeds[part], images.cpu())
 
-        return (batch(slice(start, start + batch_samples)) for start in range(0, len(places), batch_samples))
+        return (batch(slice(start, start + size)) for start in range(rank * size, len(places), world_size * size))
 
     def record(self, options: Options) -> dict[str, Any]:
         """How these exports draw with these options, for a protocol: plain values, defaults written out."""

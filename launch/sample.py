@@ -1,36 +1,39 @@
 """Pictures from captions, or from nothing where a model was trained without.
 
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 16 --out runs/mine
+    deepspeed --num_gpus 8 launch/sample.py --model runs/demo/dalle/export --prompt-file captions.txt --out runs/mine
 
 Writes <out>/images/<prompt>_<candidate>.png, <out>/samples.jsonl with a row for each picture, <out>/sampling.json that
 says how they were drawn, and, when there are few, <out>/grid.png with a row for each prompt. The same model, prompt and
-seed give the same pictures, whatever else is drawn beside them. A model without captions (a VAE, a transformer with
-text_length 0) takes no prompts; --candidates says how many pictures. --method to --clip are for diffusion models.
+seed give the same pictures, whatever else is drawn beside them and on how many ranks. A model without captions (a VAE,
+a transformer with text_length 0) takes no prompts; --candidates says how many pictures. --method to --clip are for
+diffusion models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dalle_scale import dist, log
+from dalle_scale import prompts as prompt_files
 from dalle_scale.checkpoint import atomic
-from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler
+from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
 GRID_SAMPLES, GRID_COLUMNS = 256, 12  # grid.png is drawn up to so many; columns where there is but one prompt
+FILE = "images/{:05d}_{:04d}.png"  # of a prompt and a candidate
 
 
 def main() -> None:
     """Open, draw, write."""
     args = parse_args()
-    prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
+    prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
     if (args.prime is None) != (args.prime_rows is None):
         raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
     sampler = Sampler(args.model, dist.device(), args.text_tokenizer)
@@ -40,52 +43,43 @@ def main() -> None:
     prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", *DIFFUSION_OPTIONS)}
     options = Options(prime=prime, size=tuple(args.size) if args.size else None, **given)
-    batches = sampler.draw(prompts, args.candidates, args.seed, options, args.batch)
+    share = (dist.rank(), dist.world_size())
+    batches = sampler.draw(prompts, args.candidates, args.seed, options, args.batch, *share)
+    dist.join()
     total = len(prompts) * args.candidates
-    pictures = (
-        picture
-        for batch in batches
-        for picture in zip(batch.prompt_index, batch.candidate, batch.seed, batch.images, strict=True)
-    )
-    images = write(args.out, prompts, log.progress(pictures, "sample", "pictures", total))
-    drawn = {"seed": args.seed, "prime_rows": args.prime_rows, "prompts": len(prompts), "candidates": args.candidates}
-    atomic.write(args.out / "sampling.json", json.dumps(sampler.record(options) | drawn, indent=1) + "\n")
-    if sampler.text and sampler.text.truncated_samples:
-        cut, length = sampler.text.truncated_samples, sampler.text_length
-        log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
-    if total <= GRID_SAMPLES:
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    pictures = (p for batch in batches for p in zip(batch.prompt_index, batch.candidate, batch.images, strict=True))
+    for index, candidate, image in log.progress(pictures, "sample", "pictures", -(-total // share[1])):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(args.out / FILE.format(index, candidate))
+    dist.barrier()
+    if dist.is_main():
+        write(args, prompts, sampler.record(options))
+        if sampler.text and sampler.text.truncated_samples:
+            cut, length = sampler.text.truncated_samples, sampler.text_length
+            log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
+        log.say(f"{total} pictures: {args.out / ('grid.png' if total <= GRID_SAMPLES else 'images')}")
+
+
+def write(args: argparse.Namespace, prompts: list[str], drawn: dict[str, object]) -> None:
+    """What belongs to all pictures, once they are there."""
+    rows = [
+        {
+            "prompt_index": index,
+            "prompt": prompt,
+            "candidate": candidate,
+            "seed": candidate_seed(args.seed, prompt, candidate),
+            "file": FILE.format(index, candidate),
+        }
+        for index, prompt in enumerate(prompts)
+        for candidate in range(args.candidates)
+    ]
+    atomic.write(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    drawn |= {"seed": args.seed, "prime_rows": args.prime_rows, "prompts": len(prompts), "candidates": args.candidates}
+    atomic.write(args.out / "sampling.json", json.dumps(drawn, indent=1) + "\n")
+    if len(rows) <= GRID_SAMPLES:
+        images = torch.stack([torch.from_numpy(np.array(Image.open(args.out / str(row["file"])))) for row in rows])
         columns = args.candidates if len(prompts) > 1 else min(args.candidates, GRID_COLUMNS)
-        log.grid(torch.stack(images), columns).save(args.out / "grid.png")
-    log.say(f"{total} pictures: {args.out / ('grid.png' if total <= GRID_SAMPLES else 'images')}")
-
-
-def write(out: Path, prompts: list[str], pictures: Iterator[tuple[int, int, int, Tensor]]) -> list[Tensor]:
-    """Save pictures as they come; returns as many as grid.png may show."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    kept: list[Tensor] = []
-    with (out / "samples.jsonl").open("w") as rows:
-        for index, candidate, seed, image in pictures:
-            file = f"images/{index:05d}_{candidate:04d}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / file)
-            row = {"prompt_index": index, "prompt": prompts[index], "candidate": candidate, "seed": seed, "file": file}
-            rows.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if len(kept) < GRID_SAMPLES:
-                kept.append(image)
-    return kept
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of the rows of a .jsonl file, under "prompt"."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the prompts: {error}") from None
-    if path.suffix != ".jsonl":
-        return lines
-    try:
-        return [str(json.loads(line)["prompt"]) for line in lines]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f'{path}: every line must be a JSON object with a "prompt"') from None
+        log.grid(images.permute(0, 3, 1, 2), columns).save(args.out / "grid.png")
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
     add("--text-tokenizer", help="only for an export that does not hold its own")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 

@@ -34,14 +34,14 @@ def start_codebooks(
     """
     if config.init != "kmeans":
         return
-    images = first_images(batches, config.init_samples)
+    images = first_images(batches, config.init_samples, "k-means")
     parts = torch.split(images, max(1, pixels_at_once // images[0, 0].numel()))
     for quantizer, features in levels:
         quantizer.initialise(torch.cat([features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in parts]))
 
 
-def first_images(batches: Iterable[Batch], count: int) -> Tensor:
+def first_images(batches: Iterable[Batch], count: int, what: str) -> Tensor:
     """The first `count` images of filled slots (or as many as there are), uint8 [N, 3, S, S] on the CPU; shows a
-    progress bar."""
+    progress bar that says what they are for."""
     images = (image for batch in batches for image in batch["image"][batch["weight"] > 0].cpu())
-    return torch.stack(list(log.progress(islice(images, count), "k-means: reading", "images", total=count)))
+    return torch.stack(list(log.progress(islice(images, count), f"{what}: reading", "images", total=count)))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dalle_scale.types import UserError
+
 
 class Latents:
     """Pictures to latents and back, a limited number at a time; tensors on any device, answers on the net's."""
@@ -47,3 +49,23 @@ class Latents:
     @property
     def _device(self) -> torch.device:
         return next(self._net.parameters()).device
+
+
+def fitting(upstream: object, channels: int, size: int, image_size: int) -> Latents | None:
+    """The encoder below a model of latents [channels, size, size] (of pixels: 0), where it fits.
+
+    Raises:
+        UserError: it has codes or other shapes, or the model is one of pixels.
+    """
+    if upstream is None:
+        return None
+    if not channels:
+        raise UserError("tokenizer: given, but this model is one of pixels; leave it out, or set model.latent_channels")
+    if not isinstance(upstream, Latents):
+        raise UserError("tokenizer: has codes, not latents; give the export of a VAE")
+    wanted = {"latent_channels": channels, "latent_size": size, "image_size": image_size}
+    theirs = upstream.shape[0], upstream.shape[1], upstream.image_size
+    for (name, value), has in zip(wanted.items(), theirs, strict=True):
+        if value != has:
+            raise UserError(f"model.{name}: {value}, but the encoder has {has}; set it to that")
+    return upstream

@@ -12,10 +12,11 @@ over updates, by making each update lopsided.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from dalle_scale import dist, log, types
 from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn.codebook_init import first_images
 from dalle_scale.nn.config_checks import check_text_vocab
 from dalle_scale.nn.diffusion import (
     Diffusion,
@@ -36,13 +38,14 @@ from dalle_scale.nn.diffusion import (
 )
 from dalle_scale.nn.diffusion_samplers import Method, Options, Predict
 from dalle_scale.nn.flops import flops
-from dalle_scale.nn.latents import Latents
+from dalle_scale.nn.latents import fitting
 from dalle_scale.nn.noise import normal_noise, uniform_noise
 from dalle_scale.nn.unet import UNet
 from dalle_scale.nn.unet_blocks import norm_groups
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
+SCALE_SAMPLES = 2048  # pictures whose latents are measured
 BOUND_WEIGHT = 0.001  # lambda of L_hybrid; its L_vlb is in bits per value, as in the paper's code
 _DRAWS = 3  # numbers of noise an update: of the map, of time and caption, of dropout
 
@@ -55,7 +58,7 @@ class DDPMConfig(StrictModel):
 
     latent_channels: int = Field(default=0, ge=0)  # of the latents of `tokenizer:`, a VAE's; 0 = pixels
     latent_size: int = Field(default=0, ge=0, validate_default=True)  # their side
-    latent_scale: float = Field(default=1.0, gt=0)  # latents times this should have standard deviation 1
+    latent_scale: float | None = Field(default=None, gt=0)  # None = 1 / standard deviation, measured before training
 
     width: int = Field(default=128, ge=4)  # channels at full size
     multipliers: tuple[int, ...] = Field(default=(1, 2, 2, 2), min_length=1, validate_default=True)  # at each side
@@ -145,7 +148,7 @@ class Stage(types.Stage):
         """
         super().__init__(config, upstream)
         self.config: DDPMConfig = config
-        self.codec = _fitting(config, upstream)
+        self.codec = fitting(upstream, config.latent_channels, config.latent_size, config.image_size)
         self.diffusion = Diffusion(betas_of(config.schedule, config.timesteps))
 
     @property
@@ -175,7 +178,15 @@ class Stage(types.Stage):
             text_vocab=c.text_vocab,
             text_length=c.text_length,
         )
+        if c.latent_channels:  # not a number until `initialise` has measured it
+            model.register_buffer("latent_scale", torch.tensor(c.latent_scale or math.nan))
         return {"model": model}
+
+    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+        """Measure the latents' scale where the config names none (arXiv 2112.10752, App. G)."""
+        if self.codec is not None and self.config.latent_scale is None:
+            deviation = self.codec.encode(first_images(batches, SCALE_SAMPLES, "latents")).std()
+            cast(Tensor, nets["model"].latent_scale).fill_(1 / deviation)
 
     def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """See the module's docstring. Outside of training the noise is that of update 0, so that the losses of two
@@ -187,7 +198,7 @@ class Stage(types.Stage):
         """
         training = nets[turn].training
         number = _DRAWS * step if training else 0
-        weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(batch["image"])
+        weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(nets[turn], batch["image"])
         draws = uniform_noise(seeds, number + 1, 2)
         times = (draws[:, 0].double() * len(self.diffusion)).long()
         text = self._captions(batch, draws[:, 1] < self.config.caption_dropout if training else None)
@@ -225,17 +236,17 @@ class Stage(types.Stage):
             terms[f"quarter_{quarter + 1}"] = rows.mean() * (steps / max(end - first, 1))
         return terms
 
-    def maps(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> what is diffused, fp32 [B, C, side, side]."""
+    def maps(self, net: nn.Module, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> what is diffused, fp32 [B, C, side, side]. The scale of latents lies with the net."""
         if not self.config.latent_channels:
             return to_map(images).contiguous()
         if self.codec is None:
             raise UserError("model.latent_channels: set, but there is no encoder; set tokenizer: <the export of a VAE>")
-        return self.codec.encode(images) * self.config.latent_scale
+        return self.codec.encode(images) * cast(Tensor, net.latent_scale)
 
-    def pictures(self, maps: Tensor) -> Tensor:
+    def pictures(self, net: nn.Module, maps: Tensor) -> Tensor:
         """What is diffused -> uint8 [B, 3, S, S]."""
-        return self.codec.decode(maps / self.config.latent_scale) if self.codec else to_bytes(maps)
+        return self.codec.decode(maps / cast(Tensor, net.latent_scale)) if self.codec else to_bytes(maps)
 
     def _captions(self, batch: Batch, dropped: Tensor | None = None) -> Tensor | None:
         """int64 [B, T], None in a model without; those `dropped` bool [B] are empty, as all are without "text"."""
@@ -345,7 +356,7 @@ class Stage(types.Stage):
             predict = diffusion_samplers.guided(partial(self.predict, net), text, empty, options.guidance)
         levels, learned = self.diffusion.alphas_cumprod, self.config.variance == "learned"
         maps = diffusion_samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
-        return self.pictures(maps)
+        return self.pictures(net, maps)
 
     def _options(self, options: Options | None) -> Options:
         """What is left open filled in. Raises UserError."""
@@ -377,19 +388,3 @@ class Stage(types.Stage):
             self.nets()["model"](torch.empty(1, *c.map_shape), torch.zeros(1, dtype=torch.int64), text)
 
         return (2 if c.antithetic else 1) * 3 * flops(forward)
-
-
-def _fitting(config: DDPMConfig, upstream: object) -> Latents | None:
-    """The encoder below a model of latents. Raises UserError."""
-    if upstream is None:
-        return None
-    if not config.latent_channels:
-        raise UserError("tokenizer: given, but this model is one of pixels; leave it out, or set model.latent_channels")
-    if not isinstance(upstream, Latents):
-        raise UserError("tokenizer: has codes, not latents; give the export of a VAE")
-    channels, size, _ = upstream.shape
-    theirs = {"latent_channels": channels, "latent_size": size, "image_size": upstream.image_size}
-    for name, value in theirs.items():
-        if getattr(config, name) != value:
-            raise UserError(f"model.{name}: {getattr(config, name)}, but the encoder has {value}; set it to that")
-    return upstream

@@ -197,7 +197,8 @@ class Stage(types.Stage):
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
         if self.config.init != "kmeans":
             return
-        squares = F.pixel_unshuffle(first_images(batches, self.config.init_samples), self.config.downsampling)
+        images = first_images(batches, self.config.init_samples, "k-means")
+        squares = F.pixel_unshuffle(images, self.config.downsampling)
         patches = squares.permute(0, 2, 3, 1).flatten(0, 2)
         centroids, error = patch_init.codebook(patches, self.config.vocab)
         model = nets["model"]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, TESTS, free_port
+from conftest import ROOT, free_port
 from toys.exports import save, save_dvae, write_data
-from toys.programs import run_here, run_rank
 from toys.priors import DALLE, save_prior, save_text
-
+from toys.programs import run_here, run_rank
 
 PROGRAM = ROOT / "launch" / "evaluate.py"
 

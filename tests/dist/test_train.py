@@ -79,8 +79,9 @@ def run_many(runs: list[list[Any]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `<stage>_zero<n>_<processes>`; `..._resumed`, which went on from the third update of the run with two; and
-    `in_step_<processes>`, a transformer over pictures that a dVAE encodes in the step."""
+    """Runs `<stage>_zero<n>_<processes>`; `..._resumed`, which went on from the third update of the run with two;
+    `in_step_<processes>`, a transformer over pictures that a dVAE encodes in the step; and `latents_<processes>`,
+    diffusion of what a VAE makes of pictures."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (2, 1):
         todo: list[list[Any]] = []
@@ -96,6 +97,9 @@ def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
         in_step = [tiny["dalle"], f"tokenizer={tokenizer}", "model.encode_in_step=true", "engine.zero=3"]
         data = {split: f"data.{split}={tiny['dvae'].parent}/shards/{split}" for split in ("train", "valid")}
         todo.append([*in_step, *data.values(), f"run={folder}/in_step_{processes}"])
+        shape = ["image_size=32", "latent_channels=8", "latent_size=1", "multipliers=[1]", "attention_sizes=[]"]
+        below = [f"tokenizer={folder / 'vae_zero0_2' / 'export'}", *(f"model.{part}" for part in shape)]
+        todo.append([tiny["ddpm"], *below, "engine.zero=3", f"run={folder}/latents_{processes}"])
         run_many(todo, folder, processes)
     return folder
 
@@ -157,6 +161,15 @@ def test_tokenizer_in_the_step(runs: Path) -> None:
     assert opened.stage.upstream is not None and opened.stage.upstream.vocab == 64
     text = opened.part("text_tokenizer")
     assert text is not None and text.suffix == ".model"
+
+
+def test_diffusion_of_latents(runs: Path) -> None:
+    """Losses agree, and the scale that rank 0 has measured is that of all ranks and of the export."""
+    for line, reference in zip(metrics(runs / "latents_1"), metrics(runs / "latents_2"), strict=True):
+        assert line == pytest.approx(reference, rel=TOLERANCE)
+    scales = [export.load(runs / f"latents_{n}" / "export").nets["model"].latent_scale for n in (1, 2)]
+    assert torch.equal(*scales) and scales[0].isfinite()
+    assert (runs / "latents_2" / "previews" / "samples_0000006.png").is_file()
 
 
 def test_a_run_leaves_what_it_should(runs: Path) -> None:

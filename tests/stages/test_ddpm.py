@@ -278,11 +278,29 @@ def test_latents(variance: str) -> None:
     losses.total.backward()
     assert losses.total.isfinite() and all(p.grad is not None for p in nets["model"].parameters())
     encoded = latents.encode(batch["image"])
-    torch.testing.assert_close(stage.maps(batch["image"]), 2 * encoded)
-    assert int((stage.pictures(2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
+    torch.testing.assert_close(stage.maps(nets["model"], batch["image"]), 2 * encoded)
+    assert int((stage.pictures(nets["model"], 2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
     assert stage.sample_images(nets, torch.arange(3)).shape == (3, 3, 16, 16)
     with pytest.raises(UserError, match="this model has latents"):
         stage.evaluate(nets, [batch])
+
+
+def test_the_scale_of_latents_is_measured(tmp_path: Path) -> None:
+    latents, below = encoder()
+    unknown = {**LATENT, "latent_scale": None}
+    stage = Stage(run_config.parse(Stage.Config, unknown, where="test"), latents)  # type: ignore[arg-type]
+    nets, batches = stage.nets(), [batch_of(4, size=16), batch_of(3, size=16, first=9)]
+    batches[1]["weight"][2] = 0
+    assert not stage.loss("model", nets, batches[0], step=0).total.isfinite(), "used before it is measured"
+    stage.initialise(nets, iter(batches))
+    pictures = torch.cat([batches[0]["image"], batches[1]["image"][:2]])
+    maps = stage.maps(nets["model"], pictures)
+    assert float(maps.std()) == pytest.approx(1) and stage.loss("model", nets, batches[0], step=0).total.isfinite()
+    export.save(tmp_path / "vae", "vae", below.config, {"model": latents._net.state_dict()})
+    state = {"model": nets["model"].state_dict()}
+    export.save(tmp_path / "ddpm", "ddpm", stage.config, state, {"tokenizer": tmp_path / "vae"})
+    again = export.load(tmp_path / "ddpm")
+    assert torch.equal(again.stage.maps(again.nets["model"], pictures), maps)
 
 
 def test_an_export_of_latents_holds_its_vae(tmp_path: Path) -> None:

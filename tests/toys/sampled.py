@@ -59,3 +59,8 @@ def blobs(count: int, side: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(60, 200, (count, 3, 1, 1), generator=generator)
     return (colours + torch.randint(-50, 50, (count, 3, side, side), generator=generator)).to(torch.uint8)
+
+
+def values(document: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a fidelity.json by their measures."""
+    return {number["measure"]: number["value"] for number in document["numbers"]}
