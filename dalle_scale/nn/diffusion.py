@@ -152,7 +152,9 @@ class Diffusion:
         nats = 0.5 * (torch.expm1(narrower) - narrower + apart.square() * torch.exp(-log_variance))
         if images is not None:
             first = (times == 0).view(-1, *[1] * (x0.ndim - 1))
-            nats = torch.where(first, byte_nats(images, x0_predicted, log_variance), nats)
+            # what is not selected must be harmless too: an infinite slope times 0 would not be a number
+            mean, width = torch.where(first, x0_predicted, x0), torch.where(first, log_variance, 0.0)
+            nats = torch.where(first, byte_nats(images, mean, width), nats)
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
 

@@ -138,6 +138,21 @@ def test_bytes_far_away_keep_their_gradients() -> None:
     assert (log_variance.grad < 0).all() and log_variance.grad.isfinite().all()
 
 
+def test_predictions_far_off_at_late_times_keep_gradients_finite() -> None:
+    """A net that reads noise at the last time of the cosine schedule is off by tens of thousands in the picture."""
+    diffusion = Diffusion(betas_of("cosine", 1000))
+    images = torch.randint(256, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    x0, times = to_map(images), torch.tensor([0, 1, 999])
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    x = diffusion.noisy(x0, times, noise)
+    predicted = diffusion.x0("eps", noise + torch.tensor([0.5, 0.5, 5]).view(3, 1, 1, 1), x, times)
+    assert float(predicted[2].abs().max()) > 5e4
+    share = torch.full_like(x0, 0.5, requires_grad=True)
+    bits = diffusion.bound_bits(images, x0, predicted, diffusion.log_variance("learned", times, x, share), times)
+    bits.sum().backward()
+    assert share.grad is not None and share.grad.isfinite().all() and share.grad.any(dim=(1, 2, 3)).all()
+
+
 def test_terms_of_the_bound_against_torch() -> None:
     """Each time on its own, with the variance of each value: KL of the two normal distributions, in bits."""
     diffusion, generator = Diffusion(betas_of("cosine", 12)), torch.Generator().manual_seed(0)
