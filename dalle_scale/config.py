@@ -80,6 +80,9 @@ class EngineConfig(StrictModel):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch_samples: int | None = Field(default=None, gt=0)  # per rank and backward; None = batch / world size
     activation_checkpointing: bool = False  # recompute activations in the backward pass
+    # ZeRO spans the ranks of one of so many machines of equal size; gradients are averaged between machines on top
+    machines: int = Field(default=1, ge=1)
+    compression_rank: int = Field(default=0, ge=0)  # of PowerSGD between machines; 0 = exact means
 
 
 class LogConfig(StrictModel):

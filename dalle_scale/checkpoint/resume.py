@@ -37,6 +37,7 @@ FREE = (  # what a resumed run may have otherwise; the stream's state tells whet
     "data.max_bad_share",
     "engine.micro_batch_samples",
     "engine.activation_checkpointing",
+    "engine.machines",
 )
 
 
@@ -174,10 +175,12 @@ def check(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
                 f"{checkpoint.folder}: saved with {key}={_shown(saved)}, this run has {_shown(wanted)}; "
                 f"set it back, or start another run=..."
             )
-    if config.engine.zero > 0 and checkpoint.world_size != world_size:
+    ranks_before = checkpoint.world_size // checkpoint.config["engine"].get("machines", 1)
+    if config.engine.zero > 0 and ranks_before != world_size // config.engine.machines:
         raise UserError(
             f"{checkpoint.folder}: saved at world size {checkpoint.world_size}, this run has {world_size}; "
-            f"ZeRO {config.engine.zero} states cannot be redistributed, start as many processes as before"
+            f"ZeRO {config.engine.zero} states cannot be redistributed, start as many processes (in each of "
+            f"engine.machines) as before"
         )
     if checkpoint.update > config.updates:
         raise UserError(f"{checkpoint.folder}: has {checkpoint.update} updates, more than updates={config.updates}")

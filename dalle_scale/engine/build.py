@@ -21,6 +21,7 @@ import deepspeed
 from dalle_scale import dist
 from dalle_scale.config import OptimConfig, RunConfig
 from dalle_scale.engine import ds_config, optim
+from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.types import Nets
 
@@ -107,8 +108,11 @@ def build(config: RunConfig, nets: Nets) -> Players:
         if config.engine.activation_checkpointing:
             _recompute_activations(net)
         twin = Player.twin_of(net, config, name)
-        engine = _engine(net, config.optim[name], ds_config.derive(config, name, dist.world_size()))
-        players[name] = Player(name, engine, config, twin)
+        machines = None  # of each net its own: errors of compression are those of its gradients
+        if config.engine.machines > 1 or config.engine.compression_rank:
+            machines = Machines(config.engine.machines, config.engine.compression_rank, config.seed)
+        engine = _engine(net, config.optim[name], ds_config.derive(config, name, dist.world_size()), machines)
+        players[name] = Player(name, engine, config, twin, machines)
         for buffer_name, buffer in net.named_buffers():
             assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"
     gc.freeze()  # modules and engines stay to the end: spare every collection from looking at them, the last one too
@@ -122,14 +126,14 @@ def _recompute_activations(net: nn.Module) -> None:
             setattr(module, "activation_checkpointing", True)  # noqa: B010 (not an attribute of every module)
 
 
-def _engine(net: nn.Module, config: OptimConfig, derived: dict[str, Any]) -> Any:
+def _engine(net: nn.Module, config: OptimConfig, derived: dict[str, Any], machines: Machines | None) -> Any:
     """DeepSpeed's engine around one net."""
     for name, parameter in net.named_parameters():
         assert parameter.ndim > 0, f"{name} has no dimensions, and DeepSpeed 0.19 cannot share it: give it shape [1]"
     optimizer = optim.build(net, config)
     # At ZeRO 0 in bf16 the constructor takes a step to allocate states: it must change nothing and not be counted
     optim.set_lr(optimizer, 0.0)
-    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived)
+    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=machines)
     optimizer.state.clear()
     if dist.world_size() == 1 and derived["zero_optimization"]["stage"] == 0:
         engine.enable_backward_allreduce = False  # averaging over one rank costs 5 % of a small model's time

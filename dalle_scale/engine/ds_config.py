@@ -18,10 +18,10 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
-    """The configuration of the engine of one net."""
+    """The configuration of the engine of one net. DeepSpeed sees the ranks and the batch of one machine."""
     engine, optim = config.engine, config.optim[net]
     return {
-        "train_batch_size": config.batch_samples,
+        "train_batch_size": config.batch_samples // engine.machines,
         "train_micro_batch_size_per_gpu": config.micro_batch_samples(world_size),
         "gradient_accumulation_steps": config.accumulation(world_size),
         "managed_gradient_accumulation": True,
@@ -67,6 +67,13 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
     if engine.dtype == "fp16" and engine.zero == 0:
         # DeepSpeed 0.19 unscales the gradients at ZeRO 0 without having scaled the loss
         raise UserError("engine.dtype: fp16 needs engine.zero=1, 2 or 3 (also with a single process)")
+    if world_size % engine.machines:
+        raise UserError(f"engine.machines: {engine.machines}, but {world_size} processes do not divide among them")
+    if engine.zero == 0 and (engine.machines > 1 or engine.compression_rank):
+        raise UserError("engine.machines and engine.compression_rank: need engine.zero=1, 2 or 3 inside a machine")
+    if engine.dtype == "fp16" and engine.compression_rank:
+        # what it leaves out of a gradient keeps the loss scale of that update, which fp16 changes
+        raise UserError("engine.compression_rank: does not go with engine.dtype=fp16; take bf16 or fp32")
     for net, optim in config.optim.items():
         if optim.kind == "muon" and engine.zero > 0:
             raise UserError(

@@ -39,6 +39,7 @@ def report(config: RunConfig, nets: Nets, flops_per_sample: float, world_size: i
     lines = [yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)]
     flops_per_update = flops_per_sample * config.batch_samples
     lines.append(f"floating-point operations: {flops_per_sample:.3e} a sample, {flops_per_update:.3e} an update")
+    world_size //= config.engine.machines  # ZeRO spans one machine
     ranks = f"each of {world_size} ranks at ZeRO {config.engine.zero}"
     for name, net in nets.items():
         sizes = estimate(net, config, name, world_size)

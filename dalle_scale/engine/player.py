@@ -15,6 +15,7 @@ from dalle_scale import dist
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import masters, optim
 from dalle_scale.engine.ema import Ema
+from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.schedule import Schedule
 from dalle_scale.types import UserError
 
@@ -25,7 +26,9 @@ class Player:
     """Made by `build`. `twin` is a copy of the net without weights, for evaluation where the net itself cannot serve:
     because it has an average, or because ZeRO 3 cuts its weights."""
 
-    def __init__(self, name: str, engine: Any, config: RunConfig, twin: nn.Module | None) -> None:
+    def __init__(
+        self, name: str, engine: Any, config: RunConfig, twin: nn.Module | None, machines: Machines | None = None
+    ) -> None:
         optim_config = config.optim[name]
         self.name = name
         self.engine = engine
@@ -33,6 +36,9 @@ class Player:
         self.schedule = Schedule(optim_config.schedule, config.updates)
         self.ema = Ema(engine, optim_config.ema_decay) if optim_config.ema_decay > 0 else None
         self._twin = twin
+        self._machines = machines
+        if machines is not None and machines.machine > 0:  # the first machine's files hold everything
+            engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = False
         self._skips_allowed = MAX_SKIPS if config.engine.dtype == "fp16" else 0
         self._skipped = 0  # updates in a row
         self._totals: list[Tensor] = []  # losses of this update's micro-batches
@@ -48,8 +54,11 @@ class Player:
         return copy.deepcopy(net, memo)  # everything but the tensors
 
     def numbers(self) -> dict[str, float]:
-        """For the log: learning rate of the first param group; fp16: loss scale and updates skipped so far."""
+        """For the log: learning rate of the first param group; fp16: loss scale and updates skipped so far; several
+        machines: what this rank has averaged between them so far."""
         numbers = {"lr": float(self.engine.optimizer.param_groups[0]["lr"])}
+        if self._machines is not None:
+            numbers["between_machines_mib"] = self._machines.sent_bytes / 2**20
         if self._skips_allowed:
             numbers |= {"loss_scale": self.engine.optimizer.loss_scale, "skipped_updates": self.engine.skipped_steps}
         return numbers
@@ -68,6 +77,8 @@ class Player:
             UserError: gradients are not finite (fp16: many times in a row).
         """
         optim.set_lr(self.engine.optimizer, self.schedule.factor(update))
+        if self._machines is not None:
+            self._machines.average(self.engine)
         self.engine.step()
         mean = torch.stack(self._totals).mean()
         self._totals.clear()
@@ -116,8 +127,10 @@ class Player:
     def save(self, folder: Path) -> None:
         """Write this rank's part of engine and average below `folder`. Collective."""
         self.engine.save_checkpoint(str(folder), tag=self.name, save_latest=False)
-        if self.ema is not None and (self._sharded or dist.is_main()):
+        if self.ema is not None and (dist.is_main() or (self._sharded and dist.rank() == self._place)):
             self.ema.save(folder / self.name / self._ema_file)
+        if self._machines is not None:
+            self._machines.save(folder / self.name)
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, for the same net, optimizer, ZeRO stage and (above 0) world size. Collective."""
@@ -125,6 +138,8 @@ class Player:
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         if self.ema is not None:
             self.ema.load(folder / self.name / self._ema_file)
+        if self._machines is not None:
+            self._machines.load(folder / self.name)
 
     @torch.no_grad()
     def _filled_twin(self) -> nn.Module:
@@ -148,4 +163,9 @@ class Player:
 
     @property
     def _ema_file(self) -> str:
-        return f"ema_rank_{dist.rank() if self._sharded else 0:05d}.safetensors"
+        return f"ema_rank_{self._place if self._sharded else 0:05d}.safetensors"
+
+    @property
+    def _place(self) -> int:
+        """This rank's number among those that share the weights out."""
+        return dist.rank() if self._machines is None else self._machines.place

@@ -103,3 +103,21 @@ def test_one_optim_entry_a_net() -> None:
     ds_config.check_nets(make(), {"model": torch.nn.Identity()})
     with pytest.raises(UserError, match="optim: has entries for model, stage 'x' trains model, critic"):
         ds_config.check_nets(make(), {"model": torch.nn.Identity(), "critic": torch.nn.Identity()})
+
+
+def test_several_machines() -> None:
+    """DeepSpeed sees one of them."""
+    engine = {"machines": 2, "zero": 3, "micro_batch_samples": 1}
+    derived = ds_config.derive(make(engine), "model", world_size=4)
+    batch = [derived[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu")]
+    assert [*batch, derived["gradient_accumulation_steps"]] == [4, 1, 2]
+    cpu = torch.device("cpu")
+    ds_config.check(make(engine), 4, cpu)
+    for changes, message in (
+        ({"machines": 3}, "engine.machines: 3, but 4 processes do not divide among them"),
+        ({"zero": 0}, "need engine.zero=1, 2 or 3 inside a machine"),
+        ({"zero": 0, "machines": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a machine"),
+        ({"dtype": "fp16", "compression_rank": 4}, "does not go with engine.dtype=fp16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ds_config.check(make({**engine, **changes}), 4, None if "dtype" in changes else cpu)

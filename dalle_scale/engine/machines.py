@@ -1,0 +1,172 @@
+"""Two levels of data parallelism: ZeRO among the ranks of a machine, gradients averaged, and if wanted compressed
+(powersgd.py), between machines by us.
+
+Ranks are numbered machine by machine. Those of the same place in every machine hold the same slice of the same weights
+("replicas"); each update they average their gradients, which makes all machines one large batch (arXiv 2102.12092,
+Sec. 2.5). DeepSpeed sees one machine: its data-parallel group is the machine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dalle_scale import dist
+from dalle_scale.engine.powersgd import PowerSGD, pays
+
+BUCKET_ELEMENTS = 16 * 1024 * 1024  # of gradients that travel together
+
+
+class Machines:
+    """The groups, and DeepSpeed's view of them (the `mpu` of `deepspeed.initialize`). Collective to make."""
+
+    def __init__(self, machines: int, compression_rank: int = 0, seed: int = 0) -> None:
+        """
+        Args:
+            machines: number of them; divides the world size.
+            compression_rank: r of PowerSGD; 0 = exact means.
+            seed: of the run.
+        """
+        world_size = dist.world_size()
+        assert world_size % machines == 0, "checked by ds_config.check"
+        self.machines, self.ranks_each = machines, world_size // machines
+        self.machine, self.place = divmod(dist.rank(), self.ranks_each)
+        ranks = torch.arange(world_size).view(machines, self.ranks_each)
+        self._inside = _groups(ranks)[self.machine]
+        self._between = _groups(ranks.T)[self.place]
+        self._alone = _groups(ranks.reshape(-1, 1))[dist.rank()]
+        self.sent_bytes = 0  # what this rank has given to collectives between machines, since the start
+        self.compressor = PowerSGD(compression_rank, seed + self.place) if compression_rank else None
+
+    @torch.no_grad()
+    def average(self, engine: Any) -> None:
+        """Replace this rank's gradients by their mean over its replicas, after the last backward of an update."""
+        matrices, rest = [], []
+        for gradient, rows in shards(engine):
+            matrix = gradient.view(rows, -1) if rows else None
+            if matrix is not None and self.compressor and pays(*matrix.shape, self.compressor.rank):
+                matrices.append(matrix if len(matrix) <= len(matrix.T) else matrix.T)
+            else:
+                rest.append(gradient)
+        if self.compressor and matrices:
+            self.compressor.average(matrices, self._mean, self._on_all_ranks)
+        for bucket in _buckets(rest):
+            self._mean(bucket)
+
+    def save(self, folder: Path) -> None:
+        """Write what compression has left behind: one file for each place in a machine. Collective.
+
+        Replicas take the mean of their errors, which is all that counts for what they will send together, so that a run
+        that goes on is the run that did not stop, on any number of machines.
+        """
+        if self.compressor and self.compressor.errors:
+            for bucket in _buckets(self.compressor.errors):
+                self._mean(bucket)
+            if self.machine == 0:
+                errors = {str(index): error.contiguous() for index, error in enumerate(self.compressor.errors)}
+                save_file(errors, folder / self._errors_file)
+
+    def load(self, folder: Path) -> None:
+        """Read it back; nothing where the checkpoint was written without compression."""
+        path = folder / self._errors_file
+        if self.compressor and path.exists():
+            saved = load_file(path, device=str(dist.device()))
+            self.compressor.errors = [saved[str(index)] for index in range(len(saved))]
+
+    @property
+    def _errors_file(self) -> str:
+        return f"compression_errors_{self.place:05d}.safetensors"
+
+    def _mean(self, tensors: list[Tensor]) -> None:
+        """Means over the replicas, in place, in one collective."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat, group=self._between)
+        flat /= self.machines
+        self.sent_bytes += flat.numel() * flat.element_size()
+        for tensor, mean in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    @staticmethod
+    def _on_all_ranks(flag: Tensor) -> Tensor:
+        return dist.all_reduce((~flag).int(), "max") == 0
+
+    # What DeepSpeed asks of an mpu
+
+    def get_data_parallel_group(self) -> Any:
+        """The machine."""
+        return self._inside
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place in it."""
+        return self.place
+
+    def get_data_parallel_world_size(self) -> int:
+        """Its size."""
+        return self.ranks_each
+
+    def get_model_parallel_group(self) -> Any:
+        """This rank alone: no weights are shared out but by ZeRO."""
+        return self._alone
+
+    def get_model_parallel_rank(self) -> int:
+        """0."""
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        """1."""
+        return 1
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def shards(engine: Any) -> Iterator[tuple[Tensor, int]]:
+    """The gradients that this rank's optimizer step will read, as DeepSpeed 0.19 keeps them at ZeRO 1 to 3. What may be
+    compressed comes with the number of rows of the matrix that it is, else 0.
+
+    Gains, biases and embeddings stay whole (arXiv 2102.12092, App. E.2). At ZeRO 1 and 2 a rank holds whole tensors,
+    but for those that the border between two ranks cuts; at ZeRO 3 a flat part of each, which is a block of its rows if
+    these divide among the ranks.
+    """
+    optimizer, at_stage_3 = engine.optimizer, engine.zero_optimization_stage() == 3
+    groups = optimizer.optimizer.param_groups
+    for index in sorted(optimizer.averaged_gradients):
+        found = optimizer.averaged_gradients[index] or ()
+        if at_stage_3:
+            group = groups[optimizer.sub_group_to_group_id[index]]
+            rows = [_rows_of_part(parameter) for parameter in optimizer.fp16_groups[index]]
+        else:
+            group, rows = groups[index], [len(gradient) if gradient.ndim > 1 else 0 for gradient in found]
+        for gradient, count in zip(found, rows, strict=True):
+            yield gradient, count if group["role"] == "matrix" else 0
+
+
+def _rows_of_part(parameter: Any) -> int:
+    """Rows of a parameter that make up this rank's part of it at ZeRO 3; 0 where parts cut through rows."""
+    numel, part = parameter.ds_numel, parameter.ds_tensor.ds_numel
+    ranks, rows = -(-numel // part), int(parameter.ds_shape[0])
+    return rows // ranks if rows % ranks == 0 and part * ranks == numel else 0
+
+
+def _groups(rows: Tensor) -> list[Any]:
+    """A process group for each row of ranks; all ranks make all of them."""
+    return [torch.distributed.new_group(row) for row in rows.tolist()]
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The same tensors in lists of about BUCKET_ELEMENTS."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(part.numel() for part in bucket) >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

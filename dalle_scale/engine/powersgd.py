@@ -1,0 +1,76 @@
+"""Gradients between machines as products of thin matrices: PowerSGD (arXiv 1905.13727; 2102.12092, App. E.2).
+
+A matrix M [m, n] of gradients, m <= n, travels as P = M Q [m, r] and, with P made orthonormal, as M^T P [n, r]: every
+replica then holds the same P (M^T P)^T. What that leaves out stays behind on each replica and is added to its next
+gradient (error feedback). Q is Gaussian and fixed for the whole run; drawing it anew each time costs much accuracy
+(App. E.2, footnote 10).
+
+Means instead of the paper's sums: an error is of the mean gradient, so errors are averaged, not added, where the
+number of machines changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+REGULARISATION = 1e-6  # added to the diagonal of P: a gradient of low rank keeps independent columns
+
+AllReduce = Callable[[list[Tensor]], None]  # replaces tensors by their means over the replicas, in one collective
+
+
+def pays(rows: int, columns: int, rank: int) -> bool:
+    """Whether the two factors are smaller than the matrix."""
+    return rank * (rows + columns) < rows * columns
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Columns of a basis [m, r] by Householder reflections; Gram-Schmidt loses digits where columns are alike."""
+    basis, _ = torch.linalg.qr(matrix + REGULARISATION * torch.eye(*matrix.shape, device=matrix.device))
+    return basis
+
+
+class PowerSGD:
+    """The errors and the Q of one rank's matrices, which are the same ones in the same order in every update."""
+
+    def __init__(self, rank: int, seed: int) -> None:
+        """seed: equal on all replicas; ranks that hold other shards may have another."""
+        self.rank, self._seed = rank, seed
+        self._sketches: list[Tensor] = []  # Q [n, r]
+        self.errors: list[Tensor] = []  # [m, n], fp32
+
+    @torch.no_grad()
+    def average(self, matrices: Sequence[Tensor], all_reduce: AllReduce, finite: Callable[[Tensor], Tensor]) -> None:
+        """Replace gradients by their compressed means. Collective among replicas.
+
+        Where something is not finite on any rank, no gradient is, on all ranks, so that all skip the update; errors
+        keep what they were, because what the update would have carried must not be lost.
+
+        Args:
+            matrices: [m, n] each, m <= n, any float type.
+            finite: bool [] on this rank -> whether it holds on all ranks of the job.
+        """
+        if not self._sketches:
+            self._start(matrices)
+        totals = [error + matrix for error, matrix in zip(self.errors, matrices, strict=True)]
+        left = [total @ sketch for total, sketch in zip(totals, self._sketches, strict=True)]
+        all_reduce(left)
+        bases = [orthonormal(factor) for factor in left]
+        right = [total.T @ basis for total, basis in zip(totals, bases, strict=True)]
+        all_reduce(right)
+        fine = finite(torch.stack([factor.isfinite().all() for factor in chain(left, right)]).all())
+        for matrix, total, error, p, q in zip(matrices, totals, self.errors, bases, right, strict=True):
+            mean = p @ q.T
+            error.copy_(torch.where(fine, total - mean, error))
+            matrix.copy_(torch.where(fine, mean, torch.full_like(mean, torch.nan)))
+
+    def _start(self, matrices: Sequence[Tensor]) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        for matrix in matrices:
+            sketch = torch.randn(matrix.shape[1], self.rank, generator=generator)
+            self._sketches.append(sketch.to(matrix.device))
+        if not self.errors:  # none that a checkpoint held
+            self.errors = [torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device) for matrix in matrices]
