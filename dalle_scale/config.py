@@ -61,13 +61,18 @@ class ScheduleConfig(StrictModel):
 class OptimConfig(StrictModel):
     """Optimizer of one net. Gains, biases and embeddings are never decayed."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: orthogonalised momentum for block matrices, AdamW for the rest
+    # muon: orthogonalised momentum for block matrices, AdamW for the rest. adamw16: no fp32 copy of 16-bit weights
+    kind: Literal["adamw", "muon", "adamw16"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    # adamw16: moments as in the DALL-E paper (1-6-9 and 0-6-10), in bf16 or in fp32; how small updates reach the weights
+    states: Literal["paper", "bf16", "fp32"] = "paper"
+    rounding: Literal["stochastic", "compensated", "nearest"] = "stochastic"
+    variance_clip: float = Field(default=5.0, gt=0)  # largest second moment
     clip_norm: float = Field(default=0.0, ge=0)  # global gradient norm; 0 = off
     ema_decay: float = Field(default=0.0, ge=0, lt=1)  # average of the weights that is sampled and exported; 0 = off
     schedule: ScheduleConfig = ScheduleConfig()

@@ -10,16 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dalle_scale"
-CORE = {"types", "config", "dist", "log"}
+CORE = {"types", "config", "dist", "log", "ranklog"}
 MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the core, the core
     "types": set(),
     "dist": set(),
     "config": {"types"},
-    "log": {"types", "dist"},
+    "ranklog": {"dist"},
+    "log": {"types", "dist", "ranklog"},
     "nn": set(),
     "stages": {"nn"},
     "data": set(),
-    "engine": set(),
+    "engine": {"nn"},
     "checkpoint": {"nn", "stages"},
     "sample": {"nn", "stages", "checkpoint", "data"},
     "interpolate": {"nn", "stages", "checkpoint", "data"},
@@ -37,6 +38,11 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "evaluate_page": {"checkpoint", "evaluate"},
     "gallery": set(),
     "steps": set(),
+    "doctor_probes": set(),
+    "doctor": {"doctor_probes"},
+    "plan_activations": {"stages"},
+    "plan": {"engine", "plan_activations"},
+    "plan_page": {"checkpoint"},
     "train": {"engine", "checkpoint"},
 }
 HOMES = {  # package -> files of the library that may import it

@@ -19,7 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 
 from dalle_scale import dist
-from dalle_scale.config import OptimConfig, RunConfig
+from dalle_scale.config import RunConfig
 from dalle_scale.engine import ds_config, optim
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
@@ -111,7 +111,9 @@ def build(config: RunConfig, nets: Nets) -> Players:
         machines = None  # of each net its own: errors of compression are those of its gradients
         if config.engine.machines > 1 or config.engine.compression_rank:
             machines = Machines(config.engine.machines, config.engine.compression_rank, config.seed)
-        engine = _engine(net, config.optim[name], ds_config.derive(config, name, dist.world_size()), machines)
+        place = machines.place if machines else dist.rank()  # replicas must round alike
+        optimizer = optim.build(net, config.optim[name], seed=(config.seed << 20) + place)
+        engine = _engine(net, optimizer, ds_config.derive(config, name, dist.world_size()), machines)
         players[name] = Player(name, engine, config, twin, machines)
         for buffer_name, buffer in net.named_buffers():
             assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"
@@ -126,11 +128,12 @@ def _recompute_activations(net: nn.Module) -> None:
             setattr(module, "activation_checkpointing", True)  # noqa: B010 (not an attribute of every module)
 
 
-def _engine(net: nn.Module, config: OptimConfig, derived: dict[str, Any], machines: Machines | None) -> Any:
+def _engine(
+    net: nn.Module, optimizer: torch.optim.Optimizer, derived: dict[str, Any], machines: Machines | None
+) -> Any:
     """DeepSpeed's engine around one net."""
     for name, parameter in net.named_parameters():
         assert parameter.ndim > 0, f"{name} has no dimensions, and DeepSpeed 0.19 cannot share it: give it shape [1]"
-    optimizer = optim.build(net, config)
     # At ZeRO 0 in bf16 the constructor takes a step to allocate states: it must change nothing and not be counted
     optim.set_lr(optimizer, 0.0)
     engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=machines)

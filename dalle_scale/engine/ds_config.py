@@ -33,7 +33,16 @@ def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": engine.dtype},  # buffer_dtype stays unset: buffers keep fp32
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero(engine.zero, needs_norm=optim.clip_norm > 0 or engine.dtype != "fp32"),
-        "bf16": {"enabled": engine.dtype == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},
+        "bf16": {
+            "enabled": engine.dtype == "bf16",
+            "immediate_grad_update": True,
+            "check_grad_overflow": True,
+            **(
+                {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+                if optim.kind == "adamw16"
+                else {}
+            ),
+        },
         "fp16": {
             "enabled": engine.dtype == "fp16",
             "auto_cast": False,
@@ -75,6 +84,8 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
         # what it leaves out of a gradient keeps the loss scale of that update, which fp16 changes
         raise UserError("engine.compression_rank: does not go with engine.dtype=fp16; take bf16 or fp32")
     for net, optim in config.optim.items():
+        if optim.kind == "adamw16" and (engine.dtype != "bf16" or engine.zero == 0):
+            raise UserError(f"optim.{net}.kind: adamw16 is for engine.dtype=bf16 and engine.zero=1, 2 or 3")
         if optim.kind == "muon" and engine.zero > 0:
             raise UserError(
                 f"optim.{net}.kind: muon needs whole matrices, ZeRO {engine.zero} cuts them; "

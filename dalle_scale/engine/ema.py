@@ -24,21 +24,24 @@ class Ema:
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine = engine
         self.decay = decay
-        self.average = [tensor.clone() for tensor in masters.owned(engine)]
+        self.average = [tensor.float().clone() for tensor in masters.owned(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the current weights."""
-        torch._foreach_lerp_(self.average, masters.owned(self.engine), 1 - self.decay)
+        weights = [tensor.float() for tensor in masters.owned(self.engine)]
+        torch._foreach_lerp_(self.average, weights, 1 - self.decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Inside the block the fp32 weights hold the average, so that gathering them gives it; no training there."""
-        self._exchange()
+        """Inside the block the weights hold the average, so that gathering them gives it; no training there."""
+        weights = masters.owned(self.engine)
+        kept = [tensor.clone() for tensor in weights]  # not exchanged: 16-bit weights would round the average
+        torch._foreach_copy_(weights, self.average)
         try:
             yield
         finally:
-            self._exchange()
+            torch._foreach_copy_(weights, kept)
 
     def save(self, path: Path) -> None:
         """Write this rank's part."""
@@ -50,10 +53,3 @@ class Ema:
         assert len(saved) == len(self.average), f"{path}: {len(saved)} tensors, expected {len(self.average)}"
         for index, tensor in enumerate(self.average):
             tensor.copy_(saved[str(index)])
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for average, weights in zip(self.average, masters.owned(self.engine), strict=True):
-            kept = weights.clone()
-            weights.copy_(average)
-            average.copy_(kept)

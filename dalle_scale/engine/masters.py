@@ -1,4 +1,4 @@
-"""The fp32 weights of a DeepSpeed engine, however ZeRO spreads them over ranks.
+"""The master weights of a DeepSpeed engine (fp32, with adamw16 bf16), however ZeRO spreads them over ranks.
 
 The attributes read here are DeepSpeed's own (0.19); tests compare what they give at every stage with plain PyTorch.
 """
@@ -16,7 +16,7 @@ from dalle_scale import dist
 
 
 def owned(engine: Any) -> list[Tensor]:
-    """The fp32 weights that this rank updates, as live tensors: whole at ZeRO 0, a flat slice a group at 1 to 3."""
+    """The weights that this rank updates, as live tensors: whole at ZeRO 0, a flat slice a group at 1 to 3."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         return [tensor.data for tensor in optimizer.fp32_partitioned_groups_flat]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from torch import nn
 
-from dalle_scale.config import RunConfig
+from dalle_scale.config import OptimConfig, RunConfig
 from dalle_scale.engine import optim
 from dalle_scale.types import Nets
 
@@ -22,16 +22,22 @@ def estimate(net: nn.Module, config: RunConfig, name: str, world_size: int) -> d
     numel = {group["role"]: sum(p.numel() for p in group["params"]) for group in groups}
     owned = sum(numel.values()) / (world_size if stage > 0 else 1)
     momentum_only = numel.get("muon", 0)  # ZeRO 0
+    short = config.optim[name].kind == "adamw16"
     separate_master = stage > 0 or config.engine.dtype != "fp32"
     sizes = {
         "weights": count * working / (world_size if stage == 3 else 1),
-        "fp32 master weights": 4 * owned if separate_master else 0,
+        "master weights": (2 if short else 4) * owned if separate_master else 0,
         "gradients": sum(numel.values()) * working / (world_size if stage >= 2 else 1),
-        "optimizer": 8 * owned - 4 * momentum_only,
+        "optimizer": _of_adamw16(config.optim[name]) * owned if short else 8 * owned - 4 * momentum_only,
         "average": 4 * owned if config.optim[name].ema_decay > 0 else 0,
         "buffers": sum(buffer.numel() * buffer.element_size() for buffer in net.buffers()),
     }
     return {kind: round(size) for kind, size in sizes.items()}
+
+
+def _of_adamw16(config: OptimConfig) -> int:
+    """Bytes of its states a parameter."""
+    return (8 if config.states == "fp32" else 4) + (2 if config.rounding == "compensated" else 0)
 
 
 def report(config: RunConfig, nets: Nets, flops_per_sample: float, world_size: int) -> str:

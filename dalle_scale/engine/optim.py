@@ -1,4 +1,4 @@
-"""Optimizers: which parameter gets which rule, AdamW, and Muon for matrices.
+"""Optimizers: which parameter gets which rule, AdamW (of 16 bits: adam16.py), and Muon for matrices.
 
 Roles: a parameter marked `is_embedding` (embeddings and heads to vocabularies) or with fewer than two dimensions
 (gains, biases) is never decayed; every other parameter is a matrix and is. Each param group carries `base_lr`, its
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.config import OptimConfig
+from dalle_scale.engine.adam16 import AdamW16
 
 # Quintic whose iteration pulls every singular value in (0, 1] into about [0.7, 1.2] within five steps; the values of
 # https://kellerjordan.github.io/posts/muon, which torch.optim.Muon uses too
@@ -23,11 +24,14 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def build(net: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of one net, over its parameters that take a gradient."""
+def build(net: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """The optimizer of one net, over its parameters that take a gradient. seed: of adamw16, see there."""
     groups = param_groups(net, config)
     if config.kind == "muon":
         return Muon(groups, betas=config.betas, eps=config.eps, momentum=config.muon_momentum)
+    if config.kind == "adamw16":
+        rules: dict[str, Any] = {name: getattr(config, name) for name in ("states", "rounding", "variance_clip")}
+        return AdamW16(groups, lr=config.lr, betas=config.betas, eps=config.eps, seed=seed, **rules)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

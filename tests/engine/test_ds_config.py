@@ -121,3 +121,12 @@ def test_several_machines() -> None:
     ):
         with pytest.raises(UserError, match=message):
             ds_config.check(make({**engine, **changes}), 4, None if "dtype" in changes else cpu)
+
+
+def test_16_bit_states() -> None:
+    short = make({"zero": 2, "dtype": "bf16"}, kind="adamw16")
+    section = ds_config.derive(short, "model", world_size=2)["bf16"]
+    assert section["bf16_master_weights_and_grads"] and section["bf16_optimizer_states"]
+    for engine in ({"zero": 2}, {"zero": 0, "dtype": "bf16"}):
+        with pytest.raises(UserError, match=r"adamw16 is for engine\.dtype=bf16 and engine\.zero=1, 2 or 3"):
+            ds_config.check(make(engine, kind="adamw16"), 2, torch.device("cpu"))

@@ -30,7 +30,7 @@ def test_equals_what_torch_allocates_at_zero_0(kind: str) -> None:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     assert sizes == {
         "weights": 4 * parameters,
-        "fp32 master weights": 0,
+        "master weights": 0,
         "gradients": gradients,
         "optimizer": sum(4 * state.numel() for state in states),
         "average": 4 * parameters,
@@ -46,6 +46,7 @@ def test_equals_what_torch_allocates_at_zero_0(kind: str) -> None:
         ({"zero": 3}, 1, 1, 1, 2),
         ({"zero": 0, "dtype": "bf16"}, 2, 4, 2, 8),
         ({"zero": 2, "dtype": "bf16"}, 2, 1, 0.5, 2),
+        ({"zero": 3, "dtype": "bf16", "kind": "adamw16"}, 0.5, 0.5, 0.5, 1),
     ],
 )
 def test_bytes_a_parameter_on_four_ranks(
@@ -53,8 +54,8 @@ def test_bytes_a_parameter_on_four_ranks(
 ) -> None:
     """arXiv 1910.02054, Fig. 1, with fp32 working weights where the dtype says so."""
     net = torch.nn.Linear(999, 1000, device="meta")  # a million parameters without memory
-    sizes = memory.estimate(net, make(ema_decay=0.0, **engine), "model", world_size=4)
-    want = {"weights": weights, "fp32 master weights": masters, "gradients": gradients, "optimizer": optimizer}
+    sizes = memory.estimate(net, make(**{"ema_decay": 0.0, **engine}), "model", world_size=4)
+    want = {"weights": weights, "master weights": masters, "gradients": gradients, "optimizer": optimizer}
     assert sizes == {**{kind: 1e6 * size for kind, size in want.items()}, "average": 0, "buffers": 0}
 
 
