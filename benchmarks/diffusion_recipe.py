@@ -27,9 +27,9 @@ from dalle_scale.config import RunConfig, load
 from dalle_scale.types import UserError
 
 STEPS = (10, 20, 50, 100, 1000)
-CAPTIONS, SHOWN = 10, 6  # prompts; pictures of each that are shown
+CAPTIONS, SHOWN = 10, 4  # prompts; pictures of each that are shown
 CANDIDATES = {1000: SHOWN}  # pictures of each that are drawn, where it is not MANY
-MANY = 20
+MANY = 12
 TRIPS = (10, 20, 50, 100)  # steps of the round trip
 PAPERS = {
     "bits_per_dim": "at most 3.75 (DDPM, Table 2)",
@@ -85,7 +85,7 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
         if steps not in CANDIDATES:
             commands[f"compare {steps}"] = PROGRAMS.python("launch/fidelity.py", *compared)
         if steps in TRIPS:
-            walked = [f"--model={export}", f"--steps={steps}", f"--out={out}/between_{steps}", "--images", *images]
+            walked = [f"--model={export}", f"--steps={steps}", f"--out={out}/between_{steps}", "--count=2", "--images", *images]
             commands[f"walk {steps}"] = PROGRAMS.python("launch/interpolate.py", *walked)
     return seconds | PROGRAMS.run(commands)
 
