@@ -85,7 +85,8 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
         if steps not in CANDIDATES:
             commands[f"compare {steps}"] = PROGRAMS.python("launch/fidelity.py", *compared)
         if steps in TRIPS:
-            walked = [f"--model={export}", f"--steps={steps}", f"--out={out}/between_{steps}", "--count=2", "--images", *images]
+            walked = [f"--model={export}", f"--steps={steps}", f"--out={out}/between_{steps}", "--count=2"]
+            walked += ["--images", *images]
             commands[f"walk {steps}"] = PROGRAMS.python("launch/interpolate.py", *walked)
     return seconds | PROGRAMS.run(commands)
 

@@ -1,0 +1,17 @@
+"""What the plan says goes over the wire is what two processes put there, within 1 %; see plan_bytes_checks.py."""
+
+from __future__ import annotations
+
+import checks
+import plan_bytes_checks
+import pytest
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return checks.outcomes(plan_bytes_checks, 2, tmp_path_factory.mktemp("plan_bytes"))
+
+
+@pytest.mark.parametrize("zero", checks.STAGES)
+def test_bytes(results: dict[str, str], zero: int) -> None:
+    assert results[f"bytes-{zero}"] == "ok", results[f"bytes-{zero}"]
