@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dalle_scale import dist
+from dalle_scale import dist, ranklog
 from dalle_scale.types import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     """Run a program: a `UserError` becomes one line and exit code 2.
 
     Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
+    An exception because another rank has died becomes one that names that rank (`ranklog`).
     """
+    exit_code = 0
     try:
         main()
         dist.leave()
@@ -54,8 +57,13 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             if not dist.is_joined():
                 time.sleep(_PATIENCE_SECONDS)  # the launcher ends all ranks with the first; let that be rank 0
             print(f"error on rank {dist.rank()}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    sys.exit(0)
+        exit_code = 2
+    except Exception:
+        ranklog.blame()
+        traceback.print_exc()
+        exit_code = 1
+    ranklog.close(exit_code)
+    sys.exit(exit_code)
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

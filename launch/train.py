@@ -10,16 +10,14 @@ stopped. `python launch/train.py ...` trains with one process.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dalle_scale import config as configs
-from dalle_scale import dist, log, stages
+from dalle_scale import dist, log, ranklog, stages
 from dalle_scale.checkpoint import export, resume
 from dalle_scale.config import DataSource, RunConfig
 from dalle_scale.data.pipeline import Stream, open_stream
@@ -46,16 +44,15 @@ def main() -> None:
     if checkpoint:
         resume.check(checkpoint, config, dist.world_size())
         train.check(checkpoint.stream)
+    ranklog.start(folder)
     if dist.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         configs.dump(config, folder / "config.yaml")
-        with (folder / "log").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(sys.argv)}\n")
 
     from dalle_scale.engine import build  # imports deepspeed
     from dalle_scale.train import Trainer
 
     build.start()
+    ranklog.watch()
     dist.seed_everything(config.seed, step=-1)
     nets = stage.nets()
     if checkpoint is None and dist.is_main():

@@ -1,0 +1,56 @@
+"""What is wrong with a cluster, before anything is trained on it.
+
+    deepspeed --hostfile hosts launch/doctor.py --run /shared/runs/mine
+    deepspeed --num_gpus 8 launch/doctor.py --run runs/mine
+
+Who does not arrive within --timeout-seconds is named. Then all ranks are compared: versions, this library's source,
+devices and their free memory, variables such as NCCL_*, clocks, and whether --run is one folder for all. An all-reduce
+must give the right sum; arithmetic and the links of a ring of ranks are timed, and whoever stays below --slow-below
+times the median is named. Prints a table and a line for each defect; exit code 2 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from dalle_scale import dist, doctor, log
+from dalle_scale.types import UserError
+
+
+def main() -> None:
+    """Examine, print, and end all ranks with the same exit code."""
+    args = parse_args()
+    report = doctor.examine(args.run, args.timeout_seconds, args.slow_below)
+    num_defects = torch.zeros(1)
+    if report:
+        log.say(doctor.table(report))
+        for defect in report.defects:
+            print(f"error: {defect}", file=sys.stderr, flush=True)
+        num_defects[0] = len(report.defects)
+    if dist.broadcast(num_defects).item():
+        dist.leave()
+        sys.exit(2)
+    log.say(f"all is well: {dist.world_size()} ranks")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs"), help="folder that all ranks must share (runs)")
+    parser.add_argument("--timeout-seconds", type=float, default=60, help="for each part (60)")
+    parser.add_argument("--slow-below", type=float, default=0.5, help="share of the median that is too slow (0.5)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_args()
+    if args.timeout_seconds <= 0:
+        raise UserError(f"--timeout-seconds: {args.timeout_seconds:g} is not above 0")
+    if not 0 <= args.slow_below < 1:
+        raise UserError(f"--slow-below: {args.slow_below:g} is not a share from 0 to below 1")
+    return args
+
+
+if __name__ == "__main__":
+    log.guarded(main)
