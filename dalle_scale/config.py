@@ -69,7 +69,7 @@ class OptimConfig(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    # adamw16: moments as in the DALL-E paper (1-6-9 and 0-6-10), in bf16 or in fp32; how small updates reach the weights
+    # adamw16: moments as in the DALL-E paper (1-6-9, 0-6-10), in bf16 or in fp32; how small updates reach the weights
     states: Literal["paper", "bf16", "fp32"] = "paper"
     rounding: Literal["stochastic", "compensated", "nearest"] = "stochastic"
     variance_clip: float = Field(default=5.0, gt=0)  # largest second moment
