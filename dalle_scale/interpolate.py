@@ -7,18 +7,13 @@ keeps the length of noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle_scale.checkpoint.export import Export
-from dalle_scale.data.decode import decode
-from dalle_scale.data.reader import BadSample
-from dalle_scale.data.transforms import square
 from dalle_scale.nn import diffusion_samplers
 from dalle_scale.nn.latents import Latents
 from dalle_scale.nn.noise import normal_noise
@@ -103,14 +98,3 @@ def _along(space: Space, start: Tensor, end: Tensor, count: int) -> Tensor:
     path = diffusion_samplers.interpolate(start, end, count)
     pictures = space.codec.decode(path.flatten(0, 1)).cpu()
     return pictures.unflatten(0, (len(start), count))
-
-
-def read_images(paths: Sequence[Path], size: int) -> Tensor:
-    """Centre squares of picture files, uint8 [N, 3, size, size]. Raises UserError: missing, or no picture."""
-    images = []
-    for path in paths:
-        try:
-            images.append(square(decode(path.read_bytes()), size))
-        except (OSError, BadSample) as error:
-            raise UserError(f"{path}: {error}; give a JPEG, PNG, WebP, GIF or BMP file") from None
-    return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images])

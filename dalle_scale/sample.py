@@ -64,6 +64,15 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def read_picture(path: Path, size: int) -> Tensor:
+    """The centre square of a picture file, uint8 [3, size, size]. Raises UserError: missing, or no picture."""
+    try:
+        pixels = square(decode(path.read_bytes()), size)
+    except (OSError, BadSample) as error:
+        raise UserError(f"{path}: {error}; give a JPEG, PNG, WebP, GIF or BMP file") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
 class Sampler:
     """Exports that draw pictures: one of the `dalle` stage, the `vqvae2_prior` of each level, or one of another stage
     that draws pictures from seeds alone.
@@ -126,11 +135,7 @@ class Sampler:
         grid = self.image_tokenizer.grids[0]
         if not 1 <= rows <= grid:
             raise UserError(f"prime rows: {rows}, but pictures have {grid} rows of codes; take 1 to {grid}")
-        try:
-            pixels = square(decode(Path(path).read_bytes()), self.image_tokenizer.image_size)
-        except (OSError, BadSample) as error:
-            raise UserError(f"{path}: {error}; give a JPEG, PNG, WebP, GIF or BMP file") from None
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.device)
+        image = read_picture(Path(path), self.image_tokenizer.image_size)[None].to(self.device)
         return self.image_tokenizer.encode(image)[0, : rows * grid]
 
     def draw(

@@ -18,6 +18,7 @@ import torch
 
 from dalle_scale import dist, interpolate, log
 from dalle_scale.checkpoint import atomic, export
+from dalle_scale.sample import read_picture
 from dalle_scale.types import UserError
 
 
@@ -30,7 +31,7 @@ def main() -> None:
         raise UserError("--images: one picture, but a path has two ends; name at least two")
     space = interpolate.open_space(export.load(args.model, dist.device()), args.steps, args.spacing)
     if args.images:
-        pictures = interpolate.read_images(args.images, space.codec.image_size)
+        pictures = torch.stack([read_picture(path, space.codec.image_size) for path in args.images])
         paths = interpolate.between_images(space, pictures, args.count)
     else:
         seeds = torch.arange(args.seed, args.seed + args.paths + 1, device=dist.device())

@@ -19,6 +19,7 @@ from toys.programs import run_here
 from dalle_scale import interpolate
 from dalle_scale.checkpoint import export
 from dalle_scale.nn.diffusion_samplers import Options
+from dalle_scale.sample import read_picture
 
 run = partial(run_here, ROOT / "launch" / "interpolate.py")
 SEEDS = torch.tensor([3, 4, 5])
@@ -56,7 +57,7 @@ def test_ends_are_what_the_seeds_draw(work: Path, name: str, steps: int | None) 
 
 def test_pictures_come_back(work: Path) -> None:
     opened, files = export.load(work / "ddpm"), [work / f"{index}.png" for index in range(3)]
-    pictures = interpolate.read_images(files, 16)
+    pictures = torch.stack([read_picture(file, 16) for file in files])
     assert torch.equal(pictures[1, 2], torch.full((16, 16), 60, dtype=torch.uint8))
     paths = interpolate.between_images(interpolate.open_space(opened, 2), pictures, 3)
     ends = torch.stack([paths.images[:, 0], paths.images[:, -1]], dim=1).double()

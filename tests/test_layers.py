@@ -23,7 +23,7 @@ MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the c
     "engine": {"nn"},
     "checkpoint": {"nn", "stages"},
     "sample": {"nn", "stages", "checkpoint", "data"},
-    "interpolate": {"nn", "stages", "checkpoint", "data"},
+    "interpolate": {"nn", "stages", "checkpoint"},
     "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
     "prompts": set(),
     "rejection": {"prompts", "rerank"},
