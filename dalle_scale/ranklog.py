@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -214,7 +215,8 @@ class RankLog:
                     path, peer = self._path(death.peer.rank), death.peer
                     who = f"rank {peer.rank} (host {peer.host}, pid {peer.pid})"
                     last = "".join(f"\n    {line}" for line in _tail(path, LAST_LINES))
-                    print(f"error: {who} {death.how}; the end of {path}:{last}", file=sys.stderr, flush=True)
+                    with suppress(OSError):  # nobody reads the console any more
+                        print(f"error: {who} {death.how}; the end of {path}:{last}", file=sys.stderr, flush=True)
             for child in multiprocessing.active_children():
                 child.terminate()
             code = max((death.exit_code for death in deaths), default=1)
