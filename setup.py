@@ -42,6 +42,7 @@ setup(
             "vector-quantize-pytorch>=1.30",  # an independent quantizer
             "diffusers>=0.42",  # independent diffusion steps
             "torch-fidelity>=0.4,<0.5",
+            "triton>=3.4; platform_system == 'Linux'",  # comes with torch for CUDA, not with torch for CPUs
             "ruff",
             "mypy",
             "types-PyYAML",

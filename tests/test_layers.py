@@ -53,6 +53,7 @@ HOMES = {  # package -> files of the library that may import it
     "open_clip": ("nn/torchvision_ops.py", "rerank.py", "stages/clip.py"),
     "torchvision": ("nn/torchvision_ops.py",),
     "torch_fidelity": ("features.py",),
+    "triton": ("engine/adam16_kernel.py",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

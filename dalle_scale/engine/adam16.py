@@ -6,13 +6,15 @@ summation: what rounding took off is remembered in 16 bits more and added to the
 
 Bytes a parameter, with its gradient: 8 (parameter 2, gradient 2, moments 2 + 2), compensated 10. Parameters in fp32
 (in the paper gains, biases and embeddings) have fp32 moments and ordinary rounding in the same optimizer: 16 bytes.
+
+On a GPU an update is one kernel (adam16_kernel.py), elsewhere torch's operations; the bits are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +23,11 @@ from dalle_scale.nn.small_floats import BFLOAT16, FLOAT16, MEAN, VARIANCE, Small
 
 States = Literal["paper", "bf16", "fp32"]
 Rounding = Literal["stochastic", "compensated", "nearest"]
+Forms = tuple[SmallFloat | None, SmallFloat | None, SmallFloat | None]  # None is fp32
+Keys = tuple[int | None, ...]
 
-# Values updated at a time, by kind of device: all of a tensor that is ever in fp32, some 60 bytes a value. On a CPU
-# few, for its caches; elsewhere many, for fewer kernels. Divides 2^32. The results do not depend on it
+# Values updated at a time. On a CPU few, for its caches, and because they are in fp32 meanwhile, some 60 bytes a value;
+# elsewhere many, for fewer kernels. Divides 2^32. The results do not depend on it
 CHUNK, CHUNK_ON_CPU = 1 << 24, 1 << 17
 
 _PARAMETERS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -32,6 +36,24 @@ _MOMENTS: dict[str, tuple[SmallFloat | None, SmallFloat | None]] = {  # of 16-bi
     "bf16": (BFLOAT16, BFLOAT16),
     "fp32": (None, None),
 }
+
+
+class Numbers(NamedTuple):
+    """What the elements of one update are multiplied with and so on: worked out in Python's doubles, used as fp32.
+
+    There is no divisor among them: torch divides by a number on CPUs, and multiplies with its inverse on GPUs.
+    """
+
+    gradient_scale: float
+    mean_kept: float
+    mean_new: float
+    variance_kept: float
+    variance_new: float
+    variance_clip: float
+    deviation_scale: float
+    eps: float
+    rate: float
+    weights_kept: float
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -47,7 +69,9 @@ class AdamW16(torch.optim.Optimizer):
     tensors or chunks; only the noise of stochastic rounding depends on an element's position in its tensor.
 
     Args:
-        groups: parameters or param groups. A group may set lr, betas, eps and weight_decay of its own.
+        groups: parameters or param groups. A group may set lr, betas, eps, weight_decay and gradient_divisor of its
+            own. Gradients are divided by gradient_divisor in fp32 before anything else: what scaled them against
+            underflow in 16 bits, or clips their norm, is undone without one. It may be set anew before every step.
         states: moments of 16-bit parameters: "paper" is mean 1-6-9 and variance 0-6-10; or both bf16, or both fp32.
         rounding: of 16-bit parameters. Their moments are rounded to nearest with "nearest", else stochastically: with
             beta2 near 1 the changes of the variance, too, are smaller than half a step of its format.
@@ -69,14 +93,16 @@ class AdamW16(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         assert states in get_args(States) and rounding in get_args(Rounding) and variance_clip > 0
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "gradient_divisor": 1.0}
+        super().__init__(groups, defaults)
         self.moments, self.rounding, self.variance_clip, self.seed = _MOMENTS[states], rounding, variance_clip, seed
+        self.skip = False  # set from outside where an update must not be taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
         assert closure is None
-        for group in self.param_groups:
+        for group in [] if self.skip else self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step(parameter, group)
@@ -88,46 +114,51 @@ class AdamW16(torch.optim.Optimizer):
         if not state:
             self._begin(parameter, state)
         state["step"] += 1
-        forms = self.moments if parameter.dtype in _PARAMETERS else (None, None)
-        weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)
-        mean, variance = _opened(state["mean"], forms[0]), _opened(state["variance"], forms[1])
+        short = parameter.dtype in _PARAMETERS
+        forms = (*(self.moments if short else (None, None)), _PARAMETERS.get(parameter.dtype))
+        moments = _opened(state["mean"], forms[0]), _opened(state["variance"], forms[1])
+        tensors = parameter.view(-1), parameter.grad.reshape(-1), *moments, state.get("compensation")
+        numbers = self._numbers(state["step"], group)
+        update = _update_on(parameter.device)
         chunk = CHUNK_ON_CPU if parameter.device.type == "cpu" else CHUNK
-        for start in range(0, len(weights), chunk):
-            part = slice(start, start + chunk)
-            noise = self._noise(state, start, weights[part], forms)
-            moments = _read(mean[part], forms[0]), _read(variance[part], forms[1])
-            self._accumulate(*moments, gradient[part].float(), group["betas"])
-            _write(mean[part], moments[0], forms[0], noise[0])
-            _write(variance[part], moments[1], forms[1], noise[1])
-            change = _change(*moments, state["step"], group)
-            compensation = state["compensation"][part] if "compensation" in state else None
-            _update(weights[part], change, 1 - group["lr"] * group["weight_decay"], compensation, noise[2])
+        for start in range(0, parameter.numel(), chunk):
+            parts = [None if tensor is None else tensor[start : start + chunk] for tensor in tensors]
+            update(*parts, forms, self._keys(state, start, forms), start, numbers)
 
     def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Zeros, which are the code of 0 in every format."""
         short = parameter.dtype in _PARAMETERS
         state["step"] = 0
-        state["stream"] = len(self.state)  # tells the noise of the tensors apart; as a state it outlives a checkpoint
+        # Tells the noise of the tensors apart; as a state it outlives a checkpoint. DeepSpeed makes empty states
+        state["stream"] = sum("stream" in other for other in self.state.values())
         lengths = dict.fromkeys(("mean", "variance"), 2 if short and self.moments[0] is None else 1)
         if short and self.rounding == "compensated":
             lengths["compensation"] = 1
         for name, values in lengths.items():
             state[name] = torch.zeros(values * parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
-    def _accumulate(self, mean: Tensor, variance: Tensor, gradient: Tensor, betas: tuple[float, float]) -> None:
-        """The moments with one gradient more, in place, all fp32."""
-        mean.mul_(betas[0]).add_(gradient * (1 - betas[0]))
-        variance.mul_(betas[1]).add_(gradient.square().mul_(1 - betas[1])).clamp_(max=self.variance_clip)
+    def _numbers(self, step: int, group: dict[str, Any]) -> Numbers:
+        """Those of update number `step`."""
+        beta1, beta2 = group["betas"]
+        return Numbers(
+            gradient_scale=1 / group["gradient_divisor"],
+            mean_kept=beta1,
+            mean_new=1 - beta1,
+            variance_kept=beta2,
+            variance_new=1 - beta2,
+            variance_clip=self.variance_clip,
+            deviation_scale=(1 - beta2**step) ** -0.5,
+            eps=group["eps"],
+            rate=group["lr"] / (1 - beta1**step),
+            weights_kept=1 - group["lr"] * group["weight_decay"],
+        )
 
-    def _noise(self, state: dict[str, Any], start: int, weights: Tensor, forms: Iterable[Any]) -> list[Tensor | None]:
-        """What rounds mean, variance and parameters from position `start` on: random int32 [len(weights)], or None."""
-        wanted = [form is not None and self.rounding != "nearest" for form in forms]
-        wanted.append(weights.dtype in _PARAMETERS and self.rounding == "stochastic")
+    def _keys(self, state: dict[str, Any], start: int, forms: Forms) -> Keys:
+        """Of the noise that rounds mean, variance and parameters from position `start` on; None rounds to nearest."""
+        stochastic = (self.rounding != "nearest", self.rounding != "nearest", self.rounding == "stochastic")
         words = (self.seed, state["stream"], state["step"], start >> 32)
-        return [
-            random_bits(_key(*words, purpose), start, len(weights), weights.device) if want else None
-            for purpose, want in enumerate(wanted)
-        ]
+        wanted = [form is not None and noisy for form, noisy in zip(forms, stochastic, strict=True)]
+        return tuple(_key(*words, purpose) if want else None for purpose, want in enumerate(wanted))
 
 
 def _key(*words: int) -> int:
@@ -150,18 +181,42 @@ def _write(stored: Tensor, values: Tensor, form: SmallFloat | None, noise: Tenso
     stored.copy_(values if form is None else form.pack(values, noise))
 
 
-def _change(mean: Tensor, variance: Tensor, step: int, group: dict[str, Any]) -> Tensor:
-    """What to subtract from the parameters, fp32. Overwrites the moments."""
-    beta1, beta2 = group["betas"]
-    scale = variance.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    return mean.mul_(group["lr"] / (1 - beta1**step)).div_(scale)
+def _update_on(device: torch.device) -> Callable[..., None]:
+    """The fused form of an update on a GPU, where triton comes with torch; the plain form elsewhere."""
+    if device.type != "cuda":
+        return _update
+    from dalle_scale.engine import adam16_kernel
+
+    return adam16_kernel.update
 
 
-def _update(weights: Tensor, change: Tensor, keep: float, compensation: Tensor | None, noise: Tensor | None) -> None:
-    """Parameters times `keep` minus `change`, in place."""
+def _update(
+    weights: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    compensation: Tensor | None,
+    forms: Forms,
+    keys: Keys,
+    start: int,
+    numbers: Numbers,
+) -> None:
+    """One update of [values] in place; mean and variance are opened. forms, keys: of mean, variance and weights.
+
+    A chain of single operations in fp32, each rounded: adam16_kernel.py has the same in the same order.
+    """
+    noise = [None if key is None else random_bits(key, start, len(weights), weights.device) for key in keys]
+    gradient = gradient.float() * numbers.gradient_scale
+    first = _read(mean, forms[0]).mul_(numbers.mean_kept).add_(gradient * numbers.mean_new)
+    second = _read(variance, forms[1]).mul_(numbers.variance_kept).add_(gradient.square_().mul_(numbers.variance_new))
+    second.clamp_(max=numbers.variance_clip)
+    _write(mean, first, forms[0], noise[0])
+    _write(variance, second, forms[1], noise[1])
+    deviation = second.double().sqrt_().float()  # the nearest number; torch's root of fp32 is one off at times on CPUs
+    change = first.mul_(numbers.rate).div_(deviation.mul_(numbers.deviation_scale).add_(numbers.eps))
     values = weights.float() if compensation is None else weights.float().add_(compensation.float())
-    values = values.mul(keep).sub_(change)
-    form = _PARAMETERS.get(weights.dtype)
-    _write(_opened(weights, form), values, form, noise)
+    values = values.mul(numbers.weights_kept).sub_(change)
+    _write(_opened(weights, forms[2]), values, forms[2], noise[2])
     if compensation is not None:
-        compensation.copy_(values.sub_(weights.float()))  # exact before it is rounded to 16 bits
+        rest = values.sub_(weights.float())  # exact before it is rounded to 16 bits
+        _write(_opened(compensation, forms[2]), rest, forms[2], None)

@@ -27,8 +27,8 @@ def uniform_noise(seeds: Tensor, step: int, count: int) -> Tensor:
         count: numbers per sample, below 2^31.
     """
     assert count < 1 << 31
-    positions = _mix32(torch.arange(count, dtype=torch.int32, device=seeds.device))
-    bits = _mix32(positions ^ _keys(seeds, step)[:, None])
+    positions = mix32(torch.arange(count, dtype=torch.int32, device=seeds.device))
+    bits = mix32(positions ^ _keys(seeds, step)[:, None])
     # 23 bits and a half: never 0 or 1, where the functions that follow are infinite
     return (bits >> 9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
@@ -43,25 +43,25 @@ def normal_noise(seeds: Tensor, step: int, count: int) -> Tensor:
 
 def _keys(seeds: Tensor, step: int) -> Tensor:
     """int32 [B]: one key per (seed, step)."""
-    key = (seeds + _signed(step * _GOLDEN, 64)) * _signed(_MIX_64, 64)
-    key = (key ^ (key >> 31)) * _signed(_GOLDEN, 64)
-    return _mix32((key >> 32).to(torch.int32))
+    key = (seeds + signed(step * _GOLDEN, 64)) * signed(_MIX_64, 64)
+    key = (key ^ (key >> 31)) * signed(_GOLDEN, 64)
+    return mix32((key >> 32).to(torch.int32))
 
 
-def _mix32(bits: Tensor) -> Tensor:
+def mix32(bits: Tensor) -> Tensor:
     """A bijective hash of 32-bit words (the "lowbias32" constants of C. Wellons), in place on int32.
 
     Shifts of int32 copy the sign bit down; the masks take those copies off again.
     """
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)
-    bits *= _signed(0x7FEB352D, 32)
+    bits *= signed(0x7FEB352D, 32)
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
-    bits *= _signed(0x846CA68B, 32)
+    bits *= signed(0x846CA68B, 32)
     bits ^= (bits >> 16).bitwise_and_(0xFFFF)
     return bits
 
 
-def _signed(value: int, bits: int) -> int:
+def signed(value: int, bits: int) -> int:
     """The two's complement integer with the lowest `bits` bits of `value`."""
     value %= 1 << bits
     return value - (1 << bits) if value >> (bits - 1) else value

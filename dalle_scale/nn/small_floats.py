@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_scale.nn.noise import _mix32, _signed
+from dalle_scale.nn.noise import mix32, signed
 
 _FP32_MANTISSA, _FP32_BIAS, _FP32_INFINITY = 23, 127, 0x7F800000
 # Mantissas have 24 bits and noise is added to them in int32: no value is moved further than this
@@ -49,7 +49,7 @@ class SmallFloat:
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
     @property
-    def _infinity(self) -> int:
+    def infinity(self) -> int:
         """The code of +infinity; those of finite numbers, without the sign, are below it, in order of size."""
         return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
 
@@ -68,13 +68,13 @@ class SmallFloat:
         assert values.dtype == torch.float32
         bits = values.contiguous().view(torch.int32)
         size = bits & 0x7FFFFFFF
-        code = self._round(size, noise).clamp_(max=self._infinity - 1)
-        special = self._infinity | (size > _FP32_INFINITY).int() << (self.mantissa_bits - 1)
+        code = self._round(size, noise).clamp_(max=self.infinity - 1)
+        special = self.infinity | (size > _FP32_INFINITY).int() << (self.mantissa_bits - 1)
         code = torch.where(size >= _FP32_INFINITY, special, code)
         if self.signed:
             code |= (bits >> 31 & 1) << (self.exponent_bits + self.mantissa_bits)
         else:
-            nan = self._infinity | 1 << (self.mantissa_bits - 1)
+            nan = self.infinity | 1 << (self.mantissa_bits - 1)
             code = torch.where((bits < 0) & (size > 0), nan, code)
         return code.to(torch.int16)
 
@@ -87,7 +87,7 @@ class SmallFloat:
         # it is subnormal: scaling by a power of two is exact
         number = (size << (_FP32_MANTISSA - self.mantissa_bits)).view(torch.float32) * 2.0 ** (_FP32_BIAS - self.bias)
         special = (size << (_FP32_MANTISSA - self.mantissa_bits) | _FP32_INFINITY).view(torch.float32)
-        number = torch.where(size >= self._infinity, special, number)
+        number = torch.where(size >= self.infinity, special, number)
         return torch.where(codes.int() >> width & 1 == 1, -number, number) if self.signed else number
 
     def _round(self, size: Tensor, noise: Tensor | None) -> Tensor:
@@ -122,5 +122,5 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
     Args:
         key: 0 to 2^32 - 1, itself a hash of all else that the bits depend on.
     """
-    positions = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(start, 32))
-    return _mix32(_mix32(positions).bitwise_xor_(_signed(key, 32)))
+    positions = torch.arange(count, dtype=torch.int32, device=device).add_(signed(start, 32))
+    return mix32(mix32(positions).bitwise_xor_(signed(key, 32)))

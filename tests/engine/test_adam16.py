@@ -179,6 +179,36 @@ def test_every_code_survives_a_checkpoint(dtype: torch.dtype) -> None:
     assert torch.equal(optimizers[1].state[tensors[1]]["mean"].view(torch.int16), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@pytest.mark.parametrize("divisor", [2.0**10, 2.0**-6])
+def test_scaled_gradients_are_divided_in_fp32(dtype: torch.dtype, divisor: float) -> None:
+    """By a power of two: the bits of weights and states of an unscaled run. A divisor is that of its own group."""
+    runs = []
+    for scale in (1.0, divisor):
+        tensors = parameters(dtype)
+        optimizer = adamw16(tensors)
+        for step in range(4):
+            set_gradients(tensors, step)
+            scale_now = scale if step < 3 else 1.0
+            tensors[0].grad *= scale_now  # type: ignore[operator]
+            optimizer.param_groups[0]["gradient_divisor"] = scale_now
+            optimizer.step()
+        states = [state[name] for state in optimizer.state.values() for name in ("mean", "variance")]
+        runs.append([value.detach().view(torch.int8) for value in (*tensors, *states)])
+    assert_same_bits(*runs)
+
+
+def test_division_keeps_gradients_below_what_16_bits_hold() -> None:
+    """Gradients of 2^-40 and, by norm clipping, of a third: as if they had come in fp32."""
+    grown = nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    optimizer = AdamW16([grown], lr=LR, states="fp32")
+    grown.grad = torch.full_like(grown, 2.0**-10)
+    optimizer.param_groups[0]["gradient_divisor"] = 3 * 2.0**30
+    optimizer.step()
+    mean = optimizer.state[grown]["mean"].view(torch.float32)
+    assert mean.item() == pytest.approx((1 - BETAS[0]) * 2.0**-40 / 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_chunks_do_not_matter(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = parameters(torch.bfloat16)
