@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,30 +76,38 @@ def memory_bytes(config: RunConfig, nets: Nets, world_size: int, activation_byte
 def _passing(config: RunConfig, net: nn.Module, name: str, world_size: int) -> dict[str, int]:
     """What DeepSpeed 0.19 holds in the backward pass: the bucket of gradients and the flat copy that it sends; at
     ZeRO 3 the weights whose next use is near."""
-    working, zero = _working_bytes(config), ds_config.derive(config, name, world_size)["zero_optimization"]
+    element, zero = memory.element_bytes(net, config, name), _zero(config, name, world_size)
     if zero["stage"] == 0:
         return {"buckets": 0, "gathered weights": 0}
     largest = max(parameter.numel() for parameter in net.parameters())
-    bucket = zero["reduce_bucket_size"]
-    sizes = {"buckets": working * (bucket + max(bucket, largest)), "gathered weights": 0}
+    working, bucket = max(element.values()), zero["reduce_bucket_size"]
+    buckets = working * max(bucket, largest) + (working * bucket if zero["contiguous_gradients"] else 0)
+    gathered = 0.0
     if zero["stage"] == 3:
         cut, whole = _cut_and_whole(net, zero)
         near = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"] + largest
-        sizes["gathered weights"] = working * (whole + min(cut, near))
-    return sizes
+        numel = sum(parameter.numel() for parameter in cut)
+        gathered = _size(whole, element) + _size(cut, element) * min(1.0, near / max(1, numel))
+    return {"buckets": buckets, "gathered weights": round(gathered)}
 
 
 def _step_copies(config: RunConfig, net: nn.Module, name: str, world_size: int) -> int:
-    """Gradients of one param group of this rank, made flat and fp32 for its step; at ZeRO 0 of all groups at once."""
-    working, zero = _working_bytes(config), ds_config.derive(config, name, world_size)["zero_optimization"]
-    groups: list[int] = [sum(p.numel() for p in group["params"]) for group in _groups(config, net, name)]
-    in_fp32 = 4 if working < 4 else 0
+    """Gradients of one param group of this rank, made flat and, but for adamw16, fp32 for its step; at ZeRO 0 of all
+    groups at once."""
+    element, zero = memory.element_bytes(net, config, name), _zero(config, name, world_size)
+    short = config.engine.dtype != "fp32" and config.optim[name].kind != "adamw16"
+    groups: list[tuple[int, int]] = [
+        (sum(p.numel() for p in group["params"]), _size(group["params"], element))
+        for group in _groups(config, net, name)
+    ]
     if zero["stage"] == 0:
-        return sum(groups) * (in_fp32 + (working if world_size > 1 else 0))
-    owned: int = math.ceil(max(groups) * config.engine.machines / world_size)
-    if zero["stage"] == 3:
-        owned = min(owned, zero["sub_group_size"])
-    return owned * (working + in_fp32)
+        return sum((4 * numel if short else 0) + (size if world_size > 1 else 0) for numel, size in groups)
+    copies = []
+    for numel, size in groups:
+        owned = math.ceil(numel * config.engine.machines / world_size)
+        owned = min(owned, zero["sub_group_size"]) if zero["stage"] == 3 else owned
+        copies.append(owned * (size // numel + (4 if short else 0)))
+    return max(copies)
 
 
 def _compression_errors(config: RunConfig, net: nn.Module, name: str, world_size: int) -> int:
@@ -107,15 +116,21 @@ def _compression_errors(config: RunConfig, net: nn.Module, name: str, world_size
     return round(4 * sum(rows * columns * count for rows, columns, count in compressed))
 
 
-def _working_bytes(config: RunConfig) -> int:
-    return 4 if config.engine.dtype == "fp32" else 2
+def _zero(config: RunConfig, name: str, world_size: int) -> dict[str, Any]:
+    section: dict[str, Any] = ds_config.derive(config, name, world_size)["zero_optimization"]
+    return section
 
 
-def _cut_and_whole(net: nn.Module, zero: dict[str, Any]) -> tuple[int, int]:
-    """Elements of the weights that ZeRO 3 gathers for each use, and of the small ones that stay whole on every rank."""
-    sizes = [parameter.numel() for parameter in net.parameters()]
-    whole = sum(size for size in sizes if size <= zero["stage3_param_persistence_threshold"])
-    return sum(sizes) - whole, whole
+def _size(parameters: Iterable[nn.Parameter], element: dict[nn.Parameter, int]) -> int:
+    """Bytes."""
+    return sum(parameter.numel() * element[parameter] for parameter in parameters)
+
+
+def _cut_and_whole(net: nn.Module, zero: dict[str, Any]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that ZeRO 3 gathers for each use, and the small ones that stay whole on every rank."""
+    least = zero["stage3_param_persistence_threshold"]
+    parameters = list(net.parameters())
+    return [p for p in parameters if p.numel() > least], [p for p in parameters if p.numel() <= least]
 
 
 # ---- bytes on the wire ----
@@ -134,17 +149,19 @@ def collective_bytes(config: RunConfig, net: nn.Module, name: str, world_size: i
     DeepSpeed 0.19 all-reduces at ZeRO 1 and 2 where a reduce-scatter would do. At ZeRO 3 weights stay between forward
     and backward where at most `stage3_max_reuse_distance` elements are used between; nets have their layers in a row.
     """
-    zero, working = ds_config.derive(config, name, world_size)["zero_optimization"], _working_bytes(config)
-    groups = {group["role"]: sum(p.numel() for p in group["params"]) for group in _groups(config, net, name)}
-    gradients, weights = working * sum(groups.values()), working * sum(p.numel() for p in net.parameters())
+    zero, element = _zero(config, name, world_size), memory.element_bytes(net, config, name)
+    groups = {group["role"]: group["params"] for group in _groups(config, net, name)}
+    trained = [p for group in _groups(config, net, name) for p in group["params"]]
+    gradients, weights = _size(trained, element), _size(net.parameters(), element)
     repeated = config.accumulation(world_size)
-    if zero["stage"] == 0:
-        return {"all_reduce": gradients + 4 * groups.get("muon", 0)}  # and the orthogonalised updates, fp32
+    if zero["stage"] == 0:  # and the orthogonalised updates, fp32
+        return {"all_reduce": gradients + 4 * sum(p.numel() for p in groups.get("muon", ()))}
     if zero["stage"] < 3:
         return {"all_reduce": gradients * (repeated if zero["stage"] == 2 else 1), "all_gather": weights}
     cut, whole = _cut_and_whole(net, zero)
-    again = max(0, cut - zero["stage3_max_reuse_distance"] // 2)
-    gathered = working * (repeated * (cut + again) + whole)
+    numel = sum(parameter.numel() for parameter in cut)
+    again = max(0, numel - zero["stage3_max_reuse_distance"] // 2) / max(1, numel)
+    gathered = repeated * _size(cut, element) * (1 + again) + _size(whole, element)
     return {"all_gather": gathered, "reduce_scatter": repeated * gradients}
 
 
@@ -164,11 +181,12 @@ def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_s
     the ranks of a machine: at ZeRO 1 and 2 these hold different matrices."""
     if config.engine.machines == 1:
         return 0.0
-    compressed = _compressed(config, net, name, world_size)
+    compressed, element = _compressed(config, net, name, world_size), memory.element_bytes(net, config, name)
     taken = sum(rows * columns * count for rows, columns, count in compressed)
     factors = sum(config.engine.compression_rank * (rows + columns) * count for rows, columns, count in compressed)
-    trained: int = sum(p.numel() for group in _groups(config, net, name) for p in group["params"])
-    return 4 * factors + _working_bytes(config) * (trained * config.engine.machines / world_size - taken)
+    trained = [p for group in _groups(config, net, name) for p in group["params"]]
+    of_matrix = min(element.values())
+    return 4 * factors + _size(trained, element) * config.engine.machines / world_size - of_matrix * taken
 
 
 def _compressed(config: RunConfig, net: nn.Module, name: str, world_size: int) -> list[tuple[int, int, float]]:

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/00001000/
         state.json      update, world size, config, stream, schedules
-        <net>/          DeepSpeed's files of the engine, weight average of each rank
+        <net>/          weights, their average and the optimizer's states, a file for each rank (engine/state.py)
         COMMIT          written last: names and sizes of all files
 
 A folder without COMMIT does not exist for this module. Nothing is written in place: the ranks fill a temporary folder,
@@ -23,7 +23,7 @@ from dalle_scale.checkpoint import atomic
 from dalle_scale.config import RunConfig
 from dalle_scale.types import UserError
 
-FORMAT = "dalle_scale checkpoint 1"
+FORMAT = "dalle_scale checkpoint 2"
 FREE = (  # what a resumed run may have otherwise; the stream's state tells whether the data are the same
     "run",
     "updates",
@@ -38,6 +38,7 @@ FREE = (  # what a resumed run may have otherwise; the stream's state tells whet
     "engine.micro_batch_samples",
     "engine.activation_checkpointing",
     "engine.machines",
+    "engine.zero",
 )
 
 
@@ -164,10 +165,11 @@ def read(folder: Path) -> Checkpoint:
 
 
 def check(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
-    """Refuse a checkpoint that this run cannot continue exactly.
+    """Refuse a checkpoint that this run cannot continue.
 
     Raises:
-        UserError: another architecture, optimizer, batch, precision or ZeRO stage, or above ZeRO 0 another world size.
+        UserError: another architecture, optimizer, batch or precision; with compressed gradients also another number of
+            ranks in a machine or ZeRO stage.
     """
     for key, saved, wanted in _differences(checkpoint.config, config.model_dump(mode="json")):
         if not any(key == free or key.startswith(free + ".") for free in FREE):
@@ -175,12 +177,13 @@ def check(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
                 f"{checkpoint.folder}: saved with {key}={_shown(saved)}, this run has {_shown(wanted)}; "
                 f"set it back, or start another run=..."
             )
-    ranks_before = checkpoint.world_size // checkpoint.config["engine"].get("machines", 1)
-    if config.engine.zero > 0 and ranks_before != world_size // config.engine.machines:
+    before, now = checkpoint.config["engine"], config.engine
+    ranks_before, ranks_now = checkpoint.world_size // before["machines"], world_size // now.machines
+    if now.compression_rank and (ranks_before, before["zero"]) != (ranks_now, now.zero):
         raise UserError(
-            f"{checkpoint.folder}: saved at world size {checkpoint.world_size}, this run has {world_size}; "
-            f"ZeRO {config.engine.zero} states cannot be redistributed, start as many processes (in each of "
-            f"engine.machines) as before"
+            f"{checkpoint.folder}: saved at engine.zero={before['zero']} by {ranks_before} processes in each of "
+            f"engine.machines, this run has engine.zero={now.zero} and {ranks_now}; what engine.compression_rank has "
+            f"left behind fits no others: set them back, or start another run=..."
         )
     if checkpoint.update > config.updates:
         raise UserError(f"{checkpoint.folder}: has {checkpoint.update} updates, more than updates={config.updates}")

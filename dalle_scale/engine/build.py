@@ -1,4 +1,4 @@
-"""The process group, and an engine for each net. With `masters` the only module that imports DeepSpeed."""
+"""The process group, and an engine for each net. Beside it only `masters` and `mixed` import DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ import deepspeed
 
 from dalle_scale import dist
 from dalle_scale.config import RunConfig
-from dalle_scale.engine import ds_config, optim
+from dalle_scale.engine import ds_config, mixed, optim
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
+from dalle_scale.engine.scaling import Scaling
+from dalle_scale.nn.branch_scale import branches_of
 from dalle_scale.types import Nets
 
 
@@ -112,9 +114,19 @@ def build(config: RunConfig, nets: Nets) -> Players:
         if config.engine.machines > 1 or config.engine.compression_rank:
             machines = Machines(config.engine.machines, config.engine.compression_rank, config.seed)
         place = machines.place if machines else dist.rank()  # replicas must round alike
+        without_masters = config.optim[name].kind == "adamw16"
+        if without_masters:
+            mixed.cast(net, config.engine.dtype)
         optimizer = optim.build(net, config.optim[name], seed=(config.seed << 20) + place)
-        engine = _engine(net, optimizer, ds_config.derive(config, name, dist.world_size()), machines)
-        players[name] = Player(name, engine, config, twin, machines)
+        derived = ds_config.derive(config, name, dist.world_size())
+        with mixed.a_buffer_a_group() if without_masters else nullcontext():
+            engine = _engine(net, optimizer, derived, machines)
+        scaling = None
+        if without_masters:
+            mixed.settle(engine)
+            scales = [scale for scale, _ in branches_of(net)]
+            scaling = Scaling(scales, config.engine.dtype == "fp16", config.optim[name].clip_norm)
+        players[name] = Player(name, engine, config, twin, machines, scaling)
         for buffer_name, buffer in net.named_buffers():
             assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"
     gc.freeze()  # modules and engines stay to the end: spare every collection from looking at them, the last one too

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dalle_scale.config import RunConfig
+from dalle_scale.nn.branch_scale import branches_of
 from dalle_scale.types import Nets, UserError
 
 # Elements in flight in one collective: 64 MiB of fp32. DeepSpeed's default is 2 GB of extra memory per rank.
@@ -18,35 +19,38 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
-    """The configuration of the engine of one net. DeepSpeed sees the ranks and the batch of one machine."""
+    """The configuration of the engine of one net. DeepSpeed sees the ranks and the batch of one machine.
+
+    With adamw16 it sees a net of fp32, has no scale of losses, and leaves norms and clipping to us (mixed.py,
+    scaling.py).
+    """
     engine, optim = config.engine, config.optim[net]
+    mixed = optim.kind == "adamw16"
+    needs_norm = not mixed and (optim.clip_norm > 0 or engine.dtype != "fp32")
+    # At ZeRO 3 gradients pass through this type on their way to where they are kept
+    accumulated = "fp32" if mixed and engine.zero == 3 else engine.dtype
     return {
         "train_batch_size": config.batch_samples // engine.machines,
         "train_micro_batch_size_per_gpu": config.micro_batch_samples(world_size),
         "gradient_accumulation_steps": config.accumulation(world_size),
         "managed_gradient_accumulation": True,
-        "gradient_clipping": optim.clip_norm,
+        "gradient_clipping": 0.0 if mixed else optim.clip_norm,
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": engine.dtype,
-        "data_types": {"grad_accum_dtype": engine.dtype},  # buffer_dtype stays unset: buffers keep fp32
+        "data_types": {"grad_accum_dtype": accumulated},  # buffer_dtype stays unset: buffers keep fp32
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": _zero(engine.zero, needs_norm=optim.clip_norm > 0 or engine.dtype != "fp32"),
+        "zero_optimization": _zero(engine.zero, needs_norm, one_type=not mixed),
         "bf16": {
-            "enabled": engine.dtype == "bf16",
+            "enabled": engine.dtype == "bf16" and not mixed,
             "immediate_grad_update": True,
             "check_grad_overflow": True,
-            **(
-                {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-                if optim.kind == "adamw16"
-                else {}
-            ),
         },
         "fp16": {
-            "enabled": engine.dtype == "fp16",
+            "enabled": engine.dtype == "fp16" and not mixed,
             "auto_cast": False,
-            "loss_scale": 0,  # dynamic
+            "loss_scale": 1.0 if mixed else 0,  # 0: dynamic
             "initial_scale_power": 16,
             "loss_scale_window": 1000,
             "hysteresis": 2,
@@ -71,7 +75,8 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
     """
     config.micro_batch_samples(world_size)
     engine = config.engine
-    if engine.dtype == "fp16" and device is not None and device.type == "cpu":
+    global_scale = engine.dtype == "fp16" and any(optim.kind != "adamw16" for optim in config.optim.values())
+    if global_scale and device is not None and device.type == "cpu":
         raise UserError("engine.dtype: fp16 needs a GPU; on a CPU take fp32")
     if engine.dtype == "fp16" and engine.zero == 0:
         # DeepSpeed 0.19 unscales the gradients at ZeRO 0 without having scaled the loss
@@ -80,12 +85,12 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
         raise UserError(f"engine.machines: {engine.machines}, but {world_size} processes do not divide among them")
     if engine.zero == 0 and (engine.machines > 1 or engine.compression_rank):
         raise UserError("engine.machines and engine.compression_rank: need engine.zero=1, 2 or 3 inside a machine")
-    if engine.dtype == "fp16" and engine.compression_rank:
-        # what it leaves out of a gradient keeps the loss scale of that update, which fp16 changes
-        raise UserError("engine.compression_rank: does not go with engine.dtype=fp16; take bf16 or fp32")
+    if global_scale and engine.compression_rank:
+        # what it leaves out of a gradient keeps the loss scale of that update, which DeepSpeed changes
+        raise UserError("engine.compression_rank: goes with engine.dtype=fp16 only where optim kind is adamw16")
     for net, optim in config.optim.items():
-        if optim.kind == "adamw16" and (engine.dtype != "bf16" or engine.zero == 0):
-            raise UserError(f"optim.{net}.kind: adamw16 is for engine.dtype=bf16 and engine.zero=1, 2 or 3")
+        if optim.kind == "adamw16" and (engine.dtype == "fp32" or engine.zero == 0):
+            raise UserError(f"optim.{net}.kind: adamw16 is for engine.dtype=bf16 or fp16 and engine.zero=1, 2 or 3")
         if optim.kind == "muon" and engine.zero > 0:
             raise UserError(
                 f"optim.{net}.kind: muon needs whole matrices, ZeRO {engine.zero} cuts them; "
@@ -94,18 +99,24 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
 
 
 def check_nets(config: RunConfig, nets: Nets) -> None:
-    """Raises UserError unless `optim:` has one entry for each net."""
+    """Raises UserError unless `optim:` has one entry for each net, and adamw16 in fp16 branches to scale."""
     if set(config.optim) != set(nets):
         raise UserError(
             f"optim: has entries for {', '.join(config.optim)}, stage '{config.stage}' trains {', '.join(nets)}"
         )
+    for name, net in nets.items():
+        if config.optim[name].kind == "adamw16" and config.engine.dtype == "fp16" and not branches_of(net):
+            raise UserError(
+                f"optim.{name}.kind: adamw16 with engine.dtype=fp16 scales the gradients of residual branches, which "
+                f"'{name}' of stage '{config.stage}' does not tell of; take engine.dtype=bf16 or kind=adamw"
+            )
 
 
-def _zero(stage: int, needs_norm: bool) -> dict[str, Any]:
-    """The `zero_optimization` section."""
+def _zero(stage: int, needs_norm: bool, one_type: bool) -> dict[str, Any]:
+    """The `zero_optimization` section. one_type: all gradients have the same, so that they fit into one buffer."""
     section: dict[str, Any] = {
         "stage": stage,
-        "contiguous_gradients": True,
+        "contiguous_gradients": one_type,
         "reduce_scatter": True,
         "overlap_comm": False,
         "reduce_bucket_size": BUCKET_ELEMENTS,

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from dalle_scale.engine import masters
 
@@ -42,14 +40,3 @@ class Ema:
             yield
         finally:
             torch._foreach_copy_(weights, kept)
-
-    def save(self, path: Path) -> None:
-        """Write this rank's part."""
-        save_file({str(index): tensor.contiguous() for index, tensor in enumerate(self.average)}, path)
-
-    def load(self, path: Path) -> None:
-        """Read this rank's part back."""
-        saved = load_file(path)
-        assert len(saved) == len(self.average), f"{path}: {len(saved)} tensors, expected {len(self.average)}"
-        for index, tensor in enumerate(self.average):
-            tensor.copy_(saved[str(index)])

@@ -8,7 +8,8 @@ Sec. 2.5). DeepSpeed sees one machine: its data-parallel group is the machine's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,32 @@ class Machines:
         self.compressor = PowerSGD(compression_rank, seed + self.place) if compression_rank else None
 
     @torch.no_grad()
-    def average(self, engine: Any) -> None:
-        """Replace this rank's gradients by their mean over its replicas, after the last backward of an update."""
-        matrices, rest = [], []
-        for gradient, rows in shards(engine):
+    def average(self, engine: Any, scale_of: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> None:
+        """Replace this rank's gradients by their mean over its replicas, after the last backward of an update.
+
+        Args:
+            engine: DeepSpeed's.
+            scale_of: param group -> what its gradients were multiplied by; that of errors is always 1.
+        """
+        matrices, scales = [], []
+        rest: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for gradient, group, rows in shards(engine):
             matrix = gradient.view(rows, -1) if rows else None
             if matrix is not None and self.compressor and pays(*matrix.shape, self.compressor.rank):
                 matrices.append(matrix if len(matrix) <= len(matrix.T) else matrix.T)
+                scales.append(scale_of(group))
             else:
-                rest.append(gradient)
+                rest[gradient.dtype].append(gradient)
         if self.compressor and matrices:
-            self.compressor.average(matrices, self._mean, self._on_all_ranks)
-        for bucket in _buckets(rest):
-            self._mean(bucket)
+            self.compressor.average(matrices, scales, self._mean, self._on_all_ranks)
+        for alike in rest.values():
+            for bucket in _buckets(alike):
+                self._mean(bucket)
+
+    def sum_inside(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks of this machine, in place."""
+        torch.distributed.all_reduce(tensor, group=self._inside)
+        return tensor
 
     def save(self, folder: Path) -> None:
         """Write what compression has left behind: one file for each place in a machine. Collective.
@@ -86,8 +100,8 @@ class Machines:
     def _mean(self, tensors: list[Tensor]) -> None:
         """Means over the replicas, in place, in one collective."""
         flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat /= self.machines  # first: a sum of fp16 gradients might overflow
         torch.distributed.all_reduce(flat, group=self._between)
-        flat /= self.machines
         self.sent_bytes += flat.numel() * flat.element_size()
         for tensor, mean in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
@@ -127,9 +141,9 @@ class Machines:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def shards(engine: Any) -> Iterator[tuple[Tensor, int]]:
-    """The gradients that this rank's optimizer step will read, as DeepSpeed 0.19 keeps them at ZeRO 1 to 3. What may be
-    compressed comes with the number of rows of the matrix that it is, else 0.
+def shards(engine: Any) -> Iterator[tuple[Tensor, dict[str, Any], int]]:
+    """The gradients that this rank's optimizer step will read, as DeepSpeed 0.19 keeps them at ZeRO 1 to 3, with their
+    param group. What may be compressed comes with the number of rows of the matrix that it is, else 0.
 
     Gains, biases and embeddings stay whole (arXiv 2102.12092, App. E.2). At ZeRO 1 and 2 a rank holds whole tensors,
     but for those that the border between two ranks cuts; at ZeRO 3 a flat part of each, which is a block of its rows if
@@ -145,7 +159,7 @@ def shards(engine: Any) -> Iterator[tuple[Tensor, int]]:
         else:
             group, rows = groups[index], [len(gradient) if gradient.ndim > 1 else 0 for gradient in found]
         for gradient, count in zip(found, rows, strict=True):
-            yield gradient, count if group["role"] == "matrix" else 0
+            yield gradient, group, count if group["role"] == "matrix" else 0
 
 
 def _rows_of_part(parameter: Any) -> int:

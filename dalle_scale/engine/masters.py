@@ -5,7 +5,10 @@ The attributes read here are DeepSpeed's own (0.19); tests compare what they giv
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -15,14 +18,112 @@ from torch import Tensor, nn
 from dalle_scale import dist
 
 
+class Cut(NamedTuple):
+    """How one parameter is shared out, at any stage: rank r holds the numbers r * size - base up to
+    (r + 1) * size - base of it, flattened."""
+
+    shape: tuple[int, ...]
+    base: int  # numbers before the parameter in what is cut as one
+    size: int  # numbers a rank
+
+    def held(self, rank: int) -> tuple[int, int]:
+        """The first number that a rank holds, and the one after its last: equal where it holds none."""
+        numel = math.prod(self.shape)
+        start, stop = (min(max(0, edge * self.size - self.base), numel) for edge in (rank, rank + 1))
+        return start, stop
+
+    def holder(self, number: int) -> int:
+        """The rank that holds a number."""
+        return (self.base + number) // self.size
+
+
+class Piece(NamedTuple):
+    """This rank's part of one parameter, which may be empty."""
+
+    name: str
+    cut: Cut
+    at: int  # where it begins in the tensor that holds it
+
+
 def owned(engine: Any) -> list[Tensor]:
     """The weights that this rank updates, as live tensors: whole at ZeRO 0, a flat slice a group at 1 to 3."""
+    return [tensor.data for tensor in keys(engine)]
+
+
+def keys(engine: Any) -> list[Tensor]:
+    """The same as the tensors under which the optimizer keeps their states."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
-        return [tensor.data for tensor in optimizer.fp32_partitioned_groups_flat]
+        return list(optimizer.fp32_partitioned_groups_flat)
     if stage in (1, 2):
-        return [tensor.data for tensor in optimizer.single_partition_of_fp32_groups]
-    return [master.data for _, master in _pairs_at_stage_0(engine)]
+        return list(optimizer.single_partition_of_fp32_groups)
+    return [master for _, master in _pairs_at_stage_0(engine)]
+
+
+def states(engine: Any) -> Any:
+    """What the optimizer remembers: `keys` -> name -> tensor or number. Nothing of a tensor before its first step."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer).state
+
+
+def place(engine: Any) -> int:
+    """This rank's number among those that share the weights: in its machine; 0 at ZeRO 0, where each has all."""
+    if engine.zero_optimization_stage() == 0:
+        return 0
+    return int(engine.mpu.get_data_parallel_rank()) if engine.mpu is not None else dist.rank()
+
+
+def pieces(engine: Any) -> list[list[Piece]]:
+    """What is in each tensor of `owned`: all parameters of its group, also those of which this rank holds nothing."""
+    stage, optimizer, rank = engine.zero_optimization_stage(), engine.optimizer, place(engine)
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    found: list[list[Piece]] = []
+    if stage == 0:
+        for parameter, _ in _pairs_at_stage_0(engine):
+            found.append([Piece(names[id(parameter)], Cut(tuple(parameter.shape), 0, parameter.numel()), 0)])
+    elif stage == 3:  # parameters are cut one by one
+        for group in optimizer.fp16_groups:
+            found.append([])
+            at = 0
+            for parameter in group:
+                size = parameter.ds_tensor.ds_numel
+                found[-1].append(Piece(names[id(parameter)], Cut(tuple(parameter.ds_shape), 0, size), at))
+                at += size
+    else:  # laid out one after the other, then cut
+        layouts = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
+        for (group, bases), size in zip(layouts, optimizer.partition_size, strict=True):
+            found.append([])
+            for parameter, base in zip(group, bases, strict=True):
+                cut = Cut(tuple(parameter.shape), base, size)
+                found[-1].append(Piece(names[id(parameter)], cut, max(0, base - rank * size)))
+    return found
+
+
+@torch.no_grad()
+def publish(engine: Any) -> None:
+    """Give the working weights the values of the masters, after these were set. Collective."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for working, master in _pairs_at_stage_0(engine):
+            working.data.copy_(master.data)
+    elif stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        optimizer.checkpoint_event_epilogue()
+    else:
+        optimizer.update_lp_params()
+
+
+@contextmanager
+def untrained(engine: Any) -> Iterator[dict[str, Tensor]]:
+    """The rest of the module's `state_dict`: buffers and frozen parameters, whole and live. At ZeRO 3 frozen parameters
+    are gathered, and what the first of the ranks writes into them is kept. Collective."""
+    module: nn.Module = engine.module
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
+    with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
+        yield buffers | {name: parameter.data for name, parameter in frozen.items()}
 
 
 @torch.no_grad()

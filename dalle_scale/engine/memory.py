@@ -7,6 +7,7 @@ from torch import nn
 
 from dalle_scale.config import OptimConfig, RunConfig
 from dalle_scale.engine import optim
+from dalle_scale.nn.branch_scale import in_16_bits
 from dalle_scale.types import Nets
 
 
@@ -16,27 +17,36 @@ def estimate(net: nn.Module, config: RunConfig, name: str, world_size: int) -> d
     Activations, collectives' buckets and the evaluation's copy of the weights come on top. `net` may lie on the meta
     device.
     """
-    stage, working = config.engine.zero, 4 if config.engine.dtype == "fp32" else 2
-    count = sum(parameter.numel() for parameter in net.parameters())
-    groups = optim.param_groups(net, config.optim[name])
-    numel = {group["role"]: sum(p.numel() for p in group["params"]) for group in groups}
-    owned = sum(numel.values()) / (world_size if stage > 0 else 1)
-    momentum_only = numel.get("muon", 0)  # ZeRO 0
-    short = config.optim[name].kind == "adamw16"
-    separate_master = stage > 0 or config.engine.dtype != "fp32"
+    stage, ranks, section = config.engine.zero, world_size, config.optim[name]
+    at_1, at_2, at_3 = (ranks if stage >= least else 1 for least in (1, 2, 3))
+    element = element_bytes(net, config, name)
+    trained = {p: group["role"] for group in optim.param_groups(net, section) for p in group["params"]}
+    numel = sum(p.numel() for p in trained)
+    masters = section.kind != "adamw16" and (stage > 0 or config.engine.dtype != "fp32")
+    states = sum(p.numel() * _of_states(element[p] == 2, role, section) for p, role in trained.items())
     sizes = {
-        "weights": count * working / (world_size if stage == 3 else 1),
-        "master weights": (2 if short else 4) * owned if separate_master else 0,
-        "gradients": sum(numel.values()) * working / (world_size if stage >= 2 else 1),
-        "optimizer": _of_adamw16(config.optim[name]) * owned if short else 8 * owned - 4 * momentum_only,
-        "average": 4 * owned if config.optim[name].ema_decay > 0 else 0,
+        "weights": sum(p.numel() * element[p] for p in net.parameters()) / at_3,
+        "master weights": 4 * numel / at_1 if masters else 0,
+        "gradients": sum(p.numel() * element[p] for p in trained) / at_2,
+        "optimizer": states / at_1,
+        "average": 4 * numel / at_1 if section.ema_decay > 0 else 0,
         "buffers": sum(buffer.numel() * buffer.element_size() for buffer in net.buffers()),
     }
     return {kind: round(size) for kind, size in sizes.items()}
 
 
-def _of_adamw16(config: OptimConfig) -> int:
-    """Bytes of its states a parameter."""
+def element_bytes(net: nn.Module, config: RunConfig, name: str) -> dict[nn.Parameter, int]:
+    """Bytes of an element of each parameter, and of its gradient: with adamw16 of several types in one net."""
+    if config.engine.dtype == "fp32":
+        return dict.fromkeys(net.parameters(), 4)
+    short = in_16_bits(net) if config.optim[name].kind == "adamw16" else set(net.parameters())
+    return {parameter: 2 if parameter in short else 4 for parameter in net.parameters()}
+
+
+def _of_states(short: bool, role: str, config: OptimConfig) -> int:
+    """Bytes of the optimizer's states a parameter."""
+    if config.kind != "adamw16" or not short:
+        return 4 if role == "muon" else 8
     return (8 if config.states == "fp32" else 4) + (2 if config.rounding == "compensated" else 0)
 
 

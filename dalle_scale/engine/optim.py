@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine.adam16 import AdamW16
+from dalle_scale.nn.branch_scale import branches_of
 
 # Quintic whose iteration pulls every singular value in (0, 1] into about [0.7, 1.2] within five steps; the values of
 # https://kellerjordan.github.io/posts/muon, which torch.optim.Muon uses too
@@ -36,24 +37,32 @@ def build(net: nn.Module, config: OptimConfig, seed: int = 0) -> torch.optim.Opt
 
 
 def param_groups(net: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Param groups by role: "plain" (never decayed), "matrix", "muon"; without empty ones."""
-    members: dict[str, list[nn.Parameter]] = {"plain": [], "matrix": [], "muon": []}
+    """Param groups by role: "plain" (never decayed), "matrix", "muon"; without empty ones.
+
+    With adamw16 each residual branch has groups of its own, because its gradients have a scale of their own: "branch"
+    is its number, -1 outside. Matrices come first: DeepSpeed takes the type of the first group for the engine's.
+    """
+    numbers: dict[nn.Parameter, int] = {}
+    if config.kind == "adamw16":
+        numbers = {p: number for number, (_, parameters) in enumerate(branches_of(net)) for p in parameters}
+    members: dict[tuple[str, int], list[nn.Parameter]] = defaultdict(list)
     for parameter in net.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or getattr(parameter, "is_embedding", False):
-            members["plain"].append(parameter)
-        elif config.kind == "muon" and parameter.ndim == 2:
-            members["muon"].append(parameter)
-        else:
-            members["matrix"].append(parameter)
+        if parameter.requires_grad:
+            members[_role(parameter, config), numbers.get(parameter, -1)].append(parameter)
     groups = []
-    for role, parameters in members.items():
+    order = ("matrix", "plain") if config.kind == "adamw16" else ("plain", "matrix", "muon")
+    for role, branch in sorted(members, key=lambda key: (order.index(key[0]), key[1] < 0, key[1])):
         lr = config.muon_lr if role == "muon" else config.lr
         decay = 0.0 if role == "plain" else config.weight_decay
-        group = {"params": parameters, "role": role, "lr": lr, "base_lr": lr, "weight_decay": decay}
-        groups += [group] if parameters else []
+        keys = {"role": role, "branch": branch, "lr": lr, "base_lr": lr, "weight_decay": decay}
+        groups.append({"params": members[role, branch], **keys})
     return groups
+
+
+def _role(parameter: nn.Parameter, config: OptimConfig) -> str:
+    if parameter.ndim < 2 or getattr(parameter, "is_embedding", False):
+        return "plain"
+    return "muon" if config.kind == "muon" and parameter.ndim == 2 else "matrix"
 
 
 def set_lr(optimizer: Any, factor: float) -> None:

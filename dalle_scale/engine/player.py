@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.config import RunConfig
-from dalle_scale.engine import masters, optim
+from dalle_scale.engine import masters, optim, state
 from dalle_scale.engine.ema import Ema
-from dalle_scale.engine.machines import Machines
+from dalle_scale.engine.machines import Machines, shards
+from dalle_scale.engine.scaling import Scaling
 from dalle_scale.engine.schedule import Schedule
 from dalle_scale.types import UserError
 
+SCALES = "gradient_scales.json"
 MAX_SKIPS = 50  # fp16 updates in a row that overflow before the run stops
 
 
@@ -27,7 +30,13 @@ class Player:
     because it has an average, or because ZeRO 3 cuts its weights."""
 
     def __init__(
-        self, name: str, engine: Any, config: RunConfig, twin: nn.Module | None, machines: Machines | None = None
+        self,
+        name: str,
+        engine: Any,
+        config: RunConfig,
+        twin: nn.Module | None,
+        machines: Machines | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         optim_config = config.optim[name]
         self.name = name
@@ -36,9 +45,7 @@ class Player:
         self.schedule = Schedule(optim_config.schedule, config.updates)
         self.ema = Ema(engine, optim_config.ema_decay) if optim_config.ema_decay > 0 else None
         self._twin = twin
-        self._machines = machines
-        if machines is not None and machines.machine > 0:  # the first machine's files hold everything
-            engine.save_non_zero_checkpoint = engine.save_zero_checkpoint = False
+        self._machines, self._scaling = machines, scaling
         self._skips_allowed = MAX_SKIPS if config.engine.dtype == "fp16" else 0
         self._skipped = 0  # updates in a row
         self._totals: list[Tensor] = []  # losses of this update's micro-batches
@@ -54,12 +61,14 @@ class Player:
         return copy.deepcopy(net, memo)  # everything but the tensors
 
     def numbers(self) -> dict[str, float]:
-        """For the log: learning rate of the first param group; fp16: loss scale and updates skipped so far; several
-        machines: what this rank has averaged between them so far."""
+        """For the log: learning rate of the first param group; fp16: scales, and updates skipped so far;
+        several machines: what this rank has averaged between them since the start."""
         numbers = {"lr": float(self.engine.optimizer.param_groups[0]["lr"])}
         if self._machines is not None:
             numbers["between_machines_mib"] = self._machines.sent_bytes / 2**20
-        if self._skips_allowed:
+        if self._scaling is not None:
+            numbers |= self._scaling.numbers()
+        elif self._skips_allowed:
             numbers |= {"loss_scale": self.engine.optimizer.loss_scale, "skipped_updates": self.engine.skipped_steps}
         return numbers
 
@@ -77,14 +86,14 @@ class Player:
             UserError: gradients are not finite (fp16: many times in a row).
         """
         optim.set_lr(self.engine.optimizer, self.schedule.factor(update))
-        if self._machines is not None:
-            self._machines.average(self.engine)
+        taken = self._finish_gradients()
         self.engine.step()
+        taken &= self.engine.was_step_applied()
         mean = torch.stack(self._totals).mean()
         self._totals.clear()
         self._finite &= torch.isfinite(mean)
         self.schedule.observe(mean)
-        self._skipped = 0 if self.engine.was_step_applied() else self._skipped + 1
+        self._skipped = 0 if taken else self._skipped + 1
         if self._skipped > self._skips_allowed:
             raise UserError(
                 f"update {update + 1}: the gradients of '{self.name}' are not finite; lower optim.{self.name}.lr or "
@@ -92,6 +101,24 @@ class Player:
             )
         if self.ema is not None:
             self.ema.update()
+
+    def _finish_gradients(self) -> bool:
+        """Average between machines, clip, find the divisors; whether the optimizer will take this update. Collective.
+        Without adamw16 DeepSpeed does all that, within a machine."""
+        scaling, machines = self._scaling, self._machines
+        if scaling is None:
+            if machines is not None:
+                machines.average(self.engine)
+            return True
+        finite = scaling.finite((gradient, group) for gradient, group, _ in shards(self.engine))
+        if machines is not None:
+            machines.average(self.engine, scaling.of)
+        gradients = ((gradient, group) for gradient, group, _ in shards(self.engine))
+        sum_over_shards = dist.all_reduce if machines is None else machines.sum_inside
+        optimizer = self.engine.optimizer.optimizer
+        taken = scaling.apply(optimizer.param_groups, gradients, finite, sum_over_shards)
+        optimizer.skip = not taken
+        return taken
 
     def losses_finite(self) -> bool:
         """Whether all losses on this rank were finite so far. Waits for the device."""
@@ -126,46 +153,33 @@ class Player:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of engine and average below `folder`. Collective."""
-        self.engine.save_checkpoint(str(folder), tag=self.name, save_latest=False)
-        if self.ema is not None and (dist.is_main() or (self._sharded and dist.rank() == self._place)):
-            self.ema.save(folder / self.name / self._ema_file)
+        state.save(self.engine, folder / self.name, self.ema.average if self.ema else ())
         if self._machines is not None:
             self._machines.save(folder / self.name)
+        if self._scaling is not None and dist.is_main():
+            (folder / self.name / SCALES).write_text(json.dumps(self._scaling.state()))
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, for the same net, optimizer, ZeRO stage and (above 0) world size. Collective."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=self.name)
-        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
-        if self.ema is not None:
-            self.ema.load(folder / self.name / self._ema_file)
+        """Read back what `save` wrote on any number of ranks at any ZeRO stage, for the same net and optimizer.
+        Collective."""
+        state.load(self.engine, folder / self.name, self.ema.average if self.ema else ())
         if self._machines is not None:
             self._machines.load(folder / self.name)
+        if self._scaling is not None:
+            self._scaling.load(json.loads((folder / self.name / SCALES).read_text()))
 
     @torch.no_grad()
     def _filled_twin(self) -> nn.Module:
         """The twin on this rank's device, with the working precision's averaged weights and the net's buffers."""
         assert self._twin is not None
         with self._average_in_place():
-            state = masters.full_state(self.engine, everywhere=True)
+            weights = masters.full_state(self.engine, everywhere=True)
         twin = self._twin.to_empty(device=dist.device())
         for name, parameter in twin.named_parameters():
-            parameter.data = state[name].to(self.module.get_parameter(name).dtype)
+            parameter.data = weights[name].to(self.module.get_parameter(name).dtype)
         for name, buffer in twin.named_buffers():
             buffer.copy_(self.module.get_buffer(name))
         return twin
 
     def _average_in_place(self) -> Any:
         return nullcontext() if self.ema is None else self.ema.in_place_of_weights()
-
-    @property
-    def _sharded(self) -> bool:
-        return bool(self.engine.zero_optimization_stage() > 0)
-
-    @property
-    def _ema_file(self) -> str:
-        return f"ema_rank_{self._place if self._sharded else 0:05d}.safetensors"
-
-    @property
-    def _place(self) -> int:
-        """This rank's number among those that share the weights out."""
-        return dist.rank() if self._machines is None else self._machines.place

@@ -43,7 +43,13 @@ class PowerSGD:
         self.errors: list[Tensor] = []  # [m, n], fp32
 
     @torch.no_grad()
-    def average(self, matrices: Sequence[Tensor], all_reduce: AllReduce, finite: Callable[[Tensor], Tensor]) -> None:
+    def average(
+        self,
+        matrices: Sequence[Tensor],
+        scales: Sequence[float],
+        all_reduce: AllReduce,
+        finite: Callable[[Tensor], Tensor],
+    ) -> None:
         """Replace gradients by their compressed means. Collective among replicas.
 
         Where something is not finite on any rank, no gradient is, on all ranks, so that all skip the update; errors
@@ -51,21 +57,25 @@ class PowerSGD:
 
         Args:
             matrices: [m, n] each, m <= n, any float type.
+            scales: what each was multiplied by, and its mean will be. Errors are of gradients without scale, because it
+                changes from update to update.
+            all_reduce: see there.
             finite: bool [] on this rank -> whether it holds on all ranks of the job.
         """
         if not self._sketches:
             self._start(matrices)
-        totals = [error + matrix for error, matrix in zip(self.errors, matrices, strict=True)]
+        parts = zip(self.errors, matrices, scales, strict=True)
+        totals = [error + matrix.float() / scale for error, matrix, scale in parts]
         left = [total @ sketch for total, sketch in zip(totals, self._sketches, strict=True)]
         all_reduce(left)
         bases = [orthonormal(factor) for factor in left]
         right = [total.T @ basis for total, basis in zip(totals, bases, strict=True)]
         all_reduce(right)
         fine = finite(torch.stack([factor.isfinite().all() for factor in chain(left, right)]).all())
-        for matrix, total, error, p, q in zip(matrices, totals, self.errors, bases, right, strict=True):
+        for matrix, scale, total, error, p, q in zip(matrices, scales, totals, self.errors, bases, right, strict=True):
             mean = p @ q.T
             error.copy_(torch.where(fine, total - mean, error))
-            matrix.copy_(torch.where(fine, mean, torch.full_like(mean, torch.nan)))
+            matrix.copy_(torch.where(fine, mean * scale, torch.full_like(mean, torch.nan)))
 
     def _start(self, matrices: Sequence[Tensor]) -> None:
         generator = torch.Generator().manual_seed(self._seed)

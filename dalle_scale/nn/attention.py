@@ -130,6 +130,14 @@ class Cache:
         return room
 
 
+class Linear(nn.Linear):
+    """A linear layer whose matrix may be of 16 bits while its bias is fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], all in the type of the matrix."""
+        return F.linear(x, self.weight, self.bias.to(x.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head attention of one kind; every projection is its own matrix, for optimisers that work by matrix."""
 
@@ -137,10 +145,10 @@ class Attention(nn.Module):
         super().__init__()
         assert width % heads == 0
         self.heads, self.kind, self.layout = heads, kind, layout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache the states that come next."""

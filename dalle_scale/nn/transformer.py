@@ -13,13 +13,15 @@ projections back onto the residual path divided by sqrt(2 * layers), biases 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.attention import Attention, Cache, Kind, Layout
+from dalle_scale.nn.attention import Attention, Cache, Kind, Layout, Linear
+from dalle_scale.nn.branch_scale import BranchScale
 
 
 def paper_order(layers: int) -> tuple[Kind, ...]:
@@ -29,21 +31,34 @@ def paper_order(layers: int) -> tuple[Kind, ...]:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy of the residual path."""
+    """Attention and MLP, each a branch on a normalised copy of the identity path.
+
+    The matrices may be of 16 bits while gains, biases and the identity path are fp32 (App. D): a branch computes in the
+    type of its matrices.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, kind: Kind, layout: Layout) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, kind, layout)
         self.mlp_norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, mlp_ratio * width)
-        self.contract = nn.Linear(mlp_ratio * width, width)
+        self.expand = Linear(width, mlp_ratio * width)
+        self.contract = Linear(mlp_ratio * width, width)
+        self.attention_scale, self.mlp_scale = BranchScale(), BranchScale()
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """States [B, L, D] -> [B, L, D]."""
-        x = x + self.attention(self.attention_norm(x), cache)
-        out: Tensor = x + self.contract(F.gelu(self.expand(self.mlp_norm(x))))
-        return out
+        dtype = self.expand.weight.dtype
+        normed = self.attention_norm(self.attention_scale.enter(x)).to(dtype)
+        x = self.attention_scale.leave(self.attention(normed, cache), x)
+        normed = self.mlp_norm(self.mlp_scale.enter(x)).to(dtype)
+        return self.mlp_scale.leave(self.contract(F.gelu(self.expand(normed))), x)
+
+    def branches(self) -> list[tuple[BranchScale, list[nn.Parameter]]]:
+        """The scale of each branch and the parameters in it."""
+        attention = [*self.attention_norm.parameters(), *self.attention.parameters()]
+        mlp = [*self.mlp_norm.parameters(), *self.expand.parameters(), *self.contract.parameters()]
+        return [(self.attention_scale, attention), (self.mlp_scale, mlp)]
 
 
 class Head(nn.Module):
@@ -110,6 +125,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if onto_residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def branches(self) -> list[tuple[BranchScale, list[nn.Parameter]]]:
+        """The residual branches, first to last: the scale of each and the parameters in it."""
+        return [branch for block in self.blocks for branch in cast(Block, block).branches()]
 
     def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every token and code of whole sequences.

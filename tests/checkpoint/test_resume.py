@@ -189,7 +189,6 @@ def test_resume_from_a_folder(tmp_path: Path) -> None:
         ({"optim__model__schedule__kind": "cosine"}, "optim.model.schedule.kind='plateau'"),
         ({"batch_samples": 16}, "batch_samples=8"),
         ({"seed": 1}, "seed=0"),
-        ({"engine__zero": 1}, "engine.zero=0"),
         ({"engine__dtype": "bf16"}, "engine.dtype='fp32'"),
         ({"data__text_tokenizer": "y"}, "data.text_tokenizer"),
         ({"updates": 4}, "has 5 updates, more than updates=4"),
@@ -204,7 +203,14 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], told: s
 
 
 @pytest.mark.parametrize(
-    "changes", [{"updates": 200}, {"log__every": 1}, {"data__train": "moved"}, {"engine__micro_batch_samples": 2}]
+    "changes",
+    [
+        {"updates": 200},
+        {"log__every": 1},
+        {"data__train": "moved"},
+        {"engine__micro_batch_samples": 2},
+        {"engine__zero": 3},
+    ],
 )
 def test_what_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
     save(tmp_path, 5)
@@ -212,11 +218,28 @@ def test_what_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
     resume.check(found, make(tmp_path / "elsewhere", **changes), world_size=1)
 
 
-def test_world_size(tmp_path: Path) -> None:
-    save(tmp_path / "replicated", 5)
-    (found,) = resume.committed(tmp_path / "replicated")
-    resume.check(found, make(tmp_path / "replicated"), world_size=2)
-    save(tmp_path / "cut", 5, engine__zero=1)
-    (found,) = resume.committed(tmp_path / "cut")
-    with pytest.raises(UserError, match="saved at world size 1, this run has 2; ZeRO 1 states cannot be redistributed"):
-        resume.check(found, make(tmp_path / "cut", engine__zero=1), world_size=2)
+@pytest.mark.parametrize(
+    ("saved", "wanted", "told"),
+    [
+        ({"zero": 1}, {"zero": 2, "machines": 2}, None),
+        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "machines": 4}, None),  # as many ranks in each
+        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "machines": 2}, "by 1 processes in .* engine.zero=1 and 2;"),
+        (
+            {"zero": 1, "compression_rank": 2},
+            {"zero": 3, "machines": 4},
+            "saved at engine.zero=1 .* engine.zero=3 and 1",
+        ),
+    ],
+)
+def test_numbers_of_ranks(tmp_path: Path, saved: dict[str, int], wanted: dict[str, int], told: str | None) -> None:
+    """Free, but that what compression left behind belongs to one cut."""
+    rank = {"compression_rank": saved.get("compression_rank", 0)}
+    before, now = ({f"engine__{key}": value for key, value in (part | rank).items()} for part in (saved, wanted))
+    save(tmp_path, 5, **before)
+    (found,) = resume.committed(tmp_path)
+    if told is None:
+        resume.check(found, make(tmp_path, **now), world_size=4)
+    else:
+        with pytest.raises(UserError, match=told) as error:
+            resume.check(found, make(tmp_path, **now), world_size=4)
+        assert "\n" not in str(error.value)

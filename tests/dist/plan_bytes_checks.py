@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dalle_scale import dist, plan
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import build, ds_config
+from dalle_scale.nn.branch_scale import BranchScale
 
 UPDATES = 3  # at ZeRO 3 DeepSpeed looks on in the first ones
 derive = ds_config.derive
@@ -38,10 +39,23 @@ class Net(nn.Module):
         return self.out(x)
 
 
-def make(zero: int, dtype: str, micro: int, **engine: Any) -> RunConfig:
+class Mixed(Net):
+    """Tells of its layers as residual branches, which makes their matrices 16 bits, and no others."""
+
+    def branches(self) -> list[tuple[BranchScale, list[nn.Parameter]]]:
+        return [(BranchScale(), list(layer.parameters())) for layer in self.layers]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = torch.relu(nn.functional.linear(x.to(layer.weight.dtype), layer.weight).float() + layer.bias)
+        return self.out(x)
+
+
+def make(zero: int, dtype: str, micro: int, kind: str = "adamw", **engine: Any) -> RunConfig:
     tree = {"stage": "x", "run": "x", "updates": UPDATES, "batch_samples": 16, "data": {"train": "x"}}
     tree |= {"engine": {"zero": zero, "dtype": dtype, "micro_batch_samples": micro, **engine}}
-    return parse(RunConfig, {**tree, "optim": {"model": {"lr": 0.01, "clip_norm": 1.0}}}, "test")
+    return parse(RunConfig, {**tree, "optim": {"model": {"kind": kind, "lr": 0.01, "clip_norm": 1.0}}}, "test")
 
 
 sent: list[float] = []  # by this rank, one entry a collective
@@ -74,10 +88,10 @@ def update(players: build.Players, config: RunConfig, step: int) -> None:
         players["model"].step(step)
 
 
-def compare(config: RunConfig) -> None:
-    nets = {"model": Net()}
+def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
+    nets = {"model": kind()}
     with torch.device("meta"):
-        shapes = Net()
+        shapes = kind()
     build.share(nets)
     players = build.build(config, nets)
     for step in range(UPDATES):
@@ -91,6 +105,8 @@ def compare(config: RunConfig) -> None:
 def check_bytes(zero: int) -> None:
     compare(make(zero, "bf16", 8))
     compare(make(zero, "fp32", 4))
+    if zero > 0:
+        compare(make(zero, "bf16", 8, "adamw16"), Mixed)
     if zero == 3:
         with mock.patch.object(ds_config, "derive", without_reuse):
             compare(make(zero, "fp32", 4))

@@ -28,6 +28,7 @@ STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior", "dd
 # Fresh features of the tiny vqvae2 are all but equal, and which of two codes is nearer is up to their last bits
 COMPARED = tuple(stage for stage in STAGES if stage != "vqvae2")
 ZEROS = (0, 1, 2, 3)
+RESHARDED = [(stage, 0) for stage in COMPARED] + [(stage, zero) for stage in ("dvae", "dalle") for zero in ZEROS[1:]]
 UPDATES = 6
 # Sums run in another order at every ZeRO stage and world size; six updates of these models carry that to 1e-6
 TOLERANCE = 1e-5
@@ -80,6 +81,7 @@ def run_many(runs: list[list[Any]], folder: Path, processes: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs `<stage>_zero<n>_<processes>`; `..._resumed`, which went on from the third update of the run with two;
+    `grown`, which went on from that of a run with one at another stage;
     `in_step_<processes>`, a transformer over pictures that a dVAE encodes in the step; and `latents_<processes>`,
     diffusion of what a VAE makes of pictures."""
     folder = tmp_path_factory.mktemp("runs")
@@ -91,7 +93,7 @@ def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
                 name = f"{stage}_zero{zero}_{processes}"
                 arguments = [config, f"engine.zero={zero}"]
                 todo.append([*arguments, f"run={folder / name}"])
-                if processes == 2 or zero == 0:
+                if processes == 2 or (stage, zero) in RESHARDED:
                     todo.append([*arguments, f"run={folder / name}_resumed", "--resume", third])
         tokenizer = folder / "dvae_zero0_2" / "export"
         in_step = [tiny["dalle"], f"tokenizer={tokenizer}", "model.encode_in_step=true", "engine.zero=3"]
@@ -101,6 +103,8 @@ def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
         below = [f"tokenizer={folder / 'vae_zero0_2' / 'export'}", *(f"model.{part}" for part in shape)]
         todo.append([tiny["ddpm"], *below, "engine.zero=3", f"run={folder}/latents_{processes}"])
         run_many(todo, folder, processes)
+    third = folder / "dvae_zero1_1" / "checkpoints" / "00000003"
+    run_many([[tiny["dvae"], "engine.zero=3", f"run={folder}/grown", "--resume", third]], folder, processes=2)
     return folder
 
 
@@ -143,13 +147,15 @@ def test_resume_is_bit_exact(runs: Path, stage: str, zero: int) -> None:
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("stage", COMPARED)
-def test_resume_at_another_world_size(runs: Path, stage: str) -> None:
-    """ZeRO 0 keeps whole states: one process goes on where two stopped."""
+@pytest.mark.parametrize(
+    ("name", "stage"), [(f"{stage}_zero{zero}_1_resumed", stage) for stage, zero in RESHARDED] + [("grown", "dvae")]
+)
+def test_resume_at_another_world_size(runs: Path, name: str, stage: str) -> None:
+    """One process goes on where two stopped, and two, at another ZeRO stage, where one did."""
     want = [line for line in metrics(runs / f"{stage}_zero0_1") if line["update"] > 3]
-    for line, reference in zip(metrics(runs / f"{stage}_zero0_1_resumed"), want, strict=True):
+    for line, reference in zip(metrics(runs / name), want, strict=True):
         losses = {name: value for name, value in reference.items() if name.endswith("/loss")}
-        assert {name: line[name] for name in losses} == pytest.approx(losses, rel=TOLERANCE)
+        assert losses and {name: line[name] for name in losses} == pytest.approx(losses, rel=TOLERANCE)
 
 
 def test_tokenizer_in_the_step(runs: Path) -> None:

@@ -117,16 +117,26 @@ def test_several_machines() -> None:
         ({"machines": 3}, "engine.machines: 3, but 4 processes do not divide among them"),
         ({"zero": 0}, "need engine.zero=1, 2 or 3 inside a machine"),
         ({"zero": 0, "machines": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a machine"),
-        ({"dtype": "fp16", "compression_rank": 4}, "does not go with engine.dtype=fp16"),
+        ({"dtype": "fp16", "compression_rank": 4}, "goes with engine.dtype=fp16 only where optim kind is adamw16"),
     ):
         with pytest.raises(UserError, match=message):
             ds_config.check(make({**engine, **changes}), 4, None if "dtype" in changes else cpu)
 
 
 def test_16_bit_states() -> None:
-    short = make({"zero": 2, "dtype": "bf16"}, kind="adamw16")
-    section = ds_config.derive(short, "model", world_size=2)["bf16"]
-    assert section["bf16_master_weights_and_grads"] and section["bf16_optimizer_states"]
+    """DeepSpeed is told of fp32 and has nothing to scale or clip."""
+    for zero, accumulated in ((1, "fp16"), (2, "fp16"), (3, "fp32")):
+        short = make({"zero": zero, "dtype": "fp16"}, kind="adamw16", clip_norm=4.0)
+        ds_config.check(short, 2, CPU)
+        derived = ds_config.derive(short, "model", world_size=2)
+        assert not derived["bf16"]["enabled"] and not derived["fp16"]["enabled"]
+        assert derived["fp16"]["loss_scale"] == 1.0 and derived["gradient_clipping"] == 0.0
+        assert derived["data_types"] == {"grad_accum_dtype": accumulated}
+        assert derived["communication_data_type"] == "fp16"
+        assert not derived["zero_optimization"]["contiguous_gradients"]
+        assert derived["zero_optimization"]["compute_grad_norm"] == (zero == 3)
     for engine in ({"zero": 2}, {"zero": 0, "dtype": "bf16"}):
-        with pytest.raises(UserError, match=r"adamw16 is for engine\.dtype=bf16 and engine\.zero=1, 2 or 3"):
-            ds_config.check(make(engine, kind="adamw16"), 2, torch.device("cpu"))
+        with pytest.raises(UserError, match=r"adamw16 is for engine\.dtype=bf16 or fp16 and engine\.zero=1, 2 or 3"):
+            ds_config.check(make(engine, kind="adamw16"), 2, CPU)
+    with pytest.raises(UserError, match=r"'model' of stage 'x' does not tell of; take engine\.dtype=bf16"):
+        ds_config.check_nets(short, {"model": torch.nn.Identity()})

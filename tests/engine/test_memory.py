@@ -10,6 +10,7 @@ from toys.autoencoder import Net
 
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import memory, optim
+from dalle_scale.nn.transformer import Transformer
 
 
 def make(kind: str = "adamw", ema_decay: float = 0.9, **engine: Any) -> RunConfig:
@@ -46,7 +47,8 @@ def test_equals_what_torch_allocates_at_zero_0(kind: str) -> None:
         ({"zero": 3}, 1, 1, 1, 2),
         ({"zero": 0, "dtype": "bf16"}, 2, 4, 2, 8),
         ({"zero": 2, "dtype": "bf16"}, 2, 1, 0.5, 2),
-        ({"zero": 3, "dtype": "bf16", "kind": "adamw16"}, 0.5, 0.5, 0.5, 1),
+        ({"zero": 3, "dtype": "bf16", "kind": "adamw16"}, 0.5, 0, 0.5, 1),
+        ({"zero": 1, "dtype": "fp16", "kind": "adamw16"}, 2, 0, 2, 1),
     ],
 )
 def test_bytes_a_parameter_on_four_ranks(
@@ -57,6 +59,18 @@ def test_bytes_a_parameter_on_four_ranks(
     sizes = memory.estimate(net, make(**{"ema_decay": 0.0, **engine}), "model", world_size=4)
     want = {"weights": weights, "master weights": masters, "gradients": gradients, "optimizer": optimizer}
     assert sizes == {**{kind: 1e6 * size for kind, size in want.items()}, "average": 0, "buffers": 0}
+
+
+def test_matrices_alone_are_16_bits_in_a_net_of_branches() -> None:
+    sizes = {"text_vocab": 11, "text_length": 5, "image_vocab": 13, "grid": 3, "width": 32, "heads": 2}
+    with torch.device("meta"):
+        net = Transformer(**sizes, kinds=("row", "column", "conv"))
+    matrices, parameters = 3 * 12 * 32**2, sum(p.numel() for p in net.parameters())
+    rest = parameters - matrices
+    config = make("adamw16", ema_decay=0.0, zero=1, dtype="fp16")
+    got = memory.estimate(net, config, "model", world_size=1)
+    want = {"weights": 2 * matrices + 4 * rest, "gradients": 2 * matrices + 4 * rest, "master weights": 0}
+    assert got == {**want, "optimizer": 4 * matrices + 8 * rest, "average": 0, "buffers": 0}
 
 
 def test_report_tells_everything() -> None:

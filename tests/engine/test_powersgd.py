@@ -52,13 +52,14 @@ class Replicas:
         return value[0] == 1
 
 
-def averaged(compressors: list[PowerSGD], gradients: list[list[Tensor]]) -> list[list[Tensor]]:
-    """What each replica's gradients become."""
+def averaged(compressors: list[PowerSGD], gradients: list[list[Tensor]], scale: float = 1.0) -> list[list[Tensor]]:
+    """What each replica's gradients become, which were multiplied by `scale`."""
     replicas, found = Replicas(len(compressors)), [[matrix.clone() for matrix in row] for row in gradients]
 
     def work(index: int) -> None:
         compressors[index].average(
             found[index],
+            [scale] * len(found[index]),
             lambda tensors: replicas.mean(index, tensors),
             lambda flag: replicas.all(index, flag),
         )
@@ -150,6 +151,17 @@ def test_16_bit_gradients() -> None:
     torch.testing.assert_close(
         first.float(), (gradients[0][0].float() + gradients[1][0].float()) / 2, rtol=0.02, atol=0.02
     )
+
+
+def test_scales_may_change_from_update_to_update() -> None:
+    """What is left behind has no scale; powers of two are exact."""
+    plain, scaled = ([PowerSGD(2, seed=1) for _ in range(2)] for _ in range(2))
+    for update, scale in enumerate((2.0**10, 2.0**-3, 1.0)):
+        gradients = [[random(6, 10, seed=10 * update + index)] for index in range(2)]
+        want = averaged(plain, gradients)
+        got = averaged(scaled, [[matrix * scale for matrix in row] for row in gradients], scale)
+        assert all(torch.equal(b[0], a[0] * scale) for a, b in zip(want, got, strict=True))
+        assert torch.equal(plain[0].errors[0], scaled[0].errors[0])
 
 
 def test_where_it_pays() -> None:
