@@ -77,8 +77,9 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
     images = [str(path) for path in sorted(prompts.glob("**/*.png"))]
     commands = {}
     for steps in STEPS:
-        how = [f"--model={export}", "--method=ddim", f"--steps={steps}", f"--prompt-file={prompts}/prompts.jsonl"]
-        how += [f"--candidates={CANDIDATES.get(steps, MANY)}", f"--out={out}/samples_{steps}"]
+        how = [f"--model={export}", "--method=ddim", "--clip", f"--steps={steps}"]
+        how += [f"--prompt-file={prompts}/prompts.jsonl", f"--candidates={CANDIDATES.get(steps, MANY)}"]
+        how.append(f"--out={out}/samples_{steps}")
         commands[f"sample {steps}"] = PROGRAMS.python("launch/sample.py", *how)
         compared = [f"--samples={out}/samples_{steps}", f"--reference={config.data.train}", f"--clip={clip}"]
         compared += ["--subset=50", "--measures", "frechet", "kernel", f"--out={out}/fidelity_{steps}"]
