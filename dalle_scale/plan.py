@@ -177,7 +177,7 @@ def sent_bytes(collectives: dict[str, float], ranks: int) -> float:
 
 def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_size: int) -> float:
     """Bytes of the tensors that a rank puts through all-reduce with its replicas in other machines in one update: its
-    slice of the gradients, matrices as fp32 factors where `engine.compression_rank` makes that smaller. The mean of
+    slice of the gradients, matrices as factors where `engine.compression_rank` makes that smaller. The mean of
     the ranks of a machine: at ZeRO 1 and 2 these hold different matrices."""
     if config.engine.machines == 1:
         return 0.0
@@ -186,7 +186,7 @@ def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_s
     factors = sum(config.engine.compression_rank * (rows + columns) * count for rows, columns, count in compressed)
     trained = [p for group in _groups(config, net, name) for p in group["params"]]
     of_matrix = min(element.values())
-    return 4 * factors + _size(trained, element) * config.engine.machines / world_size - of_matrix * taken
+    return of_matrix * (factors - taken) + _size(trained, element) * config.engine.machines / world_size
 
 
 def _compressed(config: RunConfig, net: nn.Module, name: str, world_size: int) -> list[tuple[int, int, float]]:

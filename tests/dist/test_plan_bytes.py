@@ -13,5 +13,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("zero", checks.STAGES)
-def test_bytes(results: dict[str, str], zero: int) -> None:
-    assert results[f"bytes-{zero}"] == "ok", results[f"bytes-{zero}"]
+@pytest.mark.parametrize("check", checks.names(vars(plan_bytes_checks)))
+def test_bytes(results: dict[str, str], check: str, zero: int) -> None:
+    assert results[f"{check}-{zero}"] == "ok", results[f"{check}-{zero}"]

@@ -1,0 +1,104 @@
+"""One of the four ranks of compression.py: two machines of two ranks each, fp32, ZeRO 3 inside a machine.
+
+Two engines of the same net take every update in turn on the same batch: `exact` averages its gradients between the
+machines as they are, `compressed` with PowerSGD.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from slow_link_side import open_side, open_stage
+from torch import nn
+from toy_tokens import SIZES, scenes
+
+from dalle_scale import config as configs
+from dalle_scale import dist, log, plan
+from dalle_scale.config import RunConfig
+from dalle_scale.engine import build
+from dalle_scale.types import Batch, Stage
+
+SCENES, HELD_OUT, BATCH_SAMPLES = 8_192, 256, 32
+LEFT = 0.15  # of the bytes between machines
+KINDS = ["row", "column", "row", "conv"]
+TREE = {
+    "stage": "dalle",
+    "run": "none",
+    "updates": 1_000_000,
+    "batch_samples": BATCH_SAMPLES,
+    "model": {**SIZES, "width": 64, "layers": 8, "heads": 4, "attention": KINDS},
+    "data": {"train": "none"},
+    "optim": {"model": {"lr": 1e-3, "betas": [0.9, 0.96], "weight_decay": 0.045, "clip_norm": 4.0}},
+    "engine": {"zero": 3, "machines": 2},
+}
+
+
+def main() -> None:
+    """Train what the folder of the command line plans; rank 0 writes the losses there."""
+    folder = Path(sys.argv[-1])
+    updates: int = json.loads((folder / "plan.json").read_text())["updates"]
+    build.start()
+    config = configs.parse(RunConfig, TREE, where="compression_side.py")
+    stage = open_stage(config)
+    rank = paper_rank(config, stage.nets()["model"])
+    sides = {name: open_side(config, stage, r).players for name, r in (("exact", 0), ("compressed", rank))}
+    text, codes = scenes(SCENES)
+    order = torch.Generator().manual_seed(0)
+    curves: dict[str, list[float]] = {name: [] for name in sides}
+    for update in log.progress(range(updates), "train", "updates", updates):
+        rows = torch.randint(HELD_OUT, SCENES, (BATCH_SAMPLES,), generator=order)
+        batch = share({"text": text[rows], "codes": codes[rows]})
+        for name, players in sides.items():
+            dist.seed_everything(config.seed, update)
+            curves[name].append(step(stage, players, batch, update))
+    held_out = share({"text": text[:HELD_OUT], "codes": codes[:HELD_OUT]})
+    result = {
+        "parameters": sum(p.ds_numel for p in sides["exact"]["model"].module.parameters()),
+        "compression_rank": rank,
+        "held_out_nats": {name: evaluate(stage, players, held_out, updates) for name, players in sides.items()},
+        "mib_between_machines": {n: players.numbers()["between_machines_mib"] for n, players in sides.items()},
+        "curves": curves,
+    }
+    if dist.is_main():
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def paper_rank(config: RunConfig, net: nn.Module) -> int:
+    """The largest with which a rank averages at most `LEFT` of its bytes, those of embeddings and gains included."""
+
+    def averaged(rank: int) -> float:
+        engine = config.engine.model_copy(update={"compression_rank": rank})
+        changed = config.model_copy(update={"engine": engine})
+        return plan.between_machines_bytes(changed, net, "model", dist.world_size())
+
+    return max(rank for rank in range(1, 32) if averaged(rank) <= LEFT * averaged(0))
+
+
+def share(whole: dict[str, torch.Tensor]) -> Batch:
+    """This rank's samples."""
+    batch = {name: tensor.chunk(dist.world_size())[dist.rank()] for name, tensor in whole.items()}
+    return {**batch, "weight": torch.ones(len(batch["codes"]))}
+
+
+def step(stage: Stage, players: build.Players, batch: Batch, update: int) -> float:
+    """One update; its loss over all ranks."""
+    with players.turn("model") as nets:
+        total = stage.loss("model", nets, batch, update).total
+        players["model"].backward(total)
+    players["model"].step(update)
+    return dist.all_reduce(total.detach().clone(), "mean").item()
+
+
+def evaluate(stage: Stage, players: build.Players, batch: Batch, update: int) -> float:
+    """The loss over all ranks, without dropout."""
+    with players.evaluating() as nets:
+        loss: Any = stage.loss("model", nets, batch, update).total
+    return dist.all_reduce(loss.clone(), "mean").item()
+
+
+if __name__ == "__main__":
+    log.guarded(main)

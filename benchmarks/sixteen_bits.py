@@ -1,0 +1,249 @@
+"""A small transformer with 16-bit weights and states against the same in fp32, and what goes wrong in fp16.
+
+    python benchmarks/sixteen_bits.py
+
+Every run sees the same batches (captions and 8x8 colours of the toy world) from the same initial weights. The rules
+are those of the program, `engine.adam16.AdamW16` and `engine.scaling.Scaling` on `nn.transformer.Transformer`, in one
+process without DeepSpeed. CPUs have no fast products of 16-bit matrices, so these are computed in fp32 and rounded,
+which is what tensor cores do.
+
+The fp16 runs have two hardships that small models do not have by themselves: the loss is divided by 256, as by
+accumulation over 256 micro-batches, and in every 60th update the gradient of one block overflows (the paper skips 5 %
+of its updates for such reasons). "one scale" multiplies the loss by one number: 2^16 at first, halved at an overflow,
+doubled after 1,000 updates without (DeepSpeed's rule). Writes benchmarks/results/sixteen_bits.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from environment import ROOT, describe
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_tokens import SIZES, scenes
+from tqdm import tqdm
+
+from dalle_scale.config import OptimConfig
+from dalle_scale.engine import optim
+from dalle_scale.engine.scaling import Scaling
+from dalle_scale.nn.branch_scale import branches_of, in_16_bits
+from dalle_scale.nn.transformer import Transformer
+
+UPDATES, BATCH = 2_000, 8
+SCENES, HELD_OUT = 8_192, 256
+MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
+RESULTS = ROOT / "benchmarks" / "results"
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    name: str
+    dtype: str = "fp32"
+    states: str = "paper"
+    rounding: str = "stochastic"
+    one_scale: bool = False
+
+
+CASES = (
+    Case("fp32"),
+    Case("bf16, states of the paper, stochastic", "bf16"),
+    Case("bf16, states of the paper, compensated", "bf16", rounding="compensated"),
+    Case("bf16, bf16 states, stochastic", "bf16", states="bf16"),
+    Case("bf16, states of the paper, to nearest", "bf16", rounding="nearest"),
+    Case("fp16, a scale a branch", "fp16"),
+    Case("fp16, one scale", "fp16", one_scale=True),
+)
+
+
+def main() -> None:
+    """Train all cases, two at a time; write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    args = parser.parse_args()
+    jobs = [(case, args.updates) for case in CASES]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="cases"))
+    reference = runs[0]["held_out_nats"]
+    for row in runs:
+        row["by_fp32"] = round(row["held_out_nats"] / reference, 5)
+    result = {
+        "updates": args.updates,
+        "parameters": sum(p.numel() for p in fresh_net().parameters()),
+        "runs": [{key: value for key, value in row.items() if key != "curve"} for row in runs],
+        **describe(),
+    }
+    (RESULTS / "sixteen_bits.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(runs)
+    for row in runs:
+        numbers = f"{row['held_out_nats']:8.4f} nats  {row['by_fp32']:7.4f}  skipped {row['skipped_updates']}"
+        print(f"{row['name']:<42}{numbers}")
+
+
+def run(job: tuple[Case, int]) -> dict[str, Any]:
+    """Train one case; its curve and its loss on held-out scenes, in nats a token."""
+    case, updates = job
+    torch.set_num_threads(1)
+    text, codes = scenes(SCENES)
+    net = fresh_net()
+    if case.dtype != "fp32":
+        for parameter in in_16_bits(net):
+            parameter.data = parameter.data.to(HALF[case.dtype])
+    began = time.perf_counter()
+    with ProductsInFp32():
+        curve, skipped = train(net, case, updates, text[HELD_OUT:], codes[HELD_OUT:])
+        with torch.no_grad():
+            held_out = loss_of(net, text[:HELD_OUT], codes[:HELD_OUT]).item()
+    return {
+        "name": case.name,
+        "held_out_nats": round(held_out, 5),
+        "skipped_updates": skipped,
+        "seconds": round(time.perf_counter() - began),
+        "curve": curve,
+    }
+
+
+def train(net: Transformer, case: Case, updates: int, text: Tensor, codes: Tensor) -> tuple[list[float], int]:
+    """Losses in nats a token, and how many updates were skipped."""
+    short = case.dtype != "fp32"
+    rules: dict[str, Any] = {"states": case.states, "rounding": case.rounding} if short else {}
+    config = OptimConfig(
+        kind="adamw16" if short else "adamw", lr=1e-3, betas=(0.9, 0.96), weight_decay=0.045, clip_norm=1.0, **rules
+    )
+    optimizer = optim.build(net, config)
+    hard = case.dtype == "fp16"
+    divided = MICRO_BATCHES if hard else 1
+    scaler: Any = OneScale() if case.one_scale else BranchScales(net, hard, config.clip_norm)
+    overflow = Overflow(net.blocks[OVERFLOWING_BLOCK]) if hard else None
+    order, curve, skipped = torch.Generator().manual_seed(0), [], 0
+    for update in range(updates):
+        optim.set_lr(optimizer, min(1.0, (update + 1) / 100))
+        rows = torch.randint(0, len(text), (BATCH,), generator=order)
+        loss = loss_of(net, text[rows], codes[rows])
+        curve.append(loss.item())
+        if overflow is not None:
+            overflow.now = update % OVERFLOW_EVERY == OVERFLOW_EVERY - 1
+        (loss / divided * scaler.of_loss).backward()
+        if short:
+            taken = scaler.prepare(optimizer.param_groups, divided, config.clip_norm)
+        else:
+            nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+            taken = True
+        if taken:
+            optimizer.step()
+        skipped += not taken
+        optimizer.zero_grad()
+    return curve, skipped
+
+
+class BranchScales:
+    """The program's own."""
+
+    of_loss = 1.0
+
+    def __init__(self, net: Transformer, dynamic: bool, clip_norm: float) -> None:
+        self.scaling = Scaling([scale for scale, _ in branches_of(net)], dynamic, clip_norm)
+
+    def prepare(self, groups: list[dict[str, Any]], divided: int, clip_norm: float) -> bool:
+        """Set the divisors; whether to take the update."""
+        self.scaling.clip_norm = clip_norm / divided  # of gradients that are so much smaller
+        finite = self.scaling.finite(gradients(groups))
+        taken = self.scaling.apply(groups, gradients(groups), finite, lambda tensor: tensor)
+        for group in groups:
+            group["gradient_divisor"] /= divided
+        return taken
+
+
+class OneScale:
+    """One scale of the loss for all gradients, by DeepSpeed's rule."""
+
+    def __init__(self) -> None:
+        self.of_loss, self.patience, self.clean = 2.0**16, 2, 0
+
+    def prepare(self, groups: list[dict[str, Any]], divided: int, clip_norm: float) -> bool:
+        """Set the divisors; whether to take the update."""
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).double().square() for g, _ in gradients(groups)]
+        norm = float(torch.stack(squares).sum().sqrt()) / self.of_loss * divided
+        for group in groups:
+            group["gradient_divisor"] = self.of_loss / divided * max(1.0, norm / clip_norm)
+        if np.isfinite(norm):
+            self.clean += 1
+            self.of_loss *= 2.0 if self.clean % 1000 == 0 else 1.0
+            return True
+        self.clean, self.patience = 0, max(1, self.patience - 1) if self.patience > 1 else self._halve()
+        return False
+
+    def _halve(self) -> int:
+        self.of_loss = max(1.0, self.of_loss / 2)
+        return 1
+
+
+def gradients(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """All gradients, each with its group."""
+    return ((p.grad, group) for group in groups for p in group["params"] if p.grad is not None)
+
+
+class Overflow:
+    """Multiplies the gradient that leaves a block's MLP by 2^60 where `now` is set."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.now = False
+        block.contract.register_forward_hook(self._watch)  # type: ignore[union-attr]
+
+    def _watch(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda gradient: gradient * 2.0**60 if self.now else gradient)
+
+
+class ProductsInFp32(TorchDispatchMode):
+    """Products of 16-bit matrices are computed in fp32 and rounded once."""
+
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._overloadpacket in self.products and args[0].dtype in HALF.values():  # type: ignore[attr-defined]
+            wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+            return func(*wide, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def fresh_net() -> Transformer:
+    """The same initial weights every time."""
+    torch.manual_seed(0)
+    kinds = ("row", "column", "row", "row", "column", "conv")
+    return Transformer(**SIZES, width=64, heads=4, kinds=kinds)  # type: ignore[arg-type]
+
+
+def loss_of(net: Transformer, text: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross entropy of words (1/8) and codes (7/8), nats."""
+    parts = zip(net(text, codes), (text, codes), (1 / 8, 7 / 8), strict=True)
+    return sum(w * nn.functional.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y, w in parts)  # type: ignore
+
+
+def draw(runs: list[dict[str, Any]]) -> None:
+    """All curves, each a running mean of 50 updates."""
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for row in runs:
+        curve = np.convolve(row["curve"], np.ones(50) / 50, mode="valid")
+        axes.plot(np.arange(len(curve)) + 50, curve, linewidth=1, label=f"{row['name']}: {row['held_out_nats']:.3f}")
+    axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
+    axes.legend(title="loss on held-out scenes", fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(RESULTS / "sixteen_bits.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
