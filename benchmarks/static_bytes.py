@@ -2,10 +2,10 @@
 
     python benchmarks/static_bytes.py
 
-A transformer of 26 million parameters (2 % of them in fp32) takes one update and the backward pass of a second; then
+A transformer of 13 million parameters (4 % of them in fp32) takes one update and the backward pass of a second; then
 the storages of all tensors are counted once each, whoever holds them, and once more at the widest point of the
-optimizer step. 16-bit states (`adamw16`) beside fp32 masters and moments, at ZeRO 1 to 3 on one rank and two, by the real
-launcher. Writes benchmarks/results/static_bytes.json.
+optimizer step. 16-bit states (`adamw16`) beside fp32 masters and moments, at ZeRO 1 to 3 on one rank and two, by the
+real launcher. Writes benchmarks/results/static_bytes.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dalle_scale.config import RunConfig
 from dalle_scale.engine import build, memory
 
 HERE = Path(__file__).parent
-MODEL = {"text_length": 0, "image_vocab": 512, "grid": 4, "width": 512, "layers": 8, "heads": 8}
+MODEL = {"text_length": 0, "image_vocab": 512, "grid": 4, "width": 512, "layers": 4, "heads": 8}
 CASES = [(kind, zero, ranks) for kind in ("adamw16", "adamw") for ranks in (1, 2) for zero in (1, 2, 3)]
 
 
