@@ -1,67 +1,18 @@
 """Causal self-attention over a caption and a grid of image codes, full or sparse (arXiv 2102.12092, App. B.1).
 
-The sequence is `prefix` states (start of text, caption, start of image) and then grid x grid image states in raster
-order. Prefix states see the prefix up to themselves. Image states see the whole prefix and, of the image:
-
-    full     every state up to themselves
-    row      the last grid + 1 states in raster order, themselves included: up to the same column of the previous
-             row, across row ends (figure 11a)
-    column   their own column up to themselves (11b)
-    conv     a conv_kernel x conv_kernel window around themselves, its past half; like the row window it is one of
-             raster offsets, so it goes on across row ends (11d)
-
-Text and image keys share one softmax (footnote 7 of the paper: two were worse).
+Who sees whom is in attention_mask.py. Text and image keys share one softmax (footnote 7 of the paper: two were worse).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kind = Literal["full", "row", "column", "conv"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a sequence is laid out: `prefix` states, then `grid` x `grid` image states in raster order."""
-
-    prefix: int
-    grid: int
-    conv_kernel: int = 11  # side of the window of "conv" attention, odd
-
-    @property
-    def length(self) -> int:
-        """Number of states."""
-        return self.prefix + self.grid**2
-
-
-def visible(kind: Kind, layout: Layout) -> Tensor:
-    """Which keys each query sees: bool [L, L], row = query. Every query sees at least itself."""
-    states = torch.arange(layout.length)
-    query, key = states[:, None], states[None, :]
-    offset = query - key  # between two image states: how far back in raster order
-    if kind == "full":
-        seen = torch.ones_like(offset, dtype=torch.bool)
-    elif kind == "row":
-        seen = offset <= layout.grid
-    elif kind == "column":
-        seen = offset % layout.grid == 0
-    else:
-        seen = torch.isin(offset, _conv_offsets(layout))
-    return (offset >= 0) & (seen | (key < layout.prefix))
-
-
-def _conv_offsets(layout: Layout) -> Tensor:
-    """Raster offsets of the past half of the window; a window wider than the grid also holds offsets < 0, unused."""
-    reach = layout.conv_kernel // 2
-    rows_back = torch.arange(reach + 1)[:, None]
-    columns_back = torch.arange(-reach, reach + 1)[None, :]
-    return (rows_back * layout.grid + columns_back).flatten()
+from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.nn.sparse_attention import attend_blocks
 
 
 @lru_cache(maxsize=32)
@@ -79,6 +30,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout
     """Attention of whole sequences: query, key, value [B, H, L, width of a head] -> the same shape."""
     if kind == "full":
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if query.device.type == "cpu":
+        return attend_blocks(query, key, value, kind, layout)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=_bias(kind, layout, query.dtype, query.device))
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dalle_scale import log, types
-from dalle_scale.nn.attention import Kind, Layout, visible
+from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.transformer import Transformer, paper_order
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from dalle_scale.nn.attention import Attention, Cache, Kind, Layout, attend, visible
+from dalle_scale.nn.attention import Attention, Cache, attend
+from dalle_scale.nn.attention_mask import Kind, Layout, visible
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PREFIX = 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle_scale.nn.attention import Kind, Layout, visible
+from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.transformer import Block, Transformer, paper_order
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
