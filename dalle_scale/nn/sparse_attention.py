@@ -2,9 +2,9 @@
 
 Image states are cut into blocks of queries; the keys that a block sees beside the prefix are gathered, and every block
 is dense attention with a small mask. The prefix is seen whole by all image states: a second call without mask. Both
-calls give the logarithm of the sum of their exponentials, with which their results become those of one softmax. Backward
-the sums of both are put in place of each one's own, as in ring attention (arXiv 2310.01889), so that nothing but the
-result is kept.
+calls give the logarithm of the sum of their exponentials, with which their results become those of one softmax.
+Backward, the sum of both is put in place of each one's own, as in ring attention (arXiv 2310.01889), so that nothing
+but the result is kept.
 
 At the paper's size (258 prefix states, 32 x 32 codes) an image query meets 322 keys in a row layer, 290 in a column
 layer and 409 in the conv layer, of which it sees at most 291, 290 and 319; dense attention computes 1282.
