@@ -26,7 +26,9 @@ CLUSTER = {"machines": 1, "gpus": 1, "memory_gib": 1.0, "flops": 1e12, "intra_gb
 
 
 def tiny(stage: str, *overrides: str) -> RunConfig:
-    return configs.load(TINY / f"{stage}.yaml", overrides)
+    """With dense attention: on CPUs the sparse kinds are computed in another way than on GPUs, which are planned."""
+    dense = ["model.attention=[full]"] if stage == "dalle" else []
+    return configs.load(TINY / f"{stage}.yaml", [*dense, *overrides])
 
 
 def cluster(**changes: Any) -> plan.Cluster:
@@ -179,13 +181,13 @@ def test_zero_3_gathers_twice_what_is_used_again_far_away() -> None:
     ("zero", "rank", "want"),
     [
         (3, 0, 2 * 20_100 / 4),
-        (3, 5, 4 * 5 * (25 + 200) + 2 * 100 / 4),
-        (2, 5, 4 * 5 * (100 + 200) / 4 + 2 * 100 / 4),
+        (3, 5, 2 * 5 * (25 + 200) + 2 * 100 / 4),
+        (2, 5, 2 * 5 * (100 + 200) / 4 + 2 * 100 / 4),
         (3, 50, 2 * 20_100 / 4),  # does not pay
     ],
 )
 def test_bytes_between_machines(zero: int, rank: int, want: float) -> None:
-    """100 x 200 on two machines of four ranks, by rows at ZeRO 3: r (m + n) fp32 numbers instead of m n bf16 ones."""
+    """100 x 200 on two machines of four ranks, by rows at ZeRO 3: r (m + n) bf16 numbers instead of m n."""
     config = toy(zero=zero, machines=2, compression_rank=rank)
     assert plan.between_machines_bytes(config, linear((200, 100)), "model", world_size=8) == pytest.approx(want)
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle_scale.nn.attention import Attention, Cache, Linear
 from dalle_scale.nn.attention_mask import Kind, Layout
 from dalle_scale.nn.branch_scale import BranchScale
+from dalle_scale.nn.vocabulary_loss import weighted_entropy
 
 
 def paper_order(layers: int) -> tuple[Kind, ...]:
@@ -63,15 +64,19 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits over a vocabulary, computed and returned in fp32 whatever the precision of the weights (App. D)."""
+    """Logits over a vocabulary, or the loss of them, in fp32 whatever the precision of the weights (App. D)."""
 
     def __init__(self, width: int, vocab: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """States [..., D] -> fp32 logits [..., vocab]."""
-        return F.linear(x.float(), self.weight.float())
+    def forward(self, x: Tensor, targets: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """States [..., D] -> fp32 logits [..., vocab]; with targets int64 [B, N] and a weight a sample [B] instead the
+        mean over samples of weight times cross entropy, which is the mean over N, a scalar."""
+        if targets is None or weight is None:
+            return F.linear(x.float(), self.weight.float())
+        shares = (weight.float() / targets.numel()).repeat_interleave(targets.shape[1])
+        return weighted_entropy(x.float().flatten(0, 1), self.weight.float(), targets.flatten(), shares)
 
 
 class Transformer(nn.Module):
@@ -131,11 +136,16 @@ class Transformer(nn.Module):
         """The residual branches, first to last: the scale of each and the parameters in it."""
         return [branch for block in self.blocks for branch in cast(Block, block).branches()]
 
-    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of every token and code of whole sequences.
+    def forward(
+        self, text: Tensor, codes: Tensor, weights: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of every token and code of whole sequences, or the losses of them without the logits.
 
         text int64 [B, T], codes int64 [B, N] -> fp32 (text logits [B, T, text_vocab + T], image logits
         [B, N, image_vocab]). Logits k are of token or code k itself: the shift by one state is done here.
+
+        With `weights`, of captions [B] and of codes [B] -> the losses of both, scalars: the mean over samples of weight
+        times cross entropy, which is in nats a position.
         """
         position = (self.image_row[:, None] + self.image_column).flatten(0, 1)
         x = torch.cat([*self._prefix(text), self.image_code(codes) + position], dim=1)
@@ -145,10 +155,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x)
         x = self.norm(x)
-        image_logits = self.image_head(x[:, self.text_length + 1 : -1])
+        of_text, of_codes = ((text, weights[0]), (codes, weights[1])) if weights is not None else ((), ())
+        image = self.image_head(x[:, self.text_length + 1 : -1], *of_codes)
         if not self.text_length:
-            return image_logits.new_empty(len(x), 0, 0), image_logits
-        return self.text_head(x[:, : self.text_length]), image_logits
+            return image.new_zeros(()) if weights is not None else image.new_empty(len(x), 0, 0), image
+        return self.text_head(x[:, : self.text_length], *of_text), image
 
     def begin(self, text: Tensor, owners: Tensor) -> tuple[Tensor, list[Cache]]:
         """Start drawing N images from U captions.

@@ -134,11 +134,9 @@ class Stage(types.Stage):
             text = torch.where(dropped, self.empty_caption(text.device), text)
             text_weight = weight * ~dropped[:, 0] / (1 - c.caption_dropout)
         codes = self._codes(batch)
-        text_logits, image_logits = nets[turn](text, codes)
-        image_loss = (cross_entropy(image_logits, codes) * weight).mean()
+        text_loss, image_loss = nets[turn](text, codes, (text_weight, weight))
         if not c.text_length:
             return Losses(image_loss, {"loss": image_loss.detach(), "image": image_loss.detach()})
-        text_loss = (cross_entropy(text_logits, text) * text_weight).mean()
         total = c.text_weight * text_loss + (1 - c.text_weight) * image_loss
         return Losses(total, {"loss": total.detach(), "text": text_loss.detach(), "image": image_loss.detach()})
 
