@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.sparse_attention import attend_blocks
 
@@ -33,54 +34,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout
     if query.device.type == "cpu":
         return attend_blocks(query, key, value, kind, layout)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=_bias(kind, layout, query.dtype, query.device))
-
-
-class Cache:
-    """Keys and values of one layer while N samples are drawn code by code, in memory allocated once.
-
-    First the prefixes, once per distinct caption; then one image state of every sample at a time. A row layer never
-    looks back further than grid + 1 states, so its image part is a ring of that many slots.
-    """
-
-    def __init__(self, kind: Kind, layout: Layout, owners: Tensor) -> None:
-        """owners: int64 [N], the row of the prefix batch that each sample goes on from."""
-        self.kind, self.layout, self.owners = kind, layout, owners
-        self.image_slots = min(layout.grid + 1, layout.grid**2) if kind == "row" else layout.grid**2
-        self.image_states = 0  # seen so far
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of the states that come next; [B, H, states, width of a head] each, and so is the result.
-
-        The first call brings the prefixes (B distinct captions), each later one an image state (B = N samples).
-        """
-        if self._key is None or self._value is None:
-            self._key, self._value = self._allocate(key), self._allocate(value)
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        index = self.image_states
-        slot = self.layout.prefix + index % self.image_slots
-        self._key[:, :, slot] = key[:, :, 0]
-        self._value[:, :, slot] = value[:, :, 0]
-        self.image_states += 1
-        filled = self.layout.prefix + min(self.image_states, self.image_slots)
-        # two plain products: for a single query they beat the fused kernel on CPU
-        scores = (query * query.shape[-1] ** -0.5) @ self._key[:, :, :filled].transpose(-1, -2)
-        if self.kind in ("column", "conv"):
-            scores = (
-                scores + _bias(self.kind, self.layout, scores.dtype, scores.device)[self.layout.prefix + index, :filled]
-            )
-        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        mixed: Tensor = shares @ self._value[:, :, :filled]
-        return mixed
-
-    def _allocate(self, prefix: Tensor) -> Tensor:
-        """Room for every slot of every sample, with the prefix of its caption filled in."""
-        _, heads, states, width = prefix.shape
-        assert states == self.layout.prefix
-        room = prefix.new_empty(len(self.owners), heads, states + self.image_slots, width)
-        room[:, :, :states] = prefix[self.owners]
-        return room
 
 
 class Linear(nn.Linear):

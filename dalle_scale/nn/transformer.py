@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.attention import Attention, Cache, Linear
+from dalle_scale.nn.attention import Attention, Linear
+from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout
 from dalle_scale.nn.branch_scale import BranchScale
 from dalle_scale.nn.vocabulary_loss import weighted_entropy

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from dalle_scale.nn.attention import Attention, Cache, attend
+from dalle_scale.nn.attention import Attention, attend
+from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -108,15 +109,16 @@ def test_gradient_reaches_exactly_the_visible_states(kind):
     assert torch.equal(reached, brute_force(kind, layout))
 
 
-@pytest.mark.parametrize("grid", [1, 2, 5])
+@pytest.mark.parametrize("owners", [[1, 0, 1], [0, 0, 0], [0, 1, 2], [2, 2, 0, 1, 2]])
+@pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (5, 3), (5, 5), (4, 11)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_gives_the_attention_of_whole_sequences(kind, grid):
+def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners):
     torch.manual_seed(0)
-    layout = Layout(prefix=PREFIX, grid=grid, conv_kernel=3)
+    layout = Layout(prefix=PREFIX, grid=grid, conv_kernel=kernel)
     attention = Attention(width=8, heads=2, kind=kind, layout=layout).double()
-    owners = torch.tensor([1, 0, 1])
-    prefixes = torch.randn(2, PREFIX, 8, dtype=torch.float64)
-    images = torch.randn(3, grid**2, 8, dtype=torch.float64)
+    owners = torch.tensor(owners)
+    prefixes = torch.randn(int(owners.max()) + 1, PREFIX, 8, dtype=torch.float64)
+    images = torch.randn(len(owners), grid**2, 8, dtype=torch.float64)
     whole = attention(torch.cat([prefixes[owners], images], dim=1))
     cache = Cache(kind, layout, owners)
     torch.testing.assert_close(attention(prefixes, cache)[owners], whole[:, :PREFIX])
@@ -125,13 +127,14 @@ def test_cache_gives_the_attention_of_whole_sequences(kind, grid):
         torch.testing.assert_close(step[:, 0], whole[:, PREFIX + index])
 
 
-def test_row_cache_is_a_ring():
-    """Memory of a row layer does not grow with the image: W + 1 slots."""
-    layout = Layout(prefix=2, grid=16)
-    attention = Attention(width=4, heads=1, kind="row", layout=layout)
-    cache = Cache("row", layout, torch.arange(1))
+@pytest.mark.parametrize("kind, slots", [("row", 33), ("conv", 5 * 32 + 6), ("column", 1024), ("full", 1024)])
+def test_cache_keeps_what_the_layer_looks_back_to(kind, slots):
+    """And one prefix for all samples of a caption."""
+    layout = Layout(prefix=2, grid=32)
+    attention = Attention(width=4, heads=1, kind=kind, layout=layout)
+    cache = Cache(kind, layout, torch.zeros(3, dtype=torch.int64))
     attention(torch.randn(1, 2, 4), cache)
-    assert cache._key is not None and cache._key.shape == (1, 1, 2 + 17, 4)
+    assert [tensor.shape for tensor in (*cache._prefixes, *cache._rooms)] == [(1, 1, 2, 4)] * 2 + [(3, 1, slots, 4)] * 2
 
 
 def test_masks_asked_for_first_while_sampling_serve_training():
