@@ -34,6 +34,7 @@ class Cache:
         self._number[order] = torch.arange(len(owners), device=owners.device) - starts[owners[order]]
         places = torch.arange(int(counts.max()), device=owners.device) % counts[:, None]
         self._members = order[starts[:, None] + places]  # [captions, most samples of one]; short rows repeat theirs
+        self._in_order = torch.equal(self._members.flatten(), torch.arange(len(owners), device=owners.device))
         self._prefixes: tuple[Tensor, Tensor] | None = None
         self._rooms: tuple[Tensor, Tensor] | None = None  # [N, H, image_slots, width of a head] each
 
@@ -73,8 +74,12 @@ class Cache:
 
     def _per_caption(self, states: Tensor) -> Tensor:
         """[N, H, 1, D] -> [captions, H, most samples of one, D]: one product reads a prefix for all its samples."""
+        if self._in_order:
+            return states.view(*self._members.shape, *states.shape[1::2]).transpose(1, 2)
         return states[self._members, :, 0].transpose(1, 2)
 
     def _per_sample(self, grouped: Tensor) -> Tensor:
         """The reverse."""
+        if self._in_order:
+            return grouped.transpose(1, 2).reshape(len(self.owners), grouped.shape[1], 1, -1)
         return grouped[self.owners, :, self._number][:, :, None]

@@ -109,7 +109,7 @@ def test_gradient_reaches_exactly_the_visible_states(kind):
     assert torch.equal(reached, brute_force(kind, layout))
 
 
-@pytest.mark.parametrize("owners", [[1, 0, 1], [0, 0, 0], [0, 1, 2], [2, 2, 0, 1, 2]])
+@pytest.mark.parametrize("owners", [[1, 0, 1], [0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [2, 2, 0, 1, 2]])
 @pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (5, 3), (5, 5), (4, 11)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners):
