@@ -113,7 +113,7 @@ def _step_copies(config: RunConfig, net: nn.Module, name: str, world_size: int) 
 def _compression_errors(config: RunConfig, net: nn.Module, name: str, world_size: int) -> int:
     """fp32 of every matrix that PowerSGD compresses; what it sums up for a step is as large again."""
     compressed = _compressed(config, net, name, world_size)
-    return round(4 * sum(rows * columns * count for rows, columns, count in compressed))
+    return round(4 * sum(rows * columns * count for _, rows, columns, count in compressed))
 
 
 def _zero(config: RunConfig, name: str, world_size: int) -> dict[str, Any]:
@@ -181,26 +181,30 @@ def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_s
     the ranks of a machine: at ZeRO 1 and 2 these hold different matrices."""
     if config.engine.machines == 1:
         return 0.0
-    compressed, element = _compressed(config, net, name, world_size), memory.element_bytes(net, config, name)
-    taken = sum(rows * columns * count for rows, columns, count in compressed)
-    factors = sum(config.engine.compression_rank * (rows + columns) * count for rows, columns, count in compressed)
+    rank, element = config.engine.compression_rank, memory.element_bytes(net, config, name)
+    compressed = _compressed(config, net, name, world_size)
+    saved = sum(
+        element[matrix] * (rows * columns - rank * (rows + columns)) * count
+        for matrix, rows, columns, count in compressed
+    )
     trained = [p for group in _groups(config, net, name) for p in group["params"]]
-    of_matrix = min(element.values())
-    return of_matrix * (factors - taken) + _size(trained, element) * config.engine.machines / world_size
+    return _size(trained, element) * config.engine.machines / world_size - saved
 
 
-def _compressed(config: RunConfig, net: nn.Module, name: str, world_size: int) -> list[tuple[int, int, float]]:
-    """Matrices that PowerSGD compresses on a rank, (rows, columns, how many of them): blocks of the rows of each at
-    ZeRO 3, whole ones shared out among the ranks before; see engine/machines.py."""
+def _compressed(
+    config: RunConfig, net: nn.Module, name: str, world_size: int
+) -> list[tuple[nn.Parameter, int, int, float]]:
+    """Matrices that PowerSGD compresses on a rank, each with its rows and columns there and how many of it: blocks of
+    the rows of each at ZeRO 3, whole ones shared out among the ranks before; see engine/machines.py."""
     ranks, rank, found = world_size // config.engine.machines, config.engine.compression_rank, []
     matrices = [p for group in _groups(config, net, name) if group["role"] == "matrix" for p in group["params"]]
     for matrix in matrices if rank else ():
         rows, columns = matrix.shape[0], matrix.numel() // matrix.shape[0]
         if config.engine.zero == 3:
             if rows % ranks == 0 and powersgd.pays(rows // ranks, columns, rank):
-                found.append((rows // ranks, columns, 1.0))
+                found.append((matrix, rows // ranks, columns, 1.0))
         elif powersgd.pays(rows, columns, rank):
-            found.append((rows, columns, 1 / ranks))
+            found.append((matrix, rows, columns, 1 / ranks))
     return found
 
 

@@ -53,20 +53,18 @@ class Machines:
             engine: DeepSpeed's.
             scale_of: param group -> what its gradients were multiplied by; that of errors is always 1.
         """
-        matrices, scales = [], []
-        rest: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        matrices, scales, rest = [], [], []
         for gradient, group, rows in shards(engine):
             matrix = gradient.view(rows, -1) if rows else None
             if matrix is not None and self.compressor and pays(*matrix.shape, self.compressor.rank):
                 matrices.append(matrix if len(matrix) <= len(matrix.T) else matrix.T)
                 scales.append(scale_of(group))
             else:
-                rest[gradient.dtype].append(gradient)
+                rest.append(gradient)
         if self.compressor and matrices:
             self.compressor.average(matrices, scales, self._mean, self._on_all_ranks)
-        for alike in rest.values():
-            for bucket in _buckets(alike):
-                self._mean(bucket)
+        for bucket in _buckets(rest):
+            self._mean(bucket)
 
     def sum_inside(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks of this machine, in place."""
@@ -98,13 +96,17 @@ class Machines:
         return f"compression_errors_{self.place:05d}.safetensors"
 
     def _mean(self, tensors: list[Tensor]) -> None:
-        """Means over the replicas, in place, in one collective."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat /= self.machines  # first: a sum of fp16 gradients might overflow
-        torch.distributed.all_reduce(flat, group=self._between)
-        self.sent_bytes += flat.numel() * flat.element_size()
-        for tensor, mean in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        """Means over the replicas, in place, in one collective for each type."""
+        by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_type[tensor.dtype].append(tensor)
+        for alike in by_type.values():
+            flat = torch.cat([tensor.flatten() for tensor in alike])
+            flat /= self.machines  # first: a sum of fp16 gradients might overflow
+            torch.distributed.all_reduce(flat, group=self._between)
+            self.sent_bytes += flat.numel() * flat.element_size()
+            for tensor, mean in zip(alike, torch.split(flat, [tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     @staticmethod
     def _on_all_ranks(flag: Tensor) -> Tensor:

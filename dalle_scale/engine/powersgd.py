@@ -19,7 +19,7 @@ from torch import Tensor
 
 REGULARISATION = 1e-6  # added to the diagonal of P: a gradient of low rank keeps independent columns
 
-AllReduce = Callable[[list[Tensor]], None]  # replaces tensors by their means over the replicas, in one collective
+AllReduce = Callable[[list[Tensor]], None]  # replaces tensors by their means over the replicas
 
 
 def pays(rows: int, columns: int, rank: int) -> bool:

@@ -102,8 +102,18 @@ def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
     assert abs(sum(sent) / planned - 1) < 0.01, f"sent {sum(sent):.0f} bytes, planned {planned:.0f}"
 
 
+def check_bytes(zero: int) -> None:
+    compare(make(zero, "bf16", 8))
+    compare(make(zero, "fp32", 4))
+    if zero > 0:
+        compare(make(zero, "bf16", 8, "adamw16"), Mixed)
+    if zero == 3:
+        with mock.patch.object(ds_config, "derive", without_reuse):
+            compare(make(zero, "fp32", 4))
+
+
 def check_bytes_between_machines(zero: int) -> None:
-    """Two machines of one rank each."""
+    """Two machines of one rank each. Comes last: DeepSpeed keeps an mpu for all engines of a process."""
     for dtype, kind, net in (("fp32", "adamw", Net), ("bf16", "adamw16", Mixed)) if zero else ():
         for rank in (0, 3):
             config = make(zero, dtype, 8, kind, machines=2, compression_rank=rank)
@@ -117,16 +127,6 @@ def check_bytes_between_machines(zero: int) -> None:
             counted = players.numbers()["between_machines_mib"] * 2**20 / UPDATES
             planned = plan.between_machines_bytes(config, shapes, "model", 2)
             assert abs(counted / planned - 1) < 0.01, f"{dtype} {rank}: {counted:.0f} bytes, planned {planned:.0f}"
-
-
-def check_bytes(zero: int) -> None:
-    compare(make(zero, "bf16", 8))
-    compare(make(zero, "fp32", 4))
-    if zero > 0:
-        compare(make(zero, "bf16", 8, "adamw16"), Mixed)
-    if zero == 3:
-        with mock.patch.object(ds_config, "derive", without_reuse):
-            compare(make(zero, "fp32", 4))
 
 
 def without_reuse(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
