@@ -63,7 +63,7 @@ def _reduce_by_type(engine: Any) -> None:
     groups = optimizer.fp16_groups if at_stage_3 else optimizer.bit16_groups
     [bucket] = optimizer.ipg_buckets.values()
     kinds = {parameter.dtype for group in groups for parameter in group}
-    optimizer.ipg_buckets = {kind: type(bucket)() for kind in kinds}
+    optimizer.ipg_buckets = {kind: type(bucket)() for kind in sorted(kinds, key=str)}  # in one order on all ranks
     optimizer.get_param_comm_dtype = lambda parameter: parameter.dtype
     if at_stage_3:
         parts = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition

@@ -1,6 +1,6 @@
 """Started by test_adam16_zero.py through the deepspeed launcher: 16-bit parameters and states at ZeRO 1 to 3.
 
-DeepSpeed keeps a bf16 copy of this rank's slice where it otherwise keeps an fp32 one, and AdamW16 updates that.
+A net that tells of no branches, so that all of it is 16 bits; mixed_checks.py has one that does.
 """
 
 from __future__ import annotations
