@@ -44,7 +44,7 @@ def main() -> None:
     build.start()
     config = configs.parse(RunConfig, TREE, where="compression_side.py")
     stage = open_stage(config)
-    rank = paper_rank(config, stage.nets()["model"])
+    rank = largest_rank(config, stage.nets()["model"])
     sides = {name: open_side(config, stage, r).players for name, r in (("exact", 0), ("compressed", rank))}
     text, codes = scenes(SCENES)
     order = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def main() -> None:
         (folder / "result.json").write_text(json.dumps(result))
 
 
-def paper_rank(config: RunConfig, net: nn.Module) -> int:
+def largest_rank(config: RunConfig, net: nn.Module) -> int:
     """The largest with which a rank averages at most `LEFT` of its bytes, those of embeddings and gains included."""
 
     def averaged(rank: int) -> float:

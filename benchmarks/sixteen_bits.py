@@ -197,12 +197,12 @@ class OneScale:
             self.clean += 1
             self.of_loss *= 2.0 if self.clean % 1000 == 0 else 1.0
             return True
-        self.clean, self.patience = 0, max(1, self.patience - 1) if self.patience > 1 else self._halve()
+        self.clean = 0
+        if self.patience > 1:
+            self.patience -= 1
+        else:
+            self.of_loss = max(1.0, self.of_loss / 2)
         return False
-
-    def _halve(self) -> int:
-        self.of_loss = max(1.0, self.of_loss / 2)
-        return 1
 
 
 def gradients(groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

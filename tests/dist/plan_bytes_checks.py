@@ -88,12 +88,17 @@ def update(players: build.Players, config: RunConfig, step: int) -> None:
         players["model"].step(step)
 
 
-def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
+def built(config: RunConfig, kind: type[nn.Module]) -> tuple[nn.Module, build.Players]:
+    """A net without memory, for the plan, and engines around one with it."""
     nets = {"model": kind()}
     with torch.device("meta"):
         shapes = kind()
     build.share(nets)
-    players = build.build(config, nets)
+    return shapes, build.build(config, nets)
+
+
+def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
+    shapes, players = built(config, kind)
     for step in range(UPDATES):
         sent.clear()
         update(players, config, step)
@@ -117,11 +122,7 @@ def check_bytes_between_machines(zero: int) -> None:
     for dtype, kind, net in (("fp32", "adamw", Net), ("bf16", "adamw16", Mixed)) if zero else ():
         for rank in (0, 3):
             config = make(zero, dtype, 8, kind, machines=2, compression_rank=rank)
-            nets = {"model": net()}
-            with torch.device("meta"):
-                shapes = net()
-            build.share(nets)
-            players = build.build(config, nets)
+            shapes, players = built(config, net)
             for step in range(UPDATES):
                 update(players, config, step)
             counted = players.numbers()["between_machines_mib"] * 2**20 / UPDATES
