@@ -2,10 +2,11 @@
 
     python benchmarks/sixteen_bits.py
 
-Every run sees the same batches (captions and 8x8 colours of the toy world) from the same initial weights. The rules
-are those of the program, `engine.adam16.AdamW16` and `engine.scaling.Scaling` on `nn.transformer.Transformer`, in one
-process without DeepSpeed. CPUs have no fast products of 16-bit matrices, so these are computed in fp32 and rounded,
-which is what tensor cores do.
+For each seed all cases see the same batches (captions and 8x8 colours of the toy world) from the same initial weights,
+and the learning rate ends at 0. Two equal runs that differ in the last place of one number drift apart, so a control
+shows how far: fp32 again, from weights that were rounded to bf16 once. The rules are those of the program,
+`engine.adam16.AdamW16` and `engine.scaling.Scaling` on `nn.transformer.Transformer`, in one process without DeepSpeed.
+CPUs have no fast products of 16-bit matrices, so these are computed in fp32 and rounded, which is what tensor cores do.
 
 The fp16 runs have two hardships that small models do not have by themselves: the loss is divided by 256, as by
 accumulation over 256 micro-batches, and in every 60th update the gradient of one block overflows (the paper skips 5 %
@@ -38,7 +39,7 @@ from dalle_scale.engine.scaling import Scaling
 from dalle_scale.nn.branch_scale import branches_of, in_16_bits
 from dalle_scale.nn.transformer import Transformer
 
-UPDATES, BATCH = 2_000, 8
+UPDATES, SEEDS, BATCH = 2_000, 4, 8
 SCENES, HELD_OUT = 8_192, 256
 MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,10 +55,12 @@ class Case:
     states: str = "paper"
     rounding: str = "stochastic"
     one_scale: bool = False
+    start_rounded: bool = False
 
 
 CASES = (
     Case("fp32"),
+    Case("fp32 from rounded weights (control)", start_rounded=True),
     Case("bf16, states of the paper, stochastic", "bf16"),
     Case("bf16, states of the paper, compensated", "bf16", rounding="compensated"),
     Case("bf16, bf16 states, stochastic", "bf16", states="bf16"),
@@ -71,41 +74,56 @@ def main() -> None:
     """Train all cases, two at a time; write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
-    jobs = [(case, args.updates) for case in CASES]
+    jobs = [(case, seed, args.updates) for seed in range(args.seeds) for case in CASES]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="cases"))
-    reference = runs[0]["held_out_nats"]
-    for row in runs:
-        row["by_fp32"] = round(row["held_out_nats"] / reference, 5)
+        runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="runs"))
+    by_case = [runs[start :: len(CASES)] for start in range(len(CASES))]
+    cases = [summary(case, mine, by_case[0]) for case, mine in zip(CASES, by_case, strict=True)]
     result = {
         "updates": args.updates,
-        "parameters": sum(p.numel() for p in fresh_net().parameters()),
-        "runs": [{key: value for key, value in row.items() if key != "curve"} for row in runs],
+        "seeds": args.seeds,
+        "parameters": sum(p.numel() for p in fresh_net(0).parameters()),
+        "cases": cases,
         **describe(),
     }
     (RESULTS / "sixteen_bits.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(runs)
-    for row in runs:
-        numbers = f"{row['held_out_nats']:8.4f} nats  {row['by_fp32']:7.4f}  skipped {row['skipped_updates']}"
+    draw(cases, by_case)
+    for row in cases:
+        numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_updates']}"
         print(f"{row['name']:<42}{numbers}")
 
 
-def run(job: tuple[Case, int]) -> dict[str, Any]:
-    """Train one case; its curve and its loss on held-out scenes, in nats a token."""
-    case, updates = job
+def summary(case: Case, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
+    """Losses of a case over the seeds, each divided by that of fp32 with the same seed."""
+    ratios = [mine["held_out_nats"] / theirs["held_out_nats"] for mine, theirs in zip(runs, reference, strict=True)]
+    return {
+        "name": case.name,
+        "held_out_nats": [run["held_out_nats"] for run in runs],
+        "by_fp32": round(float(np.mean(ratios)), 5),
+        "standard_error": round(float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5, 5) if len(ratios) > 1 else 0.0,
+        "skipped_updates": [run["skipped_updates"] for run in runs],
+        "seconds": [run["seconds"] for run in runs],
+    }
+
+
+def run(job: tuple[Case, int, int]) -> dict[str, Any]:
+    """Train one case with a seed; its curve and its loss on held-out scenes, in nats a token."""
+    case, seed, updates = job
     torch.set_num_threads(1)
     text, codes = scenes(SCENES)
-    net = fresh_net()
-    if case.dtype != "fp32":
-        for parameter in in_16_bits(net):
+    net = fresh_net(seed)
+    for parameter in in_16_bits(net):
+        if case.start_rounded:
+            parameter.data = parameter.data.bfloat16().float()
+        if case.dtype != "fp32":
             parameter.data = parameter.data.to(HALF[case.dtype])
     began = time.perf_counter()
-    curve, skipped = train(net, case, updates, text[HELD_OUT:], codes[HELD_OUT:])
+    curve, skipped = train(net, case, seed, updates, text[HELD_OUT:], codes[HELD_OUT:])
     with torch.no_grad(), ProductsInFp32():
         held_out = loss_of(net, text[:HELD_OUT], codes[:HELD_OUT]).item()
     return {
-        "name": case.name,
         "held_out_nats": round(held_out, 5),
         "skipped_updates": skipped,
         "seconds": round(time.perf_counter() - began),
@@ -113,7 +131,9 @@ def run(job: tuple[Case, int]) -> dict[str, Any]:
     }
 
 
-def train(net: Transformer, case: Case, updates: int, text: Tensor, codes: Tensor) -> tuple[list[float], int]:
+def train(
+    net: Transformer, case: Case, seed: int, updates: int, text: Tensor, codes: Tensor
+) -> tuple[list[float], int]:
     """Losses in nats a token, and how many updates were skipped."""
     short = case.dtype != "fp32"
     rules: dict[str, Any] = {"states": case.states, "rounding": case.rounding} if short else {}
@@ -126,9 +146,9 @@ def train(net: Transformer, case: Case, updates: int, text: Tensor, codes: Tenso
     divided = MICRO_BATCHES if hard else 1
     scaler: Any = OneScale() if case.one_scale else BranchScales(net, hard, config.clip_norm)
     overflow = Overflow(net.blocks[OVERFLOWING_BLOCK]) if hard else None
-    order, curve, skipped = torch.Generator().manual_seed(0), [], 0
+    order, curve, skipped = torch.Generator().manual_seed(seed), [], 0
     for update in range(updates):
-        optim.set_lr(optimizer, min(1.0, (update + 1) / 100))
+        optim.set_lr(optimizer, min(1.0, (update + 1) / 100) * (1 + np.cos(np.pi * update / updates)) / 2)
         rows = torch.randint(0, len(text), (BATCH,), generator=order)
         if overflow is not None:
             overflow.now = update % OVERFLOW_EVERY == OVERFLOW_EVERY - 1
@@ -236,9 +256,9 @@ class ProductsInFp32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fresh_net() -> Transformer:
+def fresh_net(seed: int) -> Transformer:
     """The same initial weights every time."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     kinds = ("row", "column", "row", "conv")
     return Transformer(**SIZES, width=64, heads=4, kinds=kinds)  # type: ignore[arg-type]
 
@@ -249,14 +269,14 @@ def loss_of(net: Transformer, text: Tensor, codes: Tensor) -> Tensor:
     return sum(w * nn.functional.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y, w in parts)  # type: ignore
 
 
-def draw(runs: list[dict[str, Any]]) -> None:
-    """All curves, each a running mean of 50 updates."""
+def draw(cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]]) -> None:
+    """A curve for each case: mean over seeds and 50 updates."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for row in runs:
-        curve = np.convolve(row["curve"], np.ones(50) / 50, mode="valid")
-        axes.plot(np.arange(len(curve)) + 50, curve, linewidth=1, label=f"{row['name']}: {row['held_out_nats']:.3f}")
+    for row, runs in zip(cases, by_case, strict=True):
+        curve = np.convolve(np.mean([run["curve"] for run in runs], axis=0), np.ones(50) / 50, mode="valid")
+        axes.plot(np.arange(len(curve)) + 50, curve, linewidth=1, label=f"{row['name']}: {row['by_fp32']:.4f}")
     axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
-    axes.legend(title="loss on held-out scenes", fontsize=8)
+    axes.legend(title="loss on held-out scenes, by that of fp32", fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(RESULTS / "sixteen_bits.png", dpi=90)
 
