@@ -5,8 +5,8 @@ A tile of 4x4 results needs 6x6 values. In one dimension the 4 results are A^T (
 by element; in two dimensions each matrix is applied along rows and along columns. What remains is a sum over channels
 for each of the 36 places, which is one batched matrix product; its gradients have the same form.
 
-Maps are channels-last, so that tiles are copied in runs of channels. Rounding errors in fp32 are about three times
-those of the definition: 2e-6 of the spread of the results. Libraries for GPUs have their own version of this.
+Maps are channels-last, so that tiles are copied in runs of channels. Rounding errors in fp32 are 2e-6 of the spread of
+the results; those of torch's own convolutions are 0.2e-6 to 0.9e-6, by CPU. Libraries for GPUs have their own version.
 """
 
 from __future__ import annotations

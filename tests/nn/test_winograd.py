@@ -74,14 +74,11 @@ def test_only_what_is_asked_for_has_a_gradient(always: None) -> None:
 
 
 def test_rounding_errors() -> None:
-    """As small as the module says, for a wide layer."""
+    """As small as the module says, for a wide layer. Those of torch depend on the CPU: no bound."""
     x, weight, bias = (tensor.detach() for tensor in arguments((2, 256, 32, 32, 256), "all", torch.float32))
     exact = plain(x.double(), weight.double(), bias.double())
-    ours, torchs = (
-        float((y - exact).square().mean().sqrt() / exact.std())
-        for y in (conv3x3(x, weight, bias), plain(x, weight, bias))
-    )
-    assert ours < 4e-6 and ours < 5 * torchs
+    error = (conv3x3(x, weight, bias) - exact).square().mean().sqrt() / exact.std()
+    assert error < 4e-6
 
 
 @pytest.mark.parametrize(
