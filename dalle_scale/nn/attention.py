@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.nn import flex_attention
 from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.sparse_attention import attend_blocks
@@ -33,6 +34,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     if query.device.type == "cpu":
         return attend_blocks(query, key, value, kind, layout)
+    if query.device.type == "cuda" and flex_attention.works(query, key, value, kind, layout):
+        return flex_attention.attend_windows(query, key, value, kind, layout)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=_bias(kind, layout, query.dtype, query.device))
 
 
