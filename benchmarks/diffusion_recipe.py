@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
     images = [str(path) for path in sorted(prompts.glob("**/*.png"))]
     commands = {}
     for steps in STEPS:
+        shutil.rmtree(out / f"samples_{steps}", ignore_errors=True)  # sampling would go on with them, and is timed
         how = [f"--model={export}", "--method=ddim", "--clip", f"--steps={steps}"]
         how += [f"--prompt-file={prompts}/prompts.jsonl", f"--candidates={CANDIDATES.get(steps, MANY)}"]
         how.append(f"--out={out}/samples_{steps}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def main() -> None:
     out = runs[args.recipe] / "result"
     valid = str(configs[args.recipe].data.valid)
     drawers = args.prior or ([args.recipe] if configs[args.recipe].stage == "vae" else [])
+    shutil.rmtree(out / "samples", ignore_errors=True)  # sampling would go on with them, or refuse another model's
     PROGRAMS.run(evaluation(runs, args.recipe, args.prior, valid, out) | drawing(configs, runs, drawers, valid, out))
     [quality] = json.loads((out / "evaluation" / "comparison.json").read_text())["exports"]
     paper = {"paper": {**PAPERS[args.recipe], "data": DATA_NOTE}} if args.recipe in PAPERS else {}

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dalle_scale import sample_memory
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data.decode import decode
@@ -19,10 +20,22 @@ from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
 from dalle_scale.nn import diffusion_samplers
 from dalle_scale.nn.diffusion import Variance
+from dalle_scale.nn.transformer import Transformer
 from dalle_scale.stages import dalle, ddpm, vqvae2_prior
 from dalle_scale.types import ImageTokenizer, PictureSource, UserError
 
+FIXED_BATCH_SAMPLES = 256  # drawn at a time by stages whose memory nobody counts
 DIFFUSION_OPTIONS = ("method", "steps", "spacing", "eta", "variance", "clip")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures to draw together."""
+
+    prompt_index: list[int]  # whose caption, B numbers
+    candidate: list[int]  # counted from 0 for each prompt
+    seed: list[int]
+    text: Tensor  # captions int64 [B, T]
 
 
 @dataclass(frozen=True)
@@ -144,14 +157,9 @@ class Sampler:
         candidates: int,
         seed: int,
         options: Options = Options(),
-        batch_samples: int = 256,
-        rank: int = 0,
-        world_size: int = 1,
+        batch_samples: int | None = None,
     ) -> Iterator[Samples]:
         """Pictures for each prompt, prompt by prompt, in batches that may hold several prompts.
-
-        Of several ranks each draws the batches rank, rank + world_size, ...; they are made small enough for all to have
-        one.
 
         A model without captions takes the one prompt "". A prompt longer than the model's text length keeps its first
         tokens; `text.truncated_samples` counts those.
@@ -159,31 +167,76 @@ class Sampler:
         Args:
             candidates: pictures a prompt.
             seed: of the run; see `candidate_seed`.
-            batch_samples: pictures drawn at a time; does not change them.
+            batch_samples: pictures drawn at a time, None = as many as fit; does not change them.
 
         Raises:
             UserError: a parameter out of range, or one that this model does not take; at once, not with the first
                 batch.
         """
-        for name, value in (("candidates", candidates), ("batch", batch_samples), ("prompts", len(prompts))):
-            if value < 1:
-                raise UserError(f"{name}: {value}, but at least one is needed")
-        self._check(options)
-        if self.text is None and any(prompts):
-            raise UserError("prompts: this model was trained without captions; leave them out")
+        self.check(prompts, candidates, options)
+        places = [(owner, candidate) for owner in range(len(prompts)) for candidate in range(candidates)]
+        batches = self.batches(prompts, places, seed, options, batch_samples)
+        return (
+            Samples(batch.prompt_index, batch.candidate, batch.seed, self.decode(self.draw_batch(batch, options)))
+            for batch in batches
+        )
+
+    def batches(
+        self,
+        prompts: Sequence[str],
+        places: Sequence[tuple[int, int]],
+        seed: int,
+        options: Options = Options(),
+        batch_samples: int | None = None,
+    ) -> list[Batch]:
+        """What `draw` goes through, for some of the pictures: `places` are (index of the prompt, candidate).
+
+        Raises:
+            UserError: batch_samples below 1.
+        """
+        if batch_samples is not None and batch_samples < 1:
+            raise UserError(f"batch: {batch_samples}, but at least one is needed")
         text = torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
         if self.text is not None:
             text = self.text.encode(prompts, self.text_length).to(self.device)
-        places = [divmod(place, candidates) for place in range(len(prompts) * candidates)]
-        seeds = [candidate_seed(seed, prompts[owner], candidate) for owner, candidate in places]
-        size = min(batch_samples, -(-len(places) // world_size))
+        if batch_samples is None:
+            batch_samples = self._fitting(places, options)
+        found = []
+        for start in range(0, len(places), batch_samples):
+            owners, numbers = map(list, zip(*places[start : start + batch_samples], strict=True))
+            seeds = [
+                candidate_seed(seed, prompts[owner], number) for owner, number in zip(owners, numbers, strict=True)
+            ]
+            found.append(Batch(owners, numbers, seeds, text[owners]))
+        return found
 
-        def batch(part: slice) -> Samples:
-            owners, numbers = [owner for owner, _ in places[part]], [candidate for _, candidate in places[part]]
-            images = self._images(text[owners], torch.tensor(seeds[part], device=self.device), options)
-            return Samples(owners, numbers, seeds[part], images.cpu())
+    def _fitting(self, places: Sequence[tuple[int, int]], options: Options) -> int:
+        """How many pictures are drawn at a time where nobody says."""
+        if not isinstance(self.stage, dalle.Stage) or options.size is not None:
+            return FIXED_BATCH_SAMPLES
+        model, guided = cast(Transformer, self.models[0].nets["model"]), options.guidance != 1.0
+        captions = len({owner for owner, _ in places})
+        return sample_memory.batch_samples(model, guided, captions, len(places), self.device)
 
-        return (batch(slice(start, start + size)) for start in range(rank * size, len(places), world_size * size))
+    @torch.inference_mode()
+    def draw_batch(self, batch: Batch, options: Options, on_code: dalle.OnCode | None = None) -> Tensor:
+        """Codes int64 [B, ...] of a model of codes, else uint8 pictures [B, 3, S, S]; on the model's device, and there
+        when this returns. Only the `dalle` stage calls `on_code`."""
+        drawn = self._drawn(batch.text, torch.tensor(batch.seed, device=self.device), options, on_code)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # another thread goes on with it, on its own stream
+        return drawn
+
+    def decode(self, drawn: Tensor) -> Tensor:
+        """What `draw_batch` gave, as uint8 pictures [B, 3, S, S] on the CPU.
+
+        One picture at a time: what a convolution rounds depends on how many it is given, and a picture must not.
+        """
+        if isinstance(self.stage, PictureSource):
+            return drawn.cpu()
+        grid = drawn.ndim == 3  # rows and columns, larger than in training
+        decode = self.image_tokenizer.decode_grid if grid else self.image_tokenizer.decode  # type: ignore[attr-defined]
+        return torch.cat([decode(codes).cpu() for codes in torch.split(drawn, 1)])
 
     def record(self, options: Options) -> dict[str, Any]:
         """How these exports draw with these options, for a protocol: plain values, defaults written out."""
@@ -203,8 +256,16 @@ class Sampler:
             return told | {name: getattr(how, name) for name in DIFFUSION_OPTIONS}
         return told | dict.fromkeys(DIFFUSION_OPTIONS)
 
-    def _check(self, options: Options) -> None:
+    def check(self, prompts: Sequence[str], candidates: int, options: Options) -> None:
         """Raises UserError for what is out of range, or what these models do not take."""
+        for name, value in (("candidates", candidates), ("prompts", len(prompts))):
+            if value < 1:
+                raise UserError(f"{name}: {value}, but at least one is needed")
+        self._check_options(options)
+        if self.text is None and any(prompts):
+            raise UserError("prompts: this model was trained without captions; leave them out")
+
+    def _check_options(self, options: Options) -> None:
         dalle.check_sampling(options.temperature, options.top_k, options.top_p, options.guidance)
         if isinstance(self.stage, ddpm.Stage):
             if given := options.given(("temperature", "top_k", "top_p", "prime", "size")):
@@ -233,18 +294,16 @@ class Sampler:
         how: dict[str, Any] = {"method": config.sampler, "steps": config.sample_steps, **given}
         return diffusion_samplers.Options(guidance=options.guidance, **how)
 
-    def _images(self, text: Tensor, seeds: Tensor, options: Options) -> Tensor:
-        """uint8 [N, 3, S, S] of captions int64 [N, T] and seeds int64 [N]."""
+    def _drawn(self, text: Tensor, seeds: Tensor, options: Options, on_code: dalle.OnCode | None) -> Tensor:
+        """As `draw_batch`, of captions int64 [N, T] and seeds int64 [N]."""
         nets = self.models[0].nets
         if isinstance(self.stage, dalle.Stage):
-            how: dict[str, Any] = {
-                name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "guidance")
-            }
+            names = ("temperature", "top_k", "top_p", "guidance")
+            how: dict[str, Any] = {name: getattr(options, name) for name in names} | {"on_code": on_code}
             if options.size is not None:
-                codes = self.stage.sample_larger(nets, text, seeds, *options.size, **how)
-                return self.image_tokenizer.decode_grid(codes)  # type: ignore[attr-defined, no-any-return]
+                return self.stage.sample_larger(nets, text, seeds, *options.size, **how)
             prime = None if options.prime is None else options.prime.expand(len(seeds), -1)
-            return self.image_tokenizer.decode(self.stage.sample(nets, text, seeds, prime=prime, **how))
+            return self.stage.sample(nets, text, seeds, prime=prime, **how)
         if isinstance(self.stage, ddpm.Stage):
             captions = text if self.text is not None else None
             return self.stage.sample_images(nets, seeds, text=captions, options=self._diffusion(options))
@@ -257,7 +316,7 @@ class Sampler:
             drawn = model.stage.sample(model.nets, seeds, upper, own_text, temperature=options.temperature)
             upper = drawn if upper is None else torch.cat([upper, drawn], dim=1)
         assert upper is not None
-        return self.image_tokenizer.decode(upper)
+        return upper
 
 
 def _level(model: export.Export) -> int:

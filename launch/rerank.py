@@ -16,20 +16,13 @@ says for several shares how sure CLIP is of what is kept and how diverse that is
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from dalle_scale import dist, gallery, log, rejection, rerank
-from dalle_scale.checkpoint import atomic
+from dalle_scale import dist, log, rejection, rerank, rerank_page
+from dalle_scale.rerank_page import Ranking
 from dalle_scale.types import UserError
-
-GALLERY_PROMPTS, GALLERY_COLUMNS = 64, 16  # shown in the gallery; best/ has all
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -45,15 +38,10 @@ def main() -> None:
     table = rejection.trade_off(ranked, verdicts, args.keep_share) if verdicts else []
     if scorer.truncated_captions:
         log.say(f"{scorer.truncated_captions} captions are longer than this CLIP reads: it saw only their beginning")
-    write(args, ranked, table)
-    every, best = (fmean(row["score"] for row in ranked if row["rank"] <= last) for last in (len(ranked), 1))
-    lines = rejection.lines(table)
-    lines.append(f"mean score: all candidates {every:.4f}, the best of each prompt {best:.4f}")
-    show(args, ranked, lines)
-    log.say("\n".join([*lines, f"{args.out / 'gallery.png'}"]))
+    log.say("\n".join(rerank_page.save(args.out, Ranking(args.samples, ranked, args.clip, args.classes, table))))
 
 
-def check(args: argparse.Namespace, rows: list[Row]) -> None:
+def check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """What can be wrong before the model is opened."""
     for name, value in (("keep", args.keep), ("batch", args.batch)):
         if value is not None and value < 1:
@@ -65,41 +53,7 @@ def check(args: argparse.Namespace, rows: list[Row]) -> None:
     fewest = min(Counter(row["prompt_index"] for row in rows).values())
     if args.keep and args.keep > fewest:
         raise UserError(f"--keep: {args.keep}, but a prompt has only {fewest} candidates; keep at most {fewest}")
-    if (args.out / "best").exists() and not (args.out / "scores.jsonl").is_file():
-        raise UserError(f"--out: {args.out / 'best'} is there and not from an earlier ranking; take another folder")
-
-
-def write(args: argparse.Namespace, ranked: list[Row], table: list[Row]) -> None:
-    """The scores, the kept pictures and the table, in place of those of an earlier ranking."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "trade_off.json").unlink(missing_ok=True)
-    with atomic.replacing(args.out / "best") as best:
-        for row in ranked:
-            if row["kept"]:
-                shutil.copyfile(args.samples / row["file"], best / f"{row['prompt_index']:05d}_{row['rank']:04d}.png")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in ranked)
-    atomic.write(args.out / "scores.jsonl", "".join(lines))
-    if table:
-        about = {"classifier": args.clip, "classes": str(args.classes)}
-        atomic.write(args.out / "trade_off.json", rejection.document(about, table))
-
-
-def show(args: argparse.Namespace, ranked: list[Row], lines: list[str]) -> None:
-    """The gallery: a row for each prompt, its best candidates from left to right."""
-    kept: dict[int, list[Row]] = defaultdict(list)
-    for row in sorted((row for row in ranked if row["kept"]), key=lambda row: (row["prompt_index"], row["rank"])):
-        kept[row["prompt_index"]].append(row)
-    width = min(GALLERY_COLUMNS, *map(len, kept.values()))
-    table = []
-    for members in list(kept.values())[:GALLERY_PROMPTS]:
-        images = rerank.read_pictures([args.samples / row["file"] for row in members[:width]])
-        shown = (gallery.Picture(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
-        table.append(gallery.Row(members[0]["prompt"], tuple(shown)))
-    notes = [f"{len(ranked)} candidates for {len(kept)} captions, ranked by {args.clip}", *lines]
-    if len(kept) > len(table) or any(len(members) > width for members in kept.values()):
-        notes.append(f"Up to {width} pictures of the first {len(table)} captions; all kept pictures are in best/")
-    columns = ["best", *(f"no. {rank}" for rank in range(2, width + 1))]
-    gallery.save(args.out, "Best candidates", columns, table, notes)
+    rerank_page.check_folder(args.out)
 
 
 def parse_args() -> argparse.Namespace:

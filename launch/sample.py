@@ -2,40 +2,36 @@
 
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 16 --out runs/mine
     deepspeed --num_gpus 8 launch/sample.py --model runs/demo/dalle/export --prompt-file captions.txt --out runs/mine
+    python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 512 \\
+        --rerank runs/demo/clip/export --keep 8 --out runs/mine
 
-Writes <out>/images/<prompt>_<candidate>.png, <out>/samples.jsonl with a row for each picture, <out>/sampling.json that
-says how they were drawn, and, when there are few, <out>/grid.png with a row for each prompt. The same model, prompt and
-seed give the same pictures, whatever else is drawn beside them and on how many ranks. A model without captions (a VAE,
-a transformer with text_length 0) takes no prompts; --candidates says how many pictures. --method to --clip are for
-diffusion models.
+Writes <out>/sampling.json that says how they are drawn, <out>/images/<prompt>_<candidate>.png, and when all are there
+<out>/samples.jsonl with a row for each picture and, when there are few, <out>/grid.png with a row for each prompt. The
+same model, prompt and seed give the same pictures, whatever else is drawn beside them and on how many ranks. The same
+command goes on where it was interrupted, and with more --candidates it draws those that are missing. --rerank scores
+each batch while the next is drawn, and writes what launch/rerank.py writes into <out>/reranked.
+
+A model without captions (a VAE, a transformer with text_length 0) takes no prompts; --candidates says how many
+pictures. --method to --clip are for diffusion models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from dalle_scale import dist, log
+from dalle_scale import dist, log, rerank, rerank_page, sample_overlap
 from dalle_scale import prompts as prompt_files
-from dalle_scale.checkpoint import atomic
-from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler, candidate_seed
+from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler
+from dalle_scale.sample_store import Store, fingerprint
 from dalle_scale.types import UserError
-
-GRID_SAMPLES, GRID_COLUMNS = 256, 12  # grid.png is drawn up to so many; columns where there is but one prompt
-FILE = "images/{:05d}_{:04d}.png"  # of a prompt and a candidate
 
 
 def main() -> None:
-    """Open, draw, write."""
+    """Open, draw what is missing, write."""
     args = parse_args()
     prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
-    if (args.prime is None) != (args.prime_rows is None):
-        raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
+    check(args)
     sampler = Sampler(args.model, dist.device(), args.text_tokenizer)
     if not prompts and sampler.text:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
@@ -43,43 +39,43 @@ def main() -> None:
     prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", *DIFFUSION_OPTIONS)}
     options = Options(prime=prime, size=tuple(args.size) if args.size else None, **given)
-    share = (dist.rank(), dist.world_size())
-    batches = sampler.draw(prompts, args.candidates, args.seed, options, args.batch, *share)
+    sampler.check(prompts, args.candidates, options)
+    store, how = Store(args.out, prompts, args.candidates, args.seed), {}
+    if dist.is_main():  # it alone reads all weights once more
+        inputs = {"prime": fingerprint(args.prime), "text_tokenizer": fingerprint(args.text_tokenizer)}
+        how = sampler.record(options) | store.record() | {"prime_rows": args.prime_rows, **inputs}
+        store.check(how)
+    scores = sample_overlap.Scores(rerank.open_scorer(args.rerank, dist.device()), store) if args.rerank else None
     dist.join()
-    total = len(prompts) * args.candidates
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
-    pictures = (p for batch in batches for p in zip(batch.prompt_index, batch.candidate, batch.images, strict=True))
-    for index, candidate, image in log.progress(pictures, "sample", "pictures", -(-total // share[1])):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(args.out / FILE.format(index, candidate))
+    missing = store.begin(how)
+    if len(missing) < len(store.places):
+        log.say(f"{len(store.places) - len(missing)} of {len(store.places)} pictures are there; draws the rest")
+    sample_overlap.draw(sampler, options, store, missing, scores, args.batch)
+    found = scores.collected() if scores else None
     dist.barrier()
     if dist.is_main():
-        write(args, prompts, sampler.record(options))
+        lines = [f"{len(store.places)} pictures: {store.finish()}"]
         if sampler.text and sampler.text.truncated_samples:
             cut, length = sampler.text.truncated_samples, sampler.text_length
-            log.say(f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
-        log.say(f"{total} pictures: {args.out / ('grid.png' if total <= GRID_SAMPLES else 'images')}")
+            lines.insert(0, f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
+        if found is not None:
+            ranked = rerank.keep(rerank.rank(store.rows(), found), args.keep or 1)
+            lines += rerank_page.save(args.out / "reranked", rerank_page.Ranking(args.out, ranked, args.rerank))
+        log.say("\n".join(lines))
 
 
-def write(args: argparse.Namespace, prompts: list[str], drawn: dict[str, object]) -> None:
-    """What belongs to all pictures, once they are there."""
-    rows = [
-        {
-            "prompt_index": index,
-            "prompt": prompt,
-            "candidate": candidate,
-            "seed": candidate_seed(args.seed, prompt, candidate),
-            "file": FILE.format(index, candidate),
-        }
-        for index, prompt in enumerate(prompts)
-        for candidate in range(args.candidates)
-    ]
-    atomic.write(args.out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    drawn |= {"seed": args.seed, "prime_rows": args.prime_rows, "prompts": len(prompts), "candidates": args.candidates}
-    atomic.write(args.out / "sampling.json", json.dumps(drawn, indent=1) + "\n")
-    if len(rows) <= GRID_SAMPLES:
-        images = torch.stack([torch.from_numpy(np.array(Image.open(args.out / str(row["file"])))) for row in rows])
-        columns = args.candidates if len(prompts) > 1 else min(args.candidates, GRID_COLUMNS)
-        log.grid(images.permute(0, 3, 1, 2), columns).save(args.out / "grid.png")
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong before the model is opened."""
+    if (args.prime is None) != (args.prime_rows is None):
+        raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch: {args.batch}, but at least one is needed")
+    if args.keep is not None and not args.rerank:
+        raise UserError(f"--keep: {args.keep}, but nothing ranks the candidates; name a CLIP with --rerank")
+    if args.keep is not None and not 1 <= args.keep <= args.candidates:
+        raise UserError(f"--keep: {args.keep}, but a prompt has {args.candidates} candidates; keep 1 to all of them")
+    if args.rerank:
+        rerank_page.check_folder(args.out / "reranked")
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,9 +99,11 @@ def parse_args() -> argparse.Namespace:
     add("--variance", help="of ancestral: fixed_large, fixed_small or learned; default: as the model was trained")
     add("--clip", action=argparse.BooleanOptionalAction, help="predicted pictures to [-1, 1]; default: ancestral only")
     add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
-    add("--batch", type=int, default=256, help="pictures drawn at a time; does not change them")
+    add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
+    add("--rerank", metavar="CLIP", help="score and rank as launch/rerank.py --clip, into <out>/reranked")
+    add("--keep", type=int, help="of --rerank: best candidates a prompt to copy and show (default 1)")
     add("--text-tokenizer", help="only for an export that does not hold its own")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()

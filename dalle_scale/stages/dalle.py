@@ -7,7 +7,9 @@ and a sample's loss depends on nothing else in the batch.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -15,13 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dalle_scale import log, types
+from dalle_scale import types
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.transformer import Transformer, paper_order
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
+
+OnCode = Callable[[int, int], None]  # told how many codes of each image are drawn, and how many will be
 
 
 class Stage(types.Stage):
@@ -186,6 +190,7 @@ class Stage(types.Stage):
         top_p: float = 1.0,
         guidance: float = 1.0,
         prime: Tensor | None = None,
+        on_code: OnCode | None = None,
     ) -> Tensor:
         """Draw the codes of N images, int64 [N, grid * grid].
 
@@ -202,6 +207,7 @@ class Stage(types.Stage):
             guidance: scale g of classifier-free guidance, logits = empty + g * (caption - empty), each from its own
                 caption; 1 = off. Wants a model trained with `caption_dropout`.
             prime: int64 [N, P], the first P codes, given (the paper's image-to-image: the top rows of a picture).
+            on_code: called after each code; on a GPU ahead of it, by what is in its queue.
 
         Raises:
             UserError: a parameter out of range.
@@ -214,10 +220,9 @@ class Stage(types.Stage):
         num_codes, vocab = self.config.grid**2, self.config.image_vocab
         if guided:
             text = torch.cat([text, self.empty_caption(text.device).expand_as(text)])
+        captions, owners = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
         if self.config.text_length:
             captions, owners = torch.unique(text, dim=0, return_inverse=True)
-        else:
-            captions, owners = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
         logits, caches = model.begin(captions, owners)
         codes = torch.empty(len(seeds), num_codes, dtype=torch.int64, device=text.device)
         if prime is not None:
@@ -229,6 +234,8 @@ class Stage(types.Stage):
                     logits = empty + guidance * (with_caption - empty)
                 logits = truncate(logits / temperature, top_k, top_p)
                 codes[:, index] = (logits + gumbel_noise(seeds, index, vocab)).argmax(-1)
+                if on_code is not None:
+                    on_code(index + 1 - primed, num_codes - primed)
             if index + 1 < num_codes:
                 logits = model.step(codes[:, index].repeat(1 + guided), index, caches)
         return codes
@@ -246,6 +253,7 @@ class Stage(types.Stage):
         top_k: int = 0,
         top_p: float = 1.0,
         guidance: float = 1.0,
+        on_code: OnCode | None = None,
     ) -> Tensor:
         """Draw codes of images larger than those of training, int64 [N, rows, columns], through a window of
         grid x grid codes that slides with the code in work near its middle (arXiv 2012.09841, Sec. 3.3).
@@ -261,8 +269,7 @@ class Stage(types.Stage):
             raise UserError(f"rows and columns: {rows} x {columns} is smaller than the model's {grid} x {grid} codes")
         empty = self.empty_caption(text.device).expand_as(text)
         codes = torch.zeros(len(seeds), rows, columns, dtype=torch.int64, device=text.device)
-        places = [(y, x) for y in range(rows) for x in range(columns)]
-        for y, x in log.progress(places, "draw", "codes", len(places)):
+        for y, x in itertools.product(range(rows), range(columns)):
             top, left = (min(max(at - grid // 2, 0), size - grid) for at, size in ((y, rows), (x, columns)))
             window = codes[:, top : top + grid, left : left + grid].flatten(1)
             index = (y - top) * grid + x - left
@@ -273,6 +280,8 @@ class Stage(types.Stage):
             logits = truncate(logits / temperature, top_k, top_p)
             noise = gumbel_noise(seeds, y * columns + x, self.config.image_vocab)
             codes[:, y, x] = (logits + noise).argmax(-1)
+            if on_code is not None:
+                on_code(y * columns + x + 1, rows * columns)
         return codes
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

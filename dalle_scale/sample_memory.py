@@ -1,0 +1,75 @@
+"""How many pictures a transformer draws at a time: what one of them takes, and what is free."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from dalle_scale.nn.attention_cache import Cache
+from dalle_scale.nn.transformer import Block, Transformer
+
+SAFE_SHARE = 0.8  # of the free memory; the rest is for decoding, CLIP and what the allocator cannot use
+MOST_SAMPLES = {"cuda": 512, "cpu": 256}  # from there on the products take the time, not the reading of the weights
+UNKNOWN_FREE_BYTES = 2 << 30  # where the system does not tell
+_LOGIT_COPIES = 12  # of 4 bytes at once: logits, guided, truncated with their sorted codes, noise and its integers
+_PREFIX_COPIES = 16  # of a caption's states at once in one layer while its prefix is computed
+_MEMORY_TABLE = Path("/proc/meminfo")
+
+
+def batch_samples(model: Transformer, guided: bool, captions: int, samples: int, device: torch.device) -> int:
+    """How many of `samples` pictures of so many captions to draw at a time, at least one.
+
+    A batch of N holds up to N * captions / samples captions, two that began before or end after it, and with guidance
+    the empty one.
+    """
+    caches = cache_bytes(model)
+    of_sample = (sum(caches) + max(caches)) * (1 + guided) + _logit_bytes(model)  # one layer copies what it reads
+    of_caption = caption_bytes(model) + model.layout.prefix * _PREFIX_COPIES * _state_bytes(model)
+    room = SAFE_SHARE * free_bytes(device) - (2 + guided) * of_caption
+    fitting = room / (of_sample + of_caption * captions / max(1, samples))
+    return max(1, min(int(fitting), MOST_SAMPLES[device.type]))
+
+
+def cache_bytes(model: Transformer) -> list[int]:
+    """Of the keys and values of one picture in each layer, first to last, without those of its caption."""
+    alone = torch.zeros(1, dtype=torch.int64)
+    slots = {kind: Cache(kind, model.layout, alone).image_slots for kind in set(model.kinds)}
+    return [slots[kind] * 2 * _state_bytes(model) for kind in model.kinds]
+
+
+def caption_bytes(model: Transformer) -> int:
+    """Of the keys and values of one caption in all layers."""
+    return len(model.kinds) * model.layout.prefix * 2 * _state_bytes(model)
+
+
+def free_bytes(device: torch.device) -> int:
+    """That this process may take: on a GPU all that is free; of the host's memory its share among the ranks there."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, deepspeed's
+    return _available_bytes() // ranks
+
+
+def _available_bytes() -> int:
+    """Of the host's memory, without swapping."""
+    if _MEMORY_TABLE.is_file():
+        for line in _MEMORY_TABLE.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return UNKNOWN_FREE_BYTES
+
+
+def _state_bytes(model: Transformer) -> int:
+    """Of a key, or a value, of all heads."""
+    weight = cast(Block, model.blocks[0]).attention.key.weight
+    return len(weight) * weight.element_size()
+
+
+def _logit_bytes(model: Transformer) -> int:
+    """Of what is computed over the vocabulary to choose one code."""
+    return len(model.image_head.weight) * 4 * _LOGIT_COPIES
