@@ -1,10 +1,10 @@
 """Attention of row, column and conv layers that computes what they see and little more.
 
 Image states are cut into blocks of queries; the keys that a block sees beside the prefix are gathered, and every block
-is dense attention with a small mask. The prefix is seen whole by all image states: a second call without mask. Both
-calls give the logarithm of the sum of their exponentials, with which their results become those of one softmax.
-Backward, the sum of both is put in place of each one's own, as in ring attention (arXiv 2310.01889), so that nothing
-but the result is kept.
+is dense attention with a small mask, some blocks at a time. The prefix is seen whole by all image states: a second call
+without mask. Both calls give the logarithm of the sum of their exponentials, with which their results become those of
+one softmax. Backward, the sum of both is put in place of each one's own, as in ring attention (arXiv 2310.01889), so
+that nothing but the result is kept.
 
 At the paper's size (258 prefix states, 32 x 32 codes) an image query meets 322 keys in a row layer, 290 in a column
 layer and 409 in the conv layer, of which it sees at most 291, 290 and 319; dense attention computes 1282.
@@ -12,39 +12,92 @@ layer and 409 in the conv layer, of which it sees at most 291, 290 and 319; dens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from dalle_scale.nn.attention_mask import Kind, Layout, conv_offsets, visible
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 CONV_BLOCK = 16  # queries; more meet more keys that they do not see, fewer are slow
+GROUP_BYTES = 1 << 23  # of keys copied at a time; glibc uses blocks below 32 MiB again, but maps larger ones anew
 
 
 @dataclass(frozen=True)
 class Blocks:
     """How the image states of one kind of layer are cut."""
 
-    queries: Tensor  # int64 [blocks, queries]: a permutation of the image states
+    size: int  # queries of a block: so many in raster order, or the states of a column
+    by_column: bool
     keys: Tensor  # int64 [blocks, keys]: image states; 0 where there is none
-    bias: Tensor  # [1, blocks, queries, keys]: 0 where a query sees the key, else -inf
+    bias: Tensor  # [blocks, 1, queries, keys]: 0 where a query sees the key, else -inf
+
+    def cut(self, image: Tensor) -> Tensor:
+        """A view [B, blocks, size, ...] of image states [B, grid^2, ...]."""
+        blocked = image.unflatten(1, (-1, self.size))
+        return blocked.transpose(1, 2) if self.by_column else blocked
+
+    def joined(self, blocked: Tensor) -> Tensor:
+        """Back to [B, grid^2, ...]."""
+        return (blocked.transpose(1, 2) if self.by_column else blocked).flatten(1, 2)
+
+    def groups(self, image: Tensor) -> Iterator[Group]:
+        """All blocks, as many at a time as have GROUP_BYTES of keys [B, grid^2, H, D]."""
+        count, met = self.keys.shape
+        size = max(1, GROUP_BYTES // (len(image) * met * image[0, 0].numel() * image.element_size()))
+        for start in range(0, count, size):
+            yield Group(self, slice(start, start + size), len(image))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the blocks, N of all samples together."""
+
+    blocks: Blocks
+    part: slice
+    samples: int
+
+    def queries(self, blocked: Tensor) -> Tensor:
+        """Of [B, blocks, size, ...], a copy [N, size, ...]."""
+        return blocked[:, self.part].flatten(0, 1)
+
+    def set_queries(self, blocked: Tensor, found: Tensor) -> None:
+        """Write [N, size, ...] into [B, blocks, size, ...]."""
+        blocked[:, self.part] = found.unflatten(0, (self.samples, -1))
+
+    def add_queries(self, blocked: Tensor, found: Tensor) -> None:
+        """Add [N, size, ...] to [B, blocks, size, ...]."""
+        blocked[:, self.part] += found.unflatten(0, (self.samples, -1))
+
+    @property
+    def bias(self) -> Tensor:
+        """For all samples, [N, 1, size, keys]."""
+        return self.blocks.bias[self.part].repeat(self.samples, 1, 1, 1)
+
+    def near(self, image: Tensor) -> Tensor:
+        """Of keys or values [B, grid^2, H, D], those that each block meets beside the prefix: [N, keys, H, D]."""
+        keys = self.blocks.keys[self.part]
+        return image.flatten(2).index_select(1, keys.flatten()).view(-1, keys.shape[1], *image.shape[2:])
+
+    def add_near(self, total: Tensor, near: Tensor) -> None:
+        """Add to [B, grid^2, H, D] what each block has for those that it meets."""
+        keys = self.blocks.keys[self.part].flatten()
+        total.flatten(2).index_add_(1, keys, near.reshape(self.samples, len(keys), -1))
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout) -> Tensor:
-    """Attention of whole sequences on a CPU: query, key, value [B, H, L, width of a head] -> the same shape."""
-    prefix = layout.prefix
-    text = F.scaled_dot_product_attention(
-        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True
-    )
-    image = _ImageAttention.apply(query, key, value, blocks(kind, layout, query.dtype, query.device), prefix)
-    return torch.cat([text, image], dim=2)
+    """Attention of whole sequences on a CPU: query, key, value [B, H, L, width of a head] -> the same shape.
+
+    Nothing is copied if they are contiguous as [B, L, H, width of a head], as projections leave them; so is the result.
+    """
+    cut = blocks(kind, layout, query.dtype, query.device)
+    inside = (states.transpose(1, 2) for states in (query, key, value))
+    out: Tensor = _Attention.apply(*inside, cut, layout.prefix)
+    return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=32)
@@ -53,16 +106,15 @@ def blocks(kind: Kind, layout: Layout, dtype: torch.dtype, device: torch.device)
     with torch.inference_mode(False):
         states = torch.arange(layout.grid**2)
         if kind == "column":
-            queries = states.view(layout.grid, layout.grid).T.contiguous()
-            keys = queries
+            queries = keys = states.view(layout.grid, layout.grid).T
         else:
             size = layout.grid if kind == "row" else _divisor(layout.grid**2, CONV_BLOCK)
             queries = states.view(-1, size)
             keys = queries[:, :1] + _reach(kind, layout, size)
         seen = visible(kind, layout)[layout.prefix :, layout.prefix :]
         seen = seen[queries[:, :, None], keys.clamp(min=0)[:, None, :]] & (keys >= 0)[:, None, :]
-        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[None]
-        return Blocks(queries.to(device), keys.clamp(min=0).to(device), bias.to(device))
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
+        return Blocks(queries.shape[1], kind == "column", keys.clamp(min=0).to(device), bias.to(device))
 
 
 def _reach(kind: Kind, layout: Layout, size: int) -> Tensor:
@@ -79,53 +131,74 @@ def _divisor(number: int, most: int) -> int:
     return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
-class _ImageAttention(Function):
+class _Attention(Function):
+    """Queries, keys, values and results are [B, L, H, D], or of blocks [B * blocks, states of a block, H, D]."""
+
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: Blocks, prefix: int) -> Tensor:
-        queries = _gather(query, cut.queries, prefix)
-        near = _gather(key, cut.keys, prefix), _gather(value, cut.keys, prefix)
-        whole = _whole(queries, query)
-        out, total = _attend(whole, key[:, :, :prefix], value[:, :, :prefix])
-        near_out, near_total = _attend(queries, *near, attn_mask=cut.bias)
-        near_total = near_total.reshape(total.shape)
-        total_both = torch.logaddexp(total, near_total)
-        share = (near_total - total_both).exp_()[..., None].to(out.dtype)
-        out = torch.lerp(out, _whole(near_out, query), share)
-        ctx.save_for_backward(query, key, value, out, total_both)
-        ctx.cut, ctx.prefix = cut, prefix
-        return _restored(out, cut)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, prefix: int) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        of_prefix, image = slice(0, prefix), slice(prefix, None)
+        known = key[:, of_prefix], value[:, of_prefix]
+        out = torch.empty_like(query)
+        out[:, of_prefix], text_sums = _attend(query[:, of_prefix], *known, causal=True)
+        far, sums = map(blocks.cut, _attend(query[:, image], *known))
+        queries, mixed = blocks.cut(query[:, image]), blocks.cut(out[:, image])
+        for group in blocks.groups(key[:, image]):
+            keys = group.near(key[:, image]), group.near(value[:, image])
+            near, near_sums = _attend(group.queries(queries), *keys, bias=group.bias)
+            both = torch.logaddexp(group.queries(sums), near_sums)
+            share = (near_sums - both).exp_()[..., None].to(out.dtype)
+            group.set_queries(mixed, torch.lerp(group.queries(far), near, share))
+            group.set_queries(sums, both)
+        ctx.save_for_backward(query, key, value, out, text_sums, blocks.joined(sums))
+        ctx.blocks, ctx.prefix = blocks, prefix
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out, total = ctx.saved_tensors
-        cut, prefix = ctx.cut, ctx.prefix
-        gradient = gradient.index_select(2, cut.queries.flatten())
-        queries = _gather(query, cut.queries, prefix)
-        near = _gather(key, cut.keys, prefix), _gather(value, cut.keys, prefix)
-        far = key[:, :, :prefix], value[:, :, :prefix]
-        of_query, *of_far = _attend_backward(gradient, _whole(queries, query), *far, out, total, 0.0, False)
-        blocked = (gradient.reshape(queries.shape), queries, *near, out.reshape(queries.shape))
-        more, *of_near = _attend_backward(*blocked, total.reshape(queries.shape[:3]), 0.0, False, attn_mask=cut.bias)
-        grads = [torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)]
-        grads[0].index_copy_(2, cut.queries.flatten() + prefix, of_query + _whole(more, query))
-        for grad, of_prefix, of_image in zip(grads[1:], of_far, of_near, strict=True):
-            grad[:, :, :prefix] = of_prefix
-            grad[:, :, prefix:] = 0
-            grad.index_add_(2, cut.keys.flatten() + prefix, _whole(of_image, query))
-        return *grads, None, None
+        query, key, value, out, text_sums, sums = ctx.saved_tensors
+        blocks, gradient = ctx.blocks, gradient.contiguous()
+        of_prefix, image = slice(0, ctx.prefix), slice(ctx.prefix, None)
+        known = key[:, of_prefix], value[:, of_prefix]
+        text, whole = ([states[:, part] for states in (gradient, query, out)] for part in (of_prefix, image))
+        of_text = _gradients(*text, text_sums, *known, causal=True)
+        of_far = _gradients(*whole, sums, *known)
+        of_query, *of_keys = (torch.empty_like(query) for _ in range(3))
+        of_query[:, of_prefix] = of_text[0]
+        of_query[:, image] = of_far[0]
+        for of_key, by_text, by_far in zip(of_keys, of_text[1:], of_far[1:], strict=True):
+            torch.add(by_text, by_far, out=of_key[:, of_prefix])
+            of_key[:, image] = 0
+        cut, of_queries = [blocks.cut(states) for states in (*whole, sums)], blocks.cut(of_query[:, image])
+        for group in blocks.groups(key[:, image]):
+            keys = group.near(key[:, image]), group.near(value[:, image])
+            near = _gradients(*map(group.queries, cut), *keys, bias=group.bias)
+            group.add_queries(of_queries, near[0])
+            for of_key, by_near in zip(of_keys, near[1:], strict=True):
+                group.add_near(of_key[:, image], by_near)
+        return of_query, *of_keys, None, None
 
 
-def _gather(states: Tensor, index: Tensor, prefix: int) -> Tensor:
-    """Image states [B, H, L, D] of each block: [B * H, blocks, states of a block, D]."""
-    found = states.index_select(2, index.flatten() + prefix)
-    return found.view(-1, *index.shape, states.shape[-1])
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries [N, L, H, D] -> their results, and the logarithms [N, L, H] of their sums of exponentials."""
+    states = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*states, 0.0, causal, attn_mask=bias)
+    return out.transpose(1, 2), sums.transpose(1, 2)
 
 
-def _whole(blocked: Tensor, like: Tensor) -> Tensor:
-    """[B * H, blocks, states, D] -> [B, H, blocks * states, D]."""
-    return blocked.reshape(*like.shape[:2], -1, like.shape[-1])
-
-
-def _restored(out: Tensor, cut: Blocks) -> Tensor:
-    """From the order of blocks to raster order."""
-    return torch.empty_like(out).index_copy_(2, cut.queries.flatten(), out)
+def _gradients(
+    gradient: Tensor,
+    query: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """Of queries, keys and values, [N, L, H, D] each."""
+    states = (tensor.transpose(1, 2) for tensor in (gradient, query, key, value, out, sums))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*states, 0.0, causal, attn_mask=bias)
+    return [grad.transpose(1, 2) for grad in grads]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalle_scale.nn import sparse_attention
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.nn.sparse_attention import attend_blocks, blocks
 
@@ -17,18 +18,26 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", SPARSE)
 @settings(max_examples=25, deadline=None)
-@given(prefix=st.integers(1, 7), grid=st.integers(1, 9), kernel=st.sampled_from((1, 3, 5, 11)), seed=st.integers(0, 99))
-def test_equals_dense_attention(kind, prefix, grid, kernel, seed):
+@given(
+    prefix=st.integers(1, 7),
+    grid=st.integers(1, 9),
+    kernel=st.sampled_from((1, 3, 5, 11)),
+    group_bytes=st.sampled_from((1, 20_000, 1 << 23)),
+    seed=st.integers(0, 99),
+)
+def test_equals_dense_attention(kind, prefix, grid, kernel, group_bytes, seed):
     """With scores so large that the shares of prefix and image differ widely."""
     layout, generator = Layout(prefix, grid, kernel), torch.Generator().manual_seed(seed)
     sizes = (2, layout.length, 3, 8)  # as the projections leave them: heads inside
     inputs = [torch.randn(sizes, dtype=torch.float64, generator=generator).transpose(1, 2) for _ in range(3)]
     query, key, value = [tensor.requires_grad_() for tensor in (4 * inputs[0], *inputs[1:])]
     want = F.scaled_dot_product_attention(query, key, value, attn_mask=visible(kind, layout))
-    got = attend_blocks(query, key, value, kind, layout)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     slope = torch.randn(want.shape, dtype=torch.float64, generator=generator)
-    gradients = [torch.autograd.grad(out, (query, key, value), slope) for out in (got, want)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_attention, "GROUP_BYTES", group_bytes)
+        got = attend_blocks(query, key, value, kind, layout)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        gradients = [torch.autograd.grad(out, (query, key, value), slope) for out in (got, want)]
     for ours, dense in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-11)
 
@@ -53,5 +62,7 @@ def test_a_query_meets_few_keys_that_it_does_not_see(grid):
     assert met["conv"] <= 6 * (16 + 10)
     for kind in SPARSE:
         cut = blocks(kind, layout, torch.float32, CPU)
-        assert torch.equal(cut.queries.flatten().sort().values, torch.arange(grid**2))
+        states = torch.arange(grid**2)[None]
+        assert torch.equal(cut.cut(states).flatten().sort().values, states[0])
+        assert torch.equal(cut.joined(cut.cut(states)), states)
         assert (cut.bias == 0).sum() == visible(kind, layout)[1:, 1:].sum()
