@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dalle_scale import config as configs
 from dalle_scale import log, sample_memory
-from dalle_scale.nn.branch_scale import in_16_bits
+from dalle_scale.nn.branch_scale import cast
 from dalle_scale.plan_activations import open_stage
 
 
@@ -41,13 +41,12 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     rate = gpu_clock.matrix_rate(device)
     stage, nets = opened(sizes.config, device)
     model = nets["model"]
-    for parameter in in_16_bits(model):
-        parameter.data = parameter.data.bfloat16()
+    cast(model, "bf16")
     gpu_clock.release(device)
     generator = torch.Generator().manual_seed(0)
     caption = torch.randint(stage.config.text_vocab, (1, stage.config.text_length), generator=generator).to(device)
     fitting = sizes.samples or sample_memory.batch_samples(model, False, 1, sizes.candidates, device)
-    batch = min(fitting, sizes.candidates)
+    batch = sample_memory.even(sizes.candidates, fitting)
 
     def drawn(seeds: Tensor) -> Tensor:
         codes: Tensor = stage.sample(nets, caption.expand(len(seeds), -1), seeds)

@@ -36,14 +36,13 @@ from tqdm import tqdm
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine import optim
 from dalle_scale.engine.scaling import Scaling
-from dalle_scale.nn.branch_scale import branches_of, in_16_bits
+from dalle_scale.nn.branch_scale import SHORT, branches_of, cast, in_16_bits
 from dalle_scale.nn.transformer import Transformer
 
 UPDATES, SEEDS, BATCH = 2_000, 4, 8
 SCENES, HELD_OUT = 8_192, 256
 MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
 RESULTS = ROOT / "benchmarks" / "results"
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,11 @@ def run(job: tuple[Case, int, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     text, codes = scenes(SCENES)
     net = fresh_net(seed)
-    for parameter in in_16_bits(net):
-        if case.start_rounded:
+    if case.start_rounded:
+        for parameter in in_16_bits(net):
             parameter.data = parameter.data.bfloat16().float()
-        if case.dtype != "fp32":
-            parameter.data = parameter.data.to(HALF[case.dtype])
+    if case.dtype != "fp32":
+        cast(net, case.dtype)
     began = time.perf_counter()
     curve, skipped = train(net, case, seed, updates, text[HELD_OUT:], codes[HELD_OUT:])
     with torch.no_grad(), ProductsInFp32():
@@ -250,7 +249,7 @@ class ProductsInFp32(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._overloadpacket in self.products and args[0].dtype in HALF.values():  # type: ignore[attr-defined]
+        if func._overloadpacket in self.products and args[0].dtype in SHORT.values():  # type: ignore[attr-defined]
             wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
             return func(*wide, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))

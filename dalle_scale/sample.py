@@ -18,13 +18,14 @@ from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
-from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn import branch_scale, diffusion_samplers
 from dalle_scale.nn.diffusion import Variance
 from dalle_scale.nn.transformer import Transformer
 from dalle_scale.stages import dalle, ddpm, vqvae2_prior
 from dalle_scale.types import ImageTokenizer, PictureSource, UserError
 
 FIXED_BATCH_SAMPLES = 256  # drawn at a time by stages whose memory nobody counts
+DTYPES = ("fp32", *branch_scale.SHORT)
 DIFFUSION_OPTIONS = ("method", "steps", "spacing", "eta", "variance", "clip")
 
 
@@ -94,12 +95,21 @@ class Sampler:
     """
 
     def __init__(
-        self, folders: Sequence[Path], device: str | torch.device = "cpu", text_tokenizer: str | Path | None = None
+        self,
+        folders: Sequence[Path],
+        device: str | torch.device = "cpu",
+        text_tokenizer: str | Path | None = None,
+        dtype: str | None = None,
     ) -> None:
-        """text_tokenizer: file, folder or name; None = the export's own.
+        """
+        Args:
+            text_tokenizer: file, folder or name; None = the export's own.
+            dtype: of a transformer's matrices, fp32, bf16 or fp16; the rest and all other models are fp32. None = bf16
+                on a GPU, where products and caches take half of the time and memory, else fp32.
 
         Raises:
-            UserError: these exports do not draw pictures (together), or a tokenizer is missing or does not fit.
+            UserError: these exports do not draw pictures (together), a tokenizer is missing or does not fit, or dtype
+                is not fp32 and nothing is there to have it.
         """
         models = [export.load(folder, device) for folder in folders]
         self.models, self.device = sorted(models, key=_level), torch.device(device)
@@ -116,6 +126,16 @@ class Sampler:
                 f"{models[0].folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`"
             )
         self._open_text(text_tokenizer)
+        self.dtype = self._cast(dtype)
+
+    def _cast(self, dtype: str | None) -> str:
+        takes_short = isinstance(self.stage, dalle.Stage)
+        dtype = dtype or ("bf16" if takes_short and self.device.type == "cuda" else "fp32")
+        if dtype != "fp32" and not takes_short:
+            raise UserError(f"dtype: {dtype}, but only models of the stage 'dalle' take 16 bits; leave it out")
+        if dtype != "fp32":
+            branch_scale.cast(self.models[0].nets["model"], dtype)
+        return dtype
 
     def _open_text(self, name: str | Path | None) -> None:
         for model in self.models:
@@ -200,7 +220,7 @@ class Sampler:
         if self.text is not None:
             text = self.text.encode(prompts, self.text_length).to(self.device)
         if batch_samples is None:
-            batch_samples = self._fitting(places, options)
+            batch_samples = sample_memory.even(len(places), self._fitting(places, options))
         found = []
         for start in range(0, len(places), batch_samples):
             owners, numbers = map(list, zip(*places[start : start + batch_samples], strict=True))
@@ -245,6 +265,7 @@ class Sampler:
             "models": [str(model.folder) for model in self.models],
             "models_sha256": [digest(model.folder) for model in self.models],
             "stage": self.models[0].name,
+            "dtype": self.dtype,
             **{name: getattr(options, name) for name in names},
         }
         if all(model.trained for model in self.models):

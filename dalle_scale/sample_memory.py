@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import cast
@@ -31,6 +32,11 @@ def batch_samples(model: Transformer, guided: bool, captions: int, samples: int,
     room = SAFE_SHARE * free_bytes(device) - (2 + guided) * of_caption
     fitting = room / (of_sample + of_caption * captions / max(1, samples))
     return max(1, min(int(fitting), MOST_SAMPLES[device.type]))
+
+
+def even(samples: int, most: int) -> int:
+    """Size of the fewest batches of at most `most` that are as good as equal: a small last one costs as many steps."""
+    return math.ceil(samples / math.ceil(samples / most)) if samples else 1
 
 
 def cache_bytes(model: Transformer) -> list[int]:

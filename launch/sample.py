@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dalle_scale import dist, log, rerank, rerank_page, sample_overlap
 from dalle_scale import prompts as prompt_files
-from dalle_scale.sample import DIFFUSION_OPTIONS, Options, Sampler
+from dalle_scale.sample import DIFFUSION_OPTIONS, DTYPES, Options, Sampler
 from dalle_scale.sample_store import Store, fingerprint
 from dalle_scale.types import UserError
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = parse_args()
     prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
     check(args)
-    sampler = Sampler(args.model, dist.device(), args.text_tokenizer)
+    sampler = Sampler(args.model, dist.device(), args.text_tokenizer, args.dtype)
     if not prompts and sampler.text:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     prompts = prompts or [""]
@@ -100,6 +100,7 @@ def parse_args() -> argparse.Namespace:
     add("--clip", action=argparse.BooleanOptionalAction, help="predicted pictures to [-1, 1]; default: ancestral only")
     add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
     add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
+    add("--dtype", choices=DTYPES, help="of a transformer's matrices; default: bf16 on a GPU, else fp32")
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
     add("--rerank", metavar="CLIP", help="score and rank as launch/rerank.py --clip, into <out>/reranked")

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle_scale import stages
+from dalle_scale import sample_memory, stages
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.digest import digest
 from dalle_scale.fidelity_result import MADE_BY
-from dalle_scale.nn import diffusion_samplers
+from dalle_scale.nn import branch_scale, diffusion_samplers
 from dalle_scale.sample import Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
@@ -84,6 +84,35 @@ def test_every_candidate_of_every_prompt_once(folder):
     for (prompt, candidate), (seed, image) in drawn.items():
         assert seed == candidate_seed(3, PROMPTS[prompt], candidate)
         assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits_draw_nearly_the_same(folder, dtype):
+    """The first code of all is chosen by nearly the same logits; the matrices and what is kept of them are short."""
+    exact, short = Sampler([folder]), Sampler([folder], dtype=dtype)
+    assert short.record(Options())["dtype"] == dtype and exact.record(Options())["dtype"] == "fp32"
+    nets = [sampler.models[0].nets["model"] for sampler in (exact, short)]
+    assert nets[1].blocks[0].attention.query.weight.dtype == branch_scale.SHORT[dtype]
+    assert nets[1].image_head.weight.dtype == torch.float32
+    text, owners = exact.text.encode(PROMPTS, 8), torch.arange(3)
+    with torch.inference_mode():
+        want, got = (net.begin(text, owners)[0] for net in nets)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * want.std().item())
+    assert len(next(short.draw(PROMPTS, 2, 0)).images) == 6
+
+
+def test_16_bits_are_for_transformers(tmp_path):
+    vae = export_stage(tmp_path / "vae", "vae", {}, image_size=16, n_hid=8, multipliers=(1, 1))
+    with pytest.raises(UserError, match="dtype: bf16, but only"):
+        Sampler([vae], dtype="bf16")
+
+
+def test_batches_are_as_good_as_equal(folder, monkeypatch):
+    sampler = Sampler([folder])
+    monkeypatch.setattr(sample_memory, "batch_samples", lambda *_: 5)
+    sizes = [len(batch.seed) for batch in sampler.batches(PROMPTS, [(0, number) for number in range(12)], 0)]
+    assert sizes == [4, 4, 4]
 
 
 def test_pictures_depend_on_prompt_and_seed_only(folder):

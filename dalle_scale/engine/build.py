@@ -24,7 +24,7 @@ from dalle_scale.engine import ds_config, mixed, optim
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.engine.scaling import Scaling
-from dalle_scale.nn.branch_scale import branches_of
+from dalle_scale.nn import branch_scale
 from dalle_scale.types import Nets
 
 
@@ -116,7 +116,7 @@ def build(config: RunConfig, nets: Nets) -> Players:
         place = machines.place if machines else dist.rank()  # replicas must round alike
         without_masters = config.optim[name].kind == "adamw16"
         if without_masters:
-            mixed.cast(net, config.engine.dtype)
+            branch_scale.cast(net, config.engine.dtype)
         optimizer = optim.build(net, config.optim[name], seed=(config.seed << 20) + place)
         derived = ds_config.derive(config, name, dist.world_size())
         with mixed.a_buffer_a_group() if without_masters else nullcontext():
@@ -124,7 +124,7 @@ def build(config: RunConfig, nets: Nets) -> Players:
         scaling = None
         if without_masters:
             mixed.settle(engine)
-            scales = [scale for scale, _ in branches_of(net)]
+            scales = [scale for scale, _ in branch_scale.branches_of(net)]
             scaling = Scaling(scales, config.engine.dtype == "fp16", config.optim[name].clip_norm)
         players[name] = Player(name, engine, config, twin, machines, scaling)
         for buffer_name, buffer in net.named_buffers():

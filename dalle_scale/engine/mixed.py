@@ -20,17 +20,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.utils import defragment
-from torch import Tensor, nn
-
-from dalle_scale.nn.branch_scale import in_16_bits
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def cast(net: nn.Module, dtype: str) -> None:
-    """Give the parameters of a net their types. Buffers stay as they are."""
-    for parameter in in_16_bits(net):
-        parameter.data = parameter.data.to(DTYPES[dtype])
+from torch import Tensor
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class BranchScale:
     """The scale of one branch, 1 until somebody sets `value`."""
@@ -70,3 +72,9 @@ def in_16_bits(net: nn.Module) -> set[nn.Parameter]:
     if not branches:
         return set(net.parameters())
     return {parameter for _, parameters in branches for parameter in parameters if parameter.ndim > 1}
+
+
+def cast(net: nn.Module, dtype: str) -> None:
+    """Give `in_16_bits` a type of `SHORT`, in place."""
+    for parameter in in_16_bits(net):
+        parameter.data = parameter.data.to(SHORT[dtype])
