@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from slow_link_side import open_side, open_stage
 from torch import nn
-from toy_tokens import SIZES, scenes
+from toy_tokens import SIZES, photographs, scenes
 
 from dalle_scale import config as configs
 from dalle_scale import dist, log, plan
@@ -42,13 +42,14 @@ TREE = {
 def main() -> None:
     """Train what the folder of the command line plans; rank 0 writes the losses there."""
     folder = Path(sys.argv[-1])
-    updates: int = json.loads((folder / "plan.json").read_text())["updates"]
+    asked = json.loads((folder / "plan.json").read_text())
+    updates: int = asked["updates"]
     build.start()
     config = configs.parse(RunConfig, {**TREE, "updates": updates}, where="compression_side.py")
     stage = open_stage(config)
     rank = largest_rank(config, stage.nets()["model"])
     sides = {name: open_side(config, stage, r).players for name, r in (("exact", 0), ("compressed", rank))}
-    text, codes = scenes(SCENES)
+    text, codes = photographs(Path(asked["pictures"]), SCENES) if asked["pictures"] else scenes(SCENES)
     order = torch.Generator().manual_seed(0)
     curves: dict[str, list[float]] = {name: [] for name in sides}
     for update in log.progress(range(updates), "train", "updates", updates):

@@ -1,11 +1,15 @@
-"""Captions and coarse pictures of the toy world as tokens: data that a tiny transformer learns in 1,000 updates."""
+"""Captions and coarse pictures as tokens: data that a tiny transformer learns in 1,000 updates. The toy world is nearly
+determined by its captions; photographs are not."""
 
 from __future__ import annotations
 
 import random
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle_scale.data import toy_world
@@ -22,9 +26,30 @@ def scenes(count: int) -> tuple[Tensor, Tensor]:
     captions = [toy_world.caption(scene, rng).split()[:WORDS] for scene in drawn]
     vocabulary = {word: index for index, word in enumerate(sorted({word for row in captions for word in row}))}
     assert len(vocabulary) <= VOCABULARY
-    text = [[vocabulary[word] for word in row] for row in captions]
-    text = [[*row, *(VOCABULARY + place for place in range(len(row), WORDS))] for row in text]
     pictures = np.stack([toy_world.render(scene, rng) for scene in drawn])
-    means = pictures.reshape(count, GRID, 4, GRID, 4, 3).mean(axis=(2, 4))
+    return padded([[vocabulary[word] for word in row] for row in captions]), shades(pictures)
+
+
+def photographs(tar: Path, count: int) -> tuple[Tensor, Tensor]:
+    """The same of the first `count` pictures, in an order drawn by a seed, of a tar with a folder for each class."""
+    with tarfile.open(tar) as archive:
+        members = [member for member in archive if member.name.endswith(".jpg")]
+        random.Random(0).shuffle(members)
+        members = members[:count]
+        files = [archive.extractfile(member) for member in members]
+        pictures = [Image.open(file).convert("RGB").resize((4 * GRID, 4 * GRID)) for file in files if file is not None]
+    classes = [Path(member.name).parts[0] for member in members]
+    numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
+    return padded([[numbers[name]] for name in classes]), shades(np.stack([np.asarray(image) for image in pictures]))
+
+
+def padded(captions: list[list[int]]) -> Tensor:
+    """Words int64 [N, WORDS], each empty place with its own pad."""
+    return torch.tensor([[*row, *(VOCABULARY + place for place in range(len(row), WORDS))] for row in captions])
+
+
+def shades(pictures: np.ndarray) -> Tensor:
+    """Of pictures uint8 [N, 4 * GRID, 4 * GRID, 3]: int64 [N, GRID^2], four levels of each colour."""
+    means = pictures.reshape(len(pictures), GRID, 4, GRID, 4, 3).mean(axis=(2, 4))
     levels = (means // 64).astype(np.int64)
-    return torch.tensor(text), torch.from_numpy(levels @ np.array([16, 4, 1])).flatten(1)
+    return torch.from_numpy(levels @ np.array([16, 4, 1])).flatten(1)
