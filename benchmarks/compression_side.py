@@ -24,7 +24,7 @@ from dalle_scale.types import Batch, Stage
 
 SCENES, HELD_OUT, BATCH_SAMPLES = 8_192, 256, 32
 LEFT = 0.15  # of the bytes between machines
-# Wide for its depth: the rank that the share of bytes leaves grows with the width, 2 of 32 rows at 64, 17 of 128 here
+# Wide for its depth: the rank that the share of bytes leaves grows with the width, 2 of 32 rows at 64, 11 of 128 here
 SCHEDULE = {"kind": "cosine", "warmup_updates": 50}
 TREE = {
     "stage": "dalle",
