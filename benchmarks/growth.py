@@ -28,7 +28,8 @@ from dalle_scale.nn.attention_mask import Kind, Layout, visible
 from dalle_scale.stages import dalle
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
-GRIDS, KINDS = (16, 32, 64), ("row", "column", "row", "conv")
+GRIDS = (16, 32, 64)
+KINDS: tuple[Kind, ...] = ("row", "column", "row", "conv")
 WIDTH, HEADS, TEXT, VOCABULARY, CODES = 256, 8, 256, 512, 4096
 CANDIDATES = 16
 Measurement = tuple[Callable[[], float], float]  # -> seconds a token; keys that a token sees
@@ -37,7 +38,7 @@ Measurement = tuple[Callable[[], float], float]  # -> seconds a token; keys that
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -94,12 +95,9 @@ def attention(grid: int) -> Measurement:
     states = [torch.randn(size).transpose(1, 2).requires_grad_() for _ in range(3)]
     slope = torch.randn(size).transpose(1, 2)
 
-    def layer(kind: Kind) -> None:
-        torch.autograd.grad(attend(*states, kind, layout), states, slope)
-
     def all_layers() -> None:
         for kind in KINDS:
-            layer(kind)
+            torch.autograd.grad(attend(*states, kind, layout), states, slope)
 
     return lambda: timed(all_layers, samples * layout.length), keys_seen(grid)
 
