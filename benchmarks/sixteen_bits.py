@@ -1,17 +1,20 @@
 """A small transformer with 16-bit weights and states against the same in fp32, and what goes wrong in fp16.
 
     python benchmarks/sixteen_bits.py
+    python benchmarks/sixteen_bits.py --pictures cifar10_train.tar
 
-For each seed all cases see the same batches (captions and 8x8 colours of the toy world) from the same initial weights,
-and the learning rate ends at 0. Two equal runs that differ in the last place of one number drift apart, so a control
-shows how far: fp32 again, from weights that were rounded to bf16 once. The rules are those of the program,
-`engine.adam16.AdamW16` and `engine.scaling.Scaling` on `nn.transformer.Transformer`, in one process without DeepSpeed.
-CPUs have no fast products of 16-bit matrices, so these are computed in fp32 and rounded, which is what tensor cores do.
+For each seed all cases see the same batches (captions and 8x8 colours of the toy world, or of photographs in a tar with
+a folder for each class) from the same initial weights, and the learning rate ends at 0. Two equal runs that differ in
+the last place of one number drift apart, so a control shows how far: fp32 again, from weights that were rounded to bf16
+once. The rules are those of the program, `engine.adam16.AdamW16` and `engine.scaling.Scaling` on
+`nn.transformer.Transformer`, in one process without DeepSpeed. CPUs have no fast products of 16-bit matrices, so these
+are computed in fp32 and rounded, which is what tensor cores do.
 
 The fp16 runs have two hardships that small models do not have by themselves: the loss is divided by 256, as by
 accumulation over 256 micro-batches, and in every 60th update the gradient of one block overflows (the paper skips 5 %
 of its updates for such reasons). "one scale" multiplies the loss by one number: 2^16 at first, halved at an overflow,
-doubled after 1,000 updates without (DeepSpeed's rule). Writes benchmarks/results/sixteen_bits.json and .png.
+doubled after 1,000 updates without (DeepSpeed's rule). Writes benchmarks/results/sixteen_bits.json and .png, or
+sixteen_bits_pictures.json and .png.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -30,7 +34,7 @@ import torch
 from environment import ROOT, describe
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_tokens import SIZES, scenes
+from toy_tokens import SIZES, photographs, scenes
 from tqdm import tqdm
 
 from dalle_scale.config import OptimConfig
@@ -40,7 +44,7 @@ from dalle_scale.nn.branch_scale import SHORT, branches_of, cast, in_16_bits
 from dalle_scale.nn.transformer import Transformer
 
 UPDATES, SEEDS, BATCH = 2_000, 4, 8
-SCENES, HELD_OUT = 8_192, 256
+PICTURES, HELD_OUT = 8_192, 256
 MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -64,7 +68,8 @@ CASES = (
     Case("bf16, states of the paper, compensated", "bf16", rounding="compensated"),
     Case("bf16, bf16 states, stochastic", "bf16", states="bf16"),
     Case("bf16, states of the paper, to nearest", "bf16", rounding="nearest"),
-    Case("fp16, a scale a branch", "fp16"),
+    Case("fp16, a scale a branch, stochastic", "fp16"),
+    Case("fp16, a scale a branch, compensated", "fp16", rounding="compensated"),
     Case("fp16, one scale", "fp16", one_scale=True),
 )
 
@@ -74,8 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--pictures", type=Path, metavar="TAR", help="in place of the toy world")
     args = parser.parse_args()
-    jobs = [(case, seed, args.updates) for seed in range(args.seeds) for case in CASES]
+    jobs = [(case, seed, args.updates, args.pictures) for seed in range(args.seeds) for case in CASES]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="runs"))
     by_case = [runs[start :: len(CASES)] for start in range(len(CASES))]
@@ -87,8 +93,9 @@ def main() -> None:
         "cases": cases,
         **describe(),
     }
-    (RESULTS / "sixteen_bits.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(cases, by_case)
+    name = RESULTS / ("sixteen_bits_pictures" if args.pictures else "sixteen_bits")
+    name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(cases, by_case, name.with_suffix(".png"))
     for row in cases:
         numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_updates']}"
         print(f"{row['name']:<42}{numbers}")
@@ -107,11 +114,11 @@ def summary(case: Case, runs: list[dict[str, Any]], reference: list[dict[str, An
     }
 
 
-def run(job: tuple[Case, int, int]) -> dict[str, Any]:
-    """Train one case with a seed; its curve and its loss on held-out scenes, in nats a token."""
-    case, seed, updates = job
+def run(job: tuple[Case, int, int, Path | None]) -> dict[str, Any]:
+    """Train one case with a seed; its curve and its loss on held-out pictures, in nats a token."""
+    case, seed, updates, pictures = job
     torch.set_num_threads(1)
-    text, codes = scenes(SCENES)
+    text, codes = photographs(pictures, PICTURES) if pictures else scenes(PICTURES)
     net = fresh_net(seed)
     if case.start_rounded:
         for parameter in in_16_bits(net):
@@ -268,16 +275,16 @@ def loss_of(net: Transformer, text: Tensor, codes: Tensor) -> Tensor:
     return sum(w * nn.functional.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y, w in parts)  # type: ignore
 
 
-def draw(cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]]) -> None:
+def draw(cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]], file: Path) -> None:
     """A curve for each case: mean over seeds and 50 updates."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for row, runs in zip(cases, by_case, strict=True):
         curve = np.convolve(np.mean([run["curve"] for run in runs], axis=0), np.ones(50) / 50, mode="valid")
         axes.plot(np.arange(len(curve)) + 50, curve, linewidth=1, label=f"{row['name']}: {row['by_fp32']:.4f}")
     axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
-    axes.legend(title="loss on held-out scenes, by that of fp32", fontsize=8)
+    axes.legend(title="loss on held-out pictures, by that of fp32", fontsize=8)
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(RESULTS / "sixteen_bits.png", dpi=90)
+    figure.savefig(file, dpi=90)
 
 
 if __name__ == "__main__":
