@@ -41,6 +41,7 @@ def draw_ours(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, dict[str,
     net, _ = ours({"attention": KINDS}, text, text)
     fields = {**sizes, "width": 256, "layers": len(KINDS), "heads": 8, "attention": KINDS}
     stage = dalle.Stage(dalle.Stage.Config.model_validate_json(json.dumps(fields)))
+    net.store_by_columns()  # type: ignore[operator]  # as the program does when it has loaded a model
     return net, {"draw": lambda: stage.sample({"model": net}, text, torch.arange(len(text)))}
 
 

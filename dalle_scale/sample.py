@@ -127,6 +127,8 @@ class Sampler:
             )
         self._open_text(text_tokenizer)
         self.dtype = self._cast(dtype)
+        if isinstance(self.stage, dalle.Stage) and self.device.type == "cpu":
+            cast(Transformer, self.models[0].nets["model"]).store_by_columns()
 
     def _cast(self, dtype: str | None) -> str:
         takes_short = isinstance(self.stage, dalle.Stage)

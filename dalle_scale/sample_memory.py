@@ -29,7 +29,7 @@ def batch_samples(model: Transformer, guided: bool, captions: int, samples: int,
     caches = cache_bytes(model)
     of_sample = (sum(caches) + max(caches)) * (1 + guided) + _logit_bytes(model)  # one layer copies what it reads
     of_caption = caption_bytes(model) + model.layout.prefix * _PREFIX_COPIES * _state_bytes(model)
-    room = SAFE_SHARE * free_bytes(device) - (2 + guided) * of_caption
+    room = SAFE_SHARE * free_bytes(device) - joined_bytes(model) - (2 + guided) * of_caption
     fitting = room / (of_sample + of_caption * captions / max(1, samples))
     return max(1, min(int(fitting), MOST_SAMPLES[device.type]))
 
@@ -49,6 +49,11 @@ def cache_bytes(model: Transformer) -> list[int]:
 def caption_bytes(model: Transformer) -> int:
     """Of the keys and values of one caption in all layers."""
     return len(model.kinds) * model.layout.prefix * 2 * _state_bytes(model)
+
+
+def joined_bytes(model: Transformer) -> int:
+    """Of the copies of matrices that drawing reads together."""
+    return len(model.kinds) * 3 * model.start.shape[1] * _state_bytes(model)
 
 
 def free_bytes(device: torch.device) -> int:

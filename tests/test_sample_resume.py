@@ -22,6 +22,7 @@ from test_sample import PROMPTS, export_stage
 from toys.programs import run_here, run_rank
 
 from dalle_scale import sample_memory, sample_overlap
+from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.transformer import Transformer
 from dalle_scale.sample import Batch, Options, Sampler
 
@@ -265,10 +266,9 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
 # ---- memory ----
 
 
-def tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() else []
-    return [found for part in value for found in tensors(part)] if isinstance(value, tuple | list) else []
+def bytes_of(cache: Cache) -> int:
+    kept = [value for value in vars(cache).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return sum(tensor.nbytes for tensor in kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -278,12 +278,11 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
     net = Transformer(**sizes, kinds=kinds, conv_kernel=3).to(dtype)
     owners = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
-        _, caches = net.begin(torch.randint(20, (2, 5)), owners)
-        net.step(torch.zeros(5, dtype=torch.int64), 0, caches)
-    real = sum(
-        t.numel() * t.element_size() for cache in caches for value in vars(cache).values() for t in tensors(value)
-    )
-    assert 5 * sum(sample_memory.cache_bytes(net)) + 2 * sample_memory.caption_bytes(net) == real
+        _, drawing = net.begin(torch.randint(20, (2, 5)), owners)
+        net.step(torch.zeros(5, dtype=torch.int64), 0, drawing)
+    caches = [bytes_of(block._cache) for block in drawing]
+    assert 5 * sum(sample_memory.cache_bytes(net)) + 2 * sample_memory.caption_bytes(net) == sum(caches)
+    assert sum(block._states[0].nbytes for block in drawing) == sample_memory.joined_bytes(net)
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,12 +60,9 @@ class Attention(nn.Module):
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache the states that come next."""
-        batch, states, width = x.shape
-        split = (batch, states, self.heads, width // self.heads)
-        query = self.query(x).view(split).transpose(1, 2)
-        key = self.key(x).view(split).transpose(1, 2)
-        value = self.value(x).view(split).transpose(1, 2)
-        mixed = attend(query, key, value, self.kind, self.layout) if cache is None else cache.attend(query, key, value)
-        out: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, states, width))
+        """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache the prefixes that samples begin with."""
+        split = (*x.shape[:2], self.heads, -1)
+        query, key, value = (of(x).view(split).transpose(1, 2) for of in (self.query, self.key, self.value))
+        mixed = attend(query, key, value, self.kind, self.layout) if cache is None else cache.begin(query, key, value)
+        out: Tensor = self.output(mixed.transpose(1, 2).reshape(x.shape))
         return out

@@ -1,10 +1,12 @@
 """Keys and values of one layer while samples are drawn code by code, shaped by what the layer sees.
 
 A prefix is kept once for all samples that share a caption. Of the image a row layer keeps the last grid + 1 states and
-a conv layer those its window reaches back to, each in a ring; a column layer reads one column of all.
+a conv layer those its window reaches back to, each in a ring; a column layer keeps all, column by column.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,7 @@ class Cache:
     def __init__(self, kind: Kind, layout: Layout, owners: Tensor) -> None:
         """owners: int64 [N], the row of the prefix batch that each sample goes on from; every row has one."""
         self.kind, self.layout, self.owners = kind, layout, owners
-        offsets = conv_offsets(layout)
-        self._back = offsets[offsets >= 0].unique().to(owners.device)  # that a conv layer sees
-        reach = {"row": layout.grid + 1, "conv": int(self._back.max()) + 1}.get(kind, layout.grid**2)
+        reach = {"row": layout.grid + 1, "conv": int(conv_offsets(layout).max()) + 1}.get(kind, layout.grid**2)
         self.image_slots = min(reach, layout.grid**2)
         self.image_states = 0  # seen so far
         counts = torch.bincount(owners)
@@ -35,51 +35,72 @@ class Cache:
         places = torch.arange(int(counts.max()), device=owners.device) % counts[:, None]
         self._members = order[starts[:, None] + places]  # [captions, most samples of one]; short rows repeat theirs
         self._in_order = torch.equal(self._members.flatten(), torch.arange(len(owners), device=owners.device))
-        self._prefixes: tuple[Tensor, Tensor] | None = None
-        self._rooms: tuple[Tensor, Tensor] | None = None  # [N, H, image_slots, width of a head] each
+        self._one_each = self._in_order and self._members.shape[1] == 1
+        self._prefix_keys = self._prefix_values = self._room = owners.new_empty(0)  # until `begin`
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of the states that come next; [B, H, states, width of a head] each, and so is the result.
+    def begin(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the prefixes of the distinct captions, [captions, H, prefix, D] each, and so is the result."""
+        captions, heads, prefix, width = key.shape
+        assert prefix == self.layout.prefix
+        self._prefix_keys = key.transpose(-1, -2).contiguous().view(captions * heads, width, prefix)
+        self._prefix_values = value.contiguous().view(captions * heads, prefix, width)
+        self._room = key.new_empty(len(self.owners) * heads, self.image_slots, 2 * width)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-        The first call brings the prefixes (B distinct captions), each later one an image state (B = N samples).
+    def step(self, states: Tensor) -> Tensor:
+        """Attention of the next image state of each sample: query, key and value, [N, 3, H, D], the query already
+        divided by sqrt(D) -> [N * H, 1, D].
+
+        Few calls, because for one sample they take as long as the arithmetic; plain products, because for a single
+        query they beat the fused kernel on CPUs.
         """
-        if self._prefixes is None or self._rooms is None:
-            assert key.shape[2] == self.layout.prefix
-            self._prefixes = key, value
-            size = (len(self.owners), key.shape[1], self.image_slots, key.shape[3])
-            self._rooms = key.new_empty(size), key.new_empty(size)
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        slot = self.image_states % self.image_slots
-        for room, state in zip(self._rooms, (key, value), strict=True):
-            room[:, :, slot] = state[:, :, 0]
-        near = [self._seen(room) for room in self._rooms]
+        samples, _, heads, width = states.shape
+        slot = self._room.select(1, self._slot()).view(samples, heads, 2, width)
+        slot.copy_(states[:, 1:].transpose(1, 2))
+        near_keys, near_values = self._seen().split(width, dim=-1)  # [N * H, states, D]
         self.image_states += 1
-        # Plain products: for a single query they beat the fused kernel on CPUs
-        query = query * query.shape[-1] ** -0.5
-        far_scores = self._per_caption(query) @ self._prefixes[0].transpose(-1, -2)
-        scores = torch.cat([self._per_sample(far_scores), query @ near[0].transpose(-1, -2)], dim=-1)
-        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        far, close = shares.split([self.layout.prefix, near[0].shape[2]], dim=-1)
-        mixed: Tensor = self._per_sample(self._per_caption(far) @ self._prefixes[1]) + close @ near[1]
-        return mixed
+        query, prefix = states[:, 0].reshape(-1, 1, width), self.layout.prefix
+        near = torch.bmm(query, near_keys.transpose(1, 2))
+        scores = torch.cat([self._times_prefix(query, self._prefix_keys), near], dim=-1)
+        shares = scores.softmax(-1, dtype=torch.float32).to(states.dtype)
+        far = self._times_prefix(shares[..., :prefix], self._prefix_values)
+        return torch.baddbmm(far, shares[..., prefix:], near_values)
 
-    def _seen(self, room: Tensor) -> Tensor:
-        """The image states that the newest one sees, itself included: [N, H, states, width of a head]."""
-        index, grid = self.image_states, self.layout.grid
+    def _slot(self) -> int:
+        """Of the newest image state."""
         if self.kind == "column":
-            return room[:, :, index % grid : index + 1 : grid]
+            row, column = divmod(self.image_states, self.layout.grid)
+            return column * self.layout.grid + row
+        return self.image_states % self.image_slots
+
+    def _seen(self) -> Tensor:
+        """What the newest image state sees, itself included: keys and values [N * H, states, 2 * D]."""
+        if self.kind == "column":
+            row, column = divmod(self.image_states, self.layout.grid)
+            return self._room.narrow(1, column * self.layout.grid, row + 1)
         if self.kind == "conv":
-            return room.index_select(2, (index - self._back[self._back <= index]) % self.image_slots)
-        return room[:, :, : min(index + 1, self.image_slots)]
+            slots = _window_slots(self.layout, self.image_slots, self._room.device)
+            return self._room.index_select(1, slots[self.image_states])
+        return self._room.narrow(1, 0, min(self.image_states + 1, self.image_slots))
 
-    def _per_caption(self, states: Tensor) -> Tensor:
-        """[N, H, 1, D] -> [captions, H, most samples of one, D]: one product reads a prefix for all its samples."""
-        if self._in_order:
-            return states.view(*self._members.shape, *states.shape[1::2]).transpose(1, 2)
-        return states[self._members, :, 0].transpose(1, 2)
+    def _times_prefix(self, states: Tensor, prefix: Tensor) -> Tensor:
+        """Products of [N * H, 1, A] with what is kept of each one's caption, [captions * H, A, B] -> [N * H, 1, B]:
+        one product reads a prefix for all its samples."""
+        if self._one_each:
+            return torch.bmm(states, prefix)
+        by_sample = states.view(len(self.owners), -1, states.shape[2])  # [N, H, A]
+        grouped = (
+            by_sample.view(*self._members.shape, *by_sample.shape[1:]) if self._in_order else by_sample[self._members]
+        )
+        together = grouped.transpose(1, 2)  # [captions, H, most samples of one, A]
+        product = torch.bmm(together.flatten(0, 1), prefix).view(*together.shape[:3], -1)
+        own = product.transpose(1, 2) if self._in_order else product[self.owners, :, self._number]
+        return own.reshape(-1, 1, prefix.shape[2])
 
-    def _per_sample(self, grouped: Tensor) -> Tensor:
-        """The reverse."""
-        if self._in_order:
-            return grouped.transpose(1, 2).reshape(len(self.owners), grouped.shape[1], 1, -1)
-        return grouped[self.owners, :, self._number][:, :, None]
+
+@lru_cache(maxsize=4)
+def _window_slots(layout: Layout, slots: int, device: torch.device) -> list[Tensor]:
+    """For each image state, in raster order, the slots of those that its conv window sees: int64 [states] each."""
+    offsets = conv_offsets(layout)
+    back = offsets[offsets >= 0].unique()
+    return [((index - back[back <= index]) % slots).to(device) for index in range(layout.grid**2)]

@@ -7,6 +7,7 @@ on every device; the logarithms and the like that follow may differ in the last 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 _MIX_64 = 0xBF58476D1CE4E5B9  # a multiplier of the splitmix64 finalizer
 
 
-def uniform_noise(seeds: Tensor, step: int, count: int) -> Tensor:
+def uniform_noise(seeds: Tensor, step: int | Tensor, count: int) -> Tensor:
     """Uniform noise fp32 [B, count] in the open interval (0, 1), a pure function of (seed, step, position).
 
     A number is a 32-bit hash of (hash of the position) xor (hash of seed and step), of which 23 bits are kept: the
@@ -23,12 +24,11 @@ def uniform_noise(seeds: Tensor, step: int, count: int) -> Tensor:
 
     Args:
         seeds: int64 [B], one a sample.
-        step: update number.
+        step: update number; or int64 [B], one a sample.
         count: numbers per sample, below 2^31.
     """
     assert count < 1 << 31
-    positions = mix32(torch.arange(count, dtype=torch.int32, device=seeds.device))
-    bits = mix32(positions ^ _keys(seeds, step)[:, None])
+    bits = mix32(_positions(count, seeds.device) ^ _keys(seeds, step)[:, None])
     # 23 bits and a half: never 0 or 1, where the functions that follow are infinite
     return (bits >> 9).bitwise_and_(0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
@@ -41,9 +41,16 @@ def normal_noise(seeds: Tensor, step: int, count: int) -> Tensor:
     return uniform_noise(seeds, step, count).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
 
 
-def _keys(seeds: Tensor, step: int) -> Tensor:
+@lru_cache(maxsize=2)
+def _positions(count: int, device: torch.device) -> Tensor:
+    """int32 [count]: the hash of each position."""
+    return mix32(torch.arange(count, dtype=torch.int32, device=device))
+
+
+def _keys(seeds: Tensor, step: int | Tensor) -> Tensor:
     """int32 [B]: one key per (seed, step)."""
-    key = (seeds + signed(step * _GOLDEN, 64)) * signed(_MIX_64, 64)
+    steps = step * signed(_GOLDEN, 64) if isinstance(step, Tensor) else signed(step * _GOLDEN, 64)
+    key = (seeds + steps) * signed(_MIX_64, 64)
     key = (key ^ (key >> 31)) * signed(_GOLDEN, 64)
     return mix32((key >> 32).to(torch.int32))
 

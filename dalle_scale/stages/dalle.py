@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_scale import types
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
-from dalle_scale.nn.gumbel import gumbel_noise
+from dalle_scale.nn.gumbel import gumbel_noise, gumbel_steps
 from dalle_scale.nn.transformer import Transformer, paper_order
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
@@ -223,21 +223,22 @@ class Stage(types.Stage):
         captions, owners = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
         if self.config.text_length:
             captions, owners = torch.unique(text, dim=0, return_inverse=True)
-        logits, caches = model.begin(captions, owners)
+        logits, drawing = model.begin(captions, owners)
         codes = torch.empty(len(seeds), num_codes, dtype=torch.int64, device=text.device)
         if prime is not None:
             codes[:, :primed] = prime
+        noise = gumbel_steps(seeds, range(primed, num_codes), vocab)
         for index in range(num_codes):
             if index >= primed:
                 if guided:
                     with_caption, empty = logits.chunk(2)
                     logits = empty + guidance * (with_caption - empty)
                 logits = truncate(logits / temperature, top_k, top_p)
-                codes[:, index] = (logits + gumbel_noise(seeds, index, vocab)).argmax(-1)
+                codes[:, index] = (logits + next(noise)).argmax(-1)
                 if on_code is not None:
                     on_code(index + 1 - primed, num_codes - primed)
             if index + 1 < num_codes:
-                logits = model.step(codes[:, index].repeat(1 + guided), index, caches)
+                logits = model.step(codes[:, index].repeat(1 + guided), index, drawing)
         return codes
 
     @torch.inference_mode()

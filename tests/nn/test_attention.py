@@ -123,8 +123,10 @@ def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners
     cache = Cache(kind, layout, owners)
     torch.testing.assert_close(attention(prefixes, cache)[owners], whole[:, :PREFIX])
     for index in range(grid**2):
-        step = attention(images[:, index : index + 1], cache)
-        torch.testing.assert_close(step[:, 0], whole[:, PREFIX + index])
+        query, key, value = (of(images[:, index]) for of in (attention.query, attention.key, attention.value))
+        states = torch.stack([query / (8 / 2) ** 0.5, key, value], dim=1).view(len(owners), 3, 2, 4)
+        step = attention.output(cache.step(states).view(len(owners), 8))
+        torch.testing.assert_close(step, whole[:, PREFIX + index])
 
 
 @pytest.mark.parametrize("kind, slots", [("row", 33), ("conv", 5 * 32 + 6), ("column", 1024), ("full", 1024)])
@@ -134,7 +136,8 @@ def test_cache_keeps_what_the_layer_looks_back_to(kind, slots):
     attention = Attention(width=4, heads=1, kind=kind, layout=layout)
     cache = Cache(kind, layout, torch.zeros(3, dtype=torch.int64))
     attention(torch.randn(1, 2, 4), cache)
-    assert [tensor.shape for tensor in (*cache._prefixes, *cache._rooms)] == [(1, 1, 2, 4)] * 2 + [(3, 1, slots, 4)] * 2
+    kept = [tensor.numel() for tensor in (cache._prefix_keys, cache._prefix_values, cache._room)]
+    assert kept == [2 * 4, 2 * 4, 3 * slots * (4 + 4)]
 
 
 def test_masks_asked_for_first_while_sampling_serve_training():

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from dalle_scale.nn.gumbel import gumbel_noise, gumbel_softmax, kl_to_uniform
+from dalle_scale.nn.gumbel import gumbel_noise, gumbel_softmax, gumbel_steps, kl_to_uniform
 
 
 def test_noise_is_standard_gumbel() -> None:
@@ -30,6 +30,15 @@ def test_noise_of_a_sample_depends_on_its_seed_and_the_step_only() -> None:
         assert torch.equal(gumbel_noise(seed[None], step=9, count=300)[0], row)
     assert torch.equal(gumbel_noise(seeds.flip(0), step=9, count=300), together.flip(0))
     assert not torch.equal(gumbel_noise(seeds, step=10, count=300), together)
+
+
+@pytest.mark.parametrize("samples, steps", [(1, range(3, 40)), (3, range(5)), (20, range(7, 9)), (2, range(4, 4))])
+def test_noise_of_steps_is_that_of_each(samples: int, steps: range) -> None:
+    seeds = torch.arange(samples) * 2**40 - 5
+    rows = list(gumbel_steps(seeds, steps, 50))
+    assert len(rows) == len(steps)
+    for step, row in zip(steps, rows, strict=True):
+        assert torch.equal(row, gumbel_noise(seeds, step, 50))
 
 
 @pytest.mark.parametrize("seeds, steps", [((0, 1), (0, 0)), ((0, 0), (0, 1)), ((3, 4), (4, 3)), ((0, 2**32), (0, 0))])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.nn.branch_scale import cast
 from dalle_scale.nn.transformer import Block, Transformer, paper_order
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -130,11 +131,35 @@ def test_cached_logits_are_the_uncached(kinds):
     codes = torch.randint(0, IMAGE_VOCAB, (5, GRID**2), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = model(text[owners], codes)[1]
-        logits, caches = model.begin(text, owners)
+        logits, drawing = model.begin(text, owners)
         for index in range(GRID**2):
             torch.testing.assert_close(logits, expected[:, index])
             if index + 1 < GRID**2:
-                logits = model.step(codes[:, index], index, caches)
+                logits = model.step(codes[:, index], index, drawing)
+
+
+def test_drawing_in_16_bits_is_close_to_whole_sequences():
+    model, (text, codes) = small(), inputs()
+    cast(model, "bf16")
+    with torch.inference_mode():
+        expected = model(text, codes)[1]
+        logits, drawing = model.begin(text, torch.arange(2))
+        for index in range(GRID**2):
+            assert logits.dtype == torch.float32
+            assert (logits - expected[:, index]).abs().max() < 0.03 * expected.abs().max()
+            if index + 1 < GRID**2:
+                logits = model.step(codes[:, index], index, drawing)
+
+
+def test_matrices_stored_by_columns_are_the_same_net():
+    model, (text, codes) = small(), inputs()
+    before, state = model(text, codes), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.store_by_columns()
+    for ours, theirs in zip(model(text, codes), before, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    weight = model.blocks[0].expand.weight
+    assert weight.t().is_contiguous() and not weight.is_contiguous() and model.image_head.weight.t().is_contiguous()
 
 
 def test_pads_are_tokens_with_gradients_of_their_own():

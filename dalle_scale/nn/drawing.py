@@ -1,0 +1,48 @@
+"""A block of the transformer over one image state of each sample at a time.
+
+For one sample the calls of modules and the look-ups in them take as long as the arithmetic, so a block's weights are
+gathered once, and a state goes through as few operations as there can be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_scale.nn.attention_cache import Cache
+
+if TYPE_CHECKING:
+    from dalle_scale.nn.transformer import Block
+
+
+class DrawingBlock:
+    """A block with the keys and values of what was drawn; computes what `Block.forward` does for whole sequences.
+
+    The projections to queries, keys and values are joined in a copy, a quarter of the block's weights.
+    """
+
+    def __init__(self, block: Block, cache: Cache) -> None:
+        """cache: has begun."""
+        attention = block.attention
+        self._cache, self._heads, self._dtype = cache, attention.heads, attention.query.weight.dtype
+        self._attention_norm, self._mlp_norm = (
+            (norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (block.attention_norm, block.mlp_norm)
+        )
+        query, key, value, self._output, self._expand, self._contract = (
+            (of.weight, of.bias.to(self._dtype))
+            for of in (attention.query, attention.key, attention.value, attention.output, block.expand, block.contract)
+        )
+        scale = (len(query[0]) // self._heads) ** -0.5  # of the scores
+        weights = torch.cat([(query[0] * scale).t(), key[0].t(), value[0].t()], dim=1).t()
+        self._states = weights, torch.cat([query[1] * scale, key[1], value[1]])
+
+    def step(self, x: Tensor) -> Tensor:
+        """The next image state of each sample, [N, width] -> [N, width]."""
+        normed = F.layer_norm(x, *self._attention_norm).to(self._dtype)
+        mixed = self._cache.step(F.linear(normed, *self._states).view(len(x), 3, self._heads, -1))
+        x = x + F.linear(mixed.view(x.shape), *self._output)
+        normed = F.layer_norm(x, *self._mlp_norm).to(self._dtype)
+        return x + F.linear(F.gelu(F.linear(normed, *self._expand)), *self._contract)
