@@ -1,16 +1,20 @@
 """Every stage keeps the contract of dalle_scale/types.py. A new stage is found by its file and its tiny config."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_scale import config, stages
 from dalle_scale.types import Batch, Losses, Needs, Nets, Stage, StrictModel
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny"
 NAMES = stages.names()
+ATEN = torch.ops.aten
+HOST_READS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN._unique2, ATEN.unique_dim}
 BATCH_DEPENDENT = {"clip"}  # a contrastive loss compares the samples of a batch
 
 
@@ -101,3 +105,29 @@ def test_an_empty_slot_changes_nothing(name):
     batch["weight"] = torch.tensor([4 / 3, 4 / 3, 4 / 3, 0.0])
     with_slot = stage.loss("model", nets, batch, step=3).total
     torch.testing.assert_close(with_slot, stage.loss("model", nets, kept, step=3).total, rtol=1e-5, atol=1e-6)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses the operations by which a program waits for its GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in HOST_READS, f"{func}: the host waits for a number"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_does_not_wait_for_its_numbers(name):
+    """From the second on; the first may initialise."""
+    stage, nets = build(name)
+    for net in nets.values():
+        net.train()
+    for step in range(2):
+        with NoHostReads() if step else nullcontext():
+            for turn in stage.turns(step):
+                stage.loss(turn, nets, fake_batch(stage.needs, 4, seed=step), step).total.backward()
+            stage.after_step(nets, step)
+
+
+def test_waiting_would_be_seen():
+    with pytest.raises(AssertionError, match="waits"), NoHostReads():
+        torch.ones(3).sum().item()

@@ -280,9 +280,9 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         _, drawing = net.begin(torch.randint(20, (2, 5)), owners)
         net.step(torch.zeros(5, dtype=torch.int64), 0, drawing)
-    caches = [bytes_of(block._cache) for block in drawing]
+    caches = [bytes_of(block._cache) for block in drawing.blocks]
     assert 5 * sum(sample_memory.cache_bytes(net)) + 2 * sample_memory.caption_bytes(net) == sum(caches)
-    assert sum(block._states[0].nbytes for block in drawing) == sample_memory.joined_bytes(net)
+    assert sum(block._states[0].nbytes for block in drawing.blocks) == sample_memory.joined_bytes(net)
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

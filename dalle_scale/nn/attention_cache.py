@@ -1,7 +1,8 @@
 """Keys and values of one layer while samples are drawn code by code, shaped by what the layer sees.
 
 A prefix is kept once for all samples that share a caption. Of the image a row layer keeps the last grid + 1 states and
-a conv layer those its window reaches back to, each in a ring; a column layer keeps all, column by column.
+a conv layer those its window reaches back to, each in a ring; a column layer keeps all, a ring for each column, that of
+one column of all samples in one piece.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class Cache:
         self.kind, self.layout, self.owners = kind, layout, owners
         reach = {"row": layout.grid + 1, "conv": int(conv_offsets(layout).max()) + 1}.get(kind, layout.grid**2)
         self.image_slots = min(reach, layout.grid**2)
-        self.image_states = 0  # seen so far
         counts = torch.bincount(owners)
         order = owners.argsort(stable=True)
         starts = counts.cumsum(0) - counts
@@ -36,6 +36,10 @@ class Cache:
         self._members = order[starts[:, None] + places]  # [captions, most samples of one]; short rows repeat theirs
         self._in_order = torch.equal(self._members.flatten(), torch.arange(len(owners), device=owners.device))
         self._one_each = self._in_order and self._members.shape[1] == 1
+        self._sections = layout.grid if kind == "column" else 1  # of the image states
+        self._slots = self.image_slots // self._sections  # of each
+        self._places = torch.arange(self._slots, device=owners.device)
+        self._back = _reach_back(layout).to(owners.device)
         self._prefix_keys = self._prefix_values = self._room = owners.new_empty(0)  # until `begin`
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -44,44 +48,48 @@ class Cache:
         assert prefix == self.layout.prefix
         self._prefix_keys = key.transpose(-1, -2).contiguous().view(captions * heads, width, prefix)
         self._prefix_values = value.contiguous().view(captions * heads, prefix, width)
-        self._room = key.new_empty(len(self.owners) * heads, self.image_slots, 2 * width)
+        # Zeros, because in the static form what is not there yet is multiplied by 0
+        self._room = key.new_zeros(self._sections, 2, len(self.owners) * heads, self._slots, width)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    def step(self, states: Tensor) -> Tensor:
-        """Attention of the next image state of each sample: query, key and value, [N, 3, H, D], the query already
+    def step(self, states: Tensor, index: int | Tensor) -> Tensor:
+        """Attention of image state `index` of each sample: query, key and value, [N, 3, H, D], the query already
         divided by sqrt(D) -> [N * H, 1, D].
 
         Few calls, because for one sample they take as long as the arithmetic; plain products, because for a single
-        query they beat the fused kernel on CPUs.
+        query they beat the fused kernel on CPUs. With the index in a tensor, int64 [1], all shapes are the same at
+        every state, as a CUDA graph wants them, and what is not there yet is hidden.
         """
-        samples, _, heads, width = states.shape
-        slot = self._room.select(1, self._slot()).view(samples, heads, 2, width)
-        slot.copy_(states[:, 1:].transpose(1, 2))
-        near_keys, near_values = self._seen().split(width, dim=-1)  # [N * H, states, D]
-        self.image_states += 1
-        query, prefix = states[:, 0].reshape(-1, 1, width), self.layout.prefix
+        width, prefix = states.shape[3], self.layout.prefix
+        query, newest = states[:, 0].reshape(-1, 1, width), states[:, 1:].transpose(0, 1)
+        section, slot = index % self._sections, index // self._sections % self._slots
+        if isinstance(index, int):
+            room = self._room[section]
+            room.select(2, slot).view(newest.shape).copy_(newest)
+            seen, hidden = self._seen(index, room), None
+        else:
+            self._room[section, :, :, slot] = newest.reshape(2, -1, width)
+            seen, hidden = self._window(index, self._room.index_select(0, section)[0])
+        near_keys, near_values = seen.unbind()
         near = torch.bmm(query, near_keys.transpose(1, 2))
+        if hidden is not None:
+            near = near.masked_fill(hidden, -torch.inf)
         scores = torch.cat([self._times_prefix(query, self._prefix_keys), near], dim=-1)
         shares = scores.softmax(-1, dtype=torch.float32).to(states.dtype)
         far = self._times_prefix(shares[..., :prefix], self._prefix_values)
         return torch.baddbmm(far, shares[..., prefix:], near_values)
 
-    def _slot(self) -> int:
-        """Of the newest image state."""
-        if self.kind == "column":
-            row, column = divmod(self.image_states, self.layout.grid)
-            return column * self.layout.grid + row
-        return self.image_states % self.image_slots
-
-    def _seen(self) -> Tensor:
-        """What the newest image state sees, itself included: keys and values [N * H, states, 2 * D]."""
-        if self.kind == "column":
-            row, column = divmod(self.image_states, self.layout.grid)
-            return self._room.narrow(1, column * self.layout.grid, row + 1)
+    def _seen(self, index: int, section: Tensor) -> Tensor:
+        """What an image state sees, itself included: keys and values [2, N * H, states, D]."""
         if self.kind == "conv":
-            slots = _window_slots(self.layout, self.image_slots, self._room.device)
-            return self._room.index_select(1, slots[self.image_states])
-        return self._room.narrow(1, 0, min(self.image_states + 1, self.image_slots))
+            return section.index_select(2, _window_slots(self.layout, self._slots, section.device)[index])
+        return section.narrow(2, 0, min(index // self._sections + 1, self._slots))
+
+    def _window(self, index: Tensor, section: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots that an image state could see, and bool [slots], which of them hold nothing yet."""
+        if self.kind == "conv":
+            return section.index_select(2, (index - self._back) % self._slots), self._back > index
+        return section, self._places > index // self._sections
 
     def _times_prefix(self, states: Tensor, prefix: Tensor) -> Tensor:
         """Products of [N * H, 1, A] with what is kept of each one's caption, [captions * H, A, B] -> [N * H, 1, B]:
@@ -101,6 +109,11 @@ class Cache:
 @lru_cache(maxsize=4)
 def _window_slots(layout: Layout, slots: int, device: torch.device) -> list[Tensor]:
     """For each image state, in raster order, the slots of those that its conv window sees: int64 [states] each."""
-    offsets = conv_offsets(layout)
-    back = offsets[offsets >= 0].unique()
+    back = _reach_back(layout)
     return [((index - back[back <= index]) % slots).to(device) for index in range(layout.grid**2)]
+
+
+def _reach_back(layout: Layout) -> Tensor:
+    """How far back in raster order the states are that a conv layer sees: int64, from 0 on."""
+    offsets = conv_offsets(layout)
+    return offsets[offsets >= 0].unique()

@@ -24,7 +24,7 @@ from dalle_scale.nn.attention import Attention, Linear
 from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout
 from dalle_scale.nn.branch_scale import BranchScale
-from dalle_scale.nn.drawing import DrawingBlock
+from dalle_scale.nn.drawing import Drawing, DrawingBlock, Graph
 from dalle_scale.nn.vocabulary_loss import weighted_entropy
 
 
@@ -172,27 +172,35 @@ class Transformer(nn.Module):
             return image.new_zeros(()) if weights is not None else image.new_empty(len(x), 0, 0), image
         return self.text_head(x[:, : self.text_length], *of_text), image
 
-    def begin(self, text: Tensor, owners: Tensor) -> tuple[Tensor, list[DrawingBlock]]:
+    def begin(self, text: Tensor, owners: Tensor) -> tuple[Tensor, Drawing]:
         """Start drawing N images from U captions.
 
         text int64 [U, T], owners int64 [N] (the caption of each image) -> (fp32 logits of code 0 [N, image_vocab],
-        the state of each layer, for `step`).
+        what `step` goes on from).
         """
         x = torch.cat(self._prefix(text), dim=1)
-        drawing = []
+        blocks = []
         for kind, block in zip(self.kinds, self.blocks, strict=True):
             cache = Cache(kind, self.layout, owners)
             x = block(x, cache)
-            drawing.append(DrawingBlock(cast(Block, block), cache))
+            blocks.append(DrawingBlock(cast(Block, block), cache))
         logits: Tensor = self.image_head(self.norm(x[:, -1]))
-        return logits[owners], drawing
+        return logits[owners], Drawing(blocks)
 
-    def step(self, codes: Tensor, index: int, drawing: list[DrawingBlock]) -> Tensor:
-        """Code `index` of N images, int64 [N] -> fp32 logits of the code after it [N, image_vocab]."""
+    def step(self, codes: Tensor, index: int | Tensor, drawing: Drawing) -> Tensor:
+        """Code `index` of N images, int64 [N] -> fp32 logits of the code after it [N, image_vocab].
+
+        On a GPU the first call records a graph that all play. An index in a tensor, int64 [1], makes no difference to
+        the result; that is what is recorded.
+        """
+        if codes.device.type == "cuda" and isinstance(index, int):
+            if drawing.graph is None:
+                drawing.graph = Graph(lambda codes, index: self.step(codes, index, drawing), codes)
+            return drawing.graph(codes, index)
         position = self.image_row[index // self.layout.grid] + self.image_column[index % self.layout.grid]
         x = self.image_code(codes) + position
-        for block in drawing:
-            x = block.step(x)
+        for block in drawing.blocks:
+            x = block.step(x, index)
         logits: Tensor = self.image_head(self.norm(x))
         return logits
 

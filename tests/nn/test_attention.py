@@ -125,8 +125,9 @@ def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners
     for index in range(grid**2):
         query, key, value = (of(images[:, index]) for of in (attention.query, attention.key, attention.value))
         states = torch.stack([query / (8 / 2) ** 0.5, key, value], dim=1).view(len(owners), 3, 2, 4)
-        step = attention.output(cache.step(states).view(len(owners), 8))
-        torch.testing.assert_close(step, whole[:, PREFIX + index])
+        for place in (torch.tensor([index]), index):  # of fixed shapes, and of those that there are
+            step = attention.output(cache.step(states, place).view(len(owners), 8))
+            torch.testing.assert_close(step, whole[:, PREFIX + index])
 
 
 @pytest.mark.parametrize("kind, slots", [("row", 33), ("conv", 5 * 32 + 6), ("column", 1024), ("full", 1024)])
