@@ -69,7 +69,8 @@ class Cache:
             seen, hidden = self._seen(index, room), None
         else:
             self._room[section, :, :, slot] = newest.reshape(2, -1, width)
-            seen, hidden = self._window(index, self._room.index_select(0, section)[0])
+            room = self._room[0] if self._sections == 1 else self._room.index_select(0, section)[0]
+            seen, hidden = self._window(index, room)
         near_keys, near_values = seen.unbind()
         near = torch.bmm(query, near_keys.transpose(1, 2))
         if hidden is not None:

@@ -64,9 +64,10 @@ class Graph:
     Recorded at the first call and played at every one, on the same memory.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], codes: Tensor) -> None:
-        """step: (codes int64 [N], index int64 [1]) -> logits; calling it twice for an index does no harm."""
-        self._codes, self._index = codes.clone(), torch.zeros(1, dtype=torch.int64, device=codes.device)
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], codes: Tensor, index: int) -> None:
+        """step: (codes int64 [N], index int64 [1]) -> logits; calling it twice for an index does no harm. codes, index:
+        of the first call."""
+        self._codes, self._index = codes.clone(), torch.tensor([index], device=codes.device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

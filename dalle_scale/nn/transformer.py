@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         """
         if codes.device.type == "cuda" and isinstance(index, int):
             if drawing.graph is None:
-                drawing.graph = Graph(lambda codes, index: self.step(codes, index, drawing), codes)
+                drawing.graph = Graph(lambda codes, index: self.step(codes, index, drawing), codes, index)
             return drawing.graph(codes, index)
         position = self.image_row[index // self.layout.grid] + self.image_column[index % self.layout.grid]
         x = self.image_code(codes) + position

@@ -42,6 +42,7 @@ def run(found: dict[str, Any]) -> None:
             wrong = dist.sum_on_host([outcome != "ok"])[0]
             results[f"{name}-{zero}"] = outcome if outcome != "ok" or not wrong else "wrong on another rank"
     Path(f"{sys.argv[-1]}.{dist.rank()}").write_text(json.dumps(results))
+    dist.leave()
 
 
 def outcomes(checks: ModuleType, processes: int, folder: Path) -> dict[str, str]:
