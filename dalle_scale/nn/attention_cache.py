@@ -1,8 +1,8 @@
 """Keys and values of one layer while samples are drawn code by code, shaped by what the layer sees.
 
 A prefix is kept once for all samples that share a caption. Of the image a row layer keeps the last grid + 1 states and
-a conv layer those its window reaches back to, each in a ring; a column layer keeps all, a ring for each column, that of
-one column of all samples in one piece.
+a conv layer those its window reaches back to, each in a ring; a column layer keeps all, one column of all samples after
+the other.
 """
 
 from __future__ import annotations
