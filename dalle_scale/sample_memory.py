@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from dalle_scale.nn.attention_cache import Cache
+from dalle_scale.nn.near_states import near_states
 from dalle_scale.nn.transformer import Block, Transformer
 
 SAFE_SHARE = 0.8  # of the free memory; the rest is for decoding, CLIP and what the allocator cannot use
@@ -41,9 +41,8 @@ def even(samples: int, most: int) -> int:
 
 def cache_bytes(model: Transformer) -> list[int]:
     """Of the keys and values of one picture in each layer, first to last, without those of its caption."""
-    alone = torch.zeros(1, dtype=torch.int64)
-    slots = {kind: Cache(kind, model.layout, alone).image_slots for kind in set(model.kinds)}
-    return [slots[kind] * 2 * _state_bytes(model) for kind in model.kinds]
+    states = {kind: near_states(kind, model.layout).states for kind in set(model.kinds)}
+    return [states[kind] * 2 * _state_bytes(model) for kind in model.kinds]
 
 
 def caption_bytes(model: Transformer) -> int:

@@ -267,7 +267,8 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
 
 
 def bytes_of(cache: Cache) -> int:
-    kept = [value for value in vars(cache).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    values = [*vars(cache).values(), *vars(cache.near).values()]
+    kept = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     return sum(tensor.nbytes for tensor in kept)
 
 

@@ -1,19 +1,17 @@
-"""Keys and values of one layer while samples are drawn code by code, shaped by what the layer sees.
+"""Attention of one layer to what was drawn before, while samples are drawn code by code.
 
-A prefix is kept once for all samples that share a caption. Of the image a row layer keeps the last grid + 1 states and
-a conv layer those its window reaches back to, each in a ring; a column layer keeps all, one column of all samples after
-the other.
+Keys and values of a prefix are kept once for all samples that share a caption, those of the image as far as the layer
+looks back (near_states.py).
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_scale.nn.attention_mask import Kind, Layout, conv_offsets
+from dalle_scale.nn.attention_mask import Kind, Layout
+from dalle_scale.nn.near_states import near_states
 
 
 class Cache:
@@ -24,9 +22,8 @@ class Cache:
 
     def __init__(self, kind: Kind, layout: Layout, owners: Tensor) -> None:
         """owners: int64 [N], the row of the prefix batch that each sample goes on from; every row has one."""
-        self.kind, self.layout, self.owners = kind, layout, owners
-        reach = {"row": layout.grid + 1, "conv": int(conv_offsets(layout).max()) + 1}.get(kind, layout.grid**2)
-        self.image_slots = min(reach, layout.grid**2)
+        self.layout, self.owners = layout, owners
+        self.near = near_states(kind, layout)
         counts = torch.bincount(owners)
         order = owners.argsort(stable=True)
         starts = counts.cumsum(0) - counts
@@ -36,11 +33,7 @@ class Cache:
         self._members = order[starts[:, None] + places]  # [captions, most samples of one]; short rows repeat theirs
         self._in_order = torch.equal(self._members.flatten(), torch.arange(len(owners), device=owners.device))
         self._one_each = self._in_order and self._members.shape[1] == 1
-        self._sections = layout.grid if kind == "column" else 1  # of the image states
-        self._slots = self.image_slots // self._sections  # of each
-        self._places = torch.arange(self._slots, device=owners.device)
-        self._back = _reach_back(layout).to(owners.device)
-        self._prefix_keys = self._prefix_values = self._room = owners.new_empty(0)  # until `begin`
+        self._prefix_keys = self._prefix_values = owners.new_empty(0)  # until `begin`
 
     def begin(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the prefixes of the distinct captions, [captions, H, prefix, D] each, and so is the result."""
@@ -48,8 +41,7 @@ class Cache:
         assert prefix == self.layout.prefix
         self._prefix_keys = key.transpose(-1, -2).contiguous().view(captions * heads, width, prefix)
         self._prefix_values = value.contiguous().view(captions * heads, prefix, width)
-        # Zeros, because in the static form what is not there yet is multiplied by 0
-        self._room = key.new_zeros(self._sections, 2, len(self.owners) * heads, self._slots, width)
+        self.near.begin(len(self.owners) * heads, key)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def step(self, states: Tensor, index: int | Tensor) -> Tensor:
@@ -62,15 +54,7 @@ class Cache:
         """
         width, prefix = states.shape[3], self.layout.prefix
         query, newest = states[:, 0].reshape(-1, 1, width), states[:, 1:].transpose(0, 1)
-        section, slot = index % self._sections, index // self._sections % self._slots
-        if isinstance(index, int):
-            room = self._room[section]
-            room.select(2, slot).view(newest.shape).copy_(newest)
-            seen, hidden = self._seen(index, room), None
-        else:
-            self._room[section, :, :, slot] = newest.reshape(2, -1, width)
-            room = self._room[0] if self._sections == 1 else self._room.index_select(0, section)[0]
-            seen, hidden = self._window(index, room)
+        seen, hidden = self.near.add(newest, index)
         near_keys, near_values = seen.unbind()
         near = torch.bmm(query, near_keys.transpose(1, 2))
         if hidden is not None:
@@ -79,18 +63,6 @@ class Cache:
         shares = scores.softmax(-1, dtype=torch.float32).to(states.dtype)
         far = self._times_prefix(shares[..., :prefix], self._prefix_values)
         return torch.baddbmm(far, shares[..., prefix:], near_values)
-
-    def _seen(self, index: int, section: Tensor) -> Tensor:
-        """What an image state sees, itself included: keys and values [2, N * H, states, D]."""
-        if self.kind == "conv":
-            return section.index_select(2, _window_slots(self.layout, self._slots, section.device)[index])
-        return section.narrow(2, 0, min(index // self._sections + 1, self._slots))
-
-    def _window(self, index: Tensor, section: Tensor) -> tuple[Tensor, Tensor]:
-        """All slots that an image state could see, and bool [slots], which of them hold nothing yet."""
-        if self.kind == "conv":
-            return section.index_select(2, (index - self._back) % self._slots), self._back > index
-        return section, self._places > index // self._sections
 
     def _times_prefix(self, states: Tensor, prefix: Tensor) -> Tensor:
         """Products of [N * H, 1, A] with what is kept of each one's caption, [captions * H, A, B] -> [N * H, 1, B]:
@@ -105,16 +77,3 @@ class Cache:
         product = torch.bmm(together.flatten(0, 1), prefix).view(*together.shape[:3], -1)
         own = product.transpose(1, 2) if self._in_order else product[self.owners, :, self._number]
         return own.reshape(-1, 1, prefix.shape[2])
-
-
-@lru_cache(maxsize=4)
-def _window_slots(layout: Layout, slots: int, device: torch.device) -> list[Tensor]:
-    """For each image state, in raster order, the slots of those that its conv window sees: int64 [states] each."""
-    back = _reach_back(layout)
-    return [((index - back[back <= index]) % slots).to(device) for index in range(layout.grid**2)]
-
-
-def _reach_back(layout: Layout) -> Tensor:
-    """How far back in raster order the states are that a conv layer sees: int64, from 0 on."""
-    offsets = conv_offsets(layout)
-    return offsets[offsets >= 0].unique()

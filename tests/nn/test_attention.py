@@ -110,7 +110,7 @@ def test_gradient_reaches_exactly_the_visible_states(kind):
 
 
 @pytest.mark.parametrize("owners", [[1, 0, 1], [0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [2, 2, 0, 1, 2]])
-@pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (5, 3), (5, 5), (4, 11)])
+@pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (3, 1), (5, 3), (5, 5), (6, 5), (9, 5), (4, 11)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners):
     torch.manual_seed(0)
@@ -130,15 +130,18 @@ def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners
             torch.testing.assert_close(step, whole[:, PREFIX + index])
 
 
-@pytest.mark.parametrize("kind, slots", [("row", 33), ("conv", 5 * 32 + 6), ("column", 1024), ("full", 1024)])
-def test_cache_keeps_what_the_layer_looks_back_to(kind, slots):
-    """And one prefix for all samples of a caption."""
+@pytest.mark.parametrize("kind, states", [("row", 33), ("conv", 5 * 32 + 5 * 11 + 6), ("column", 1024), ("full", 1024)])
+def test_cache_keeps_what_the_layer_looks_back_to(kind, states):
+    """Of the window also what lies ready to be read; and one prefix for all samples of a caption."""
     layout = Layout(prefix=2, grid=32)
     attention = Attention(width=4, heads=1, kind=kind, layout=layout)
     cache = Cache(kind, layout, torch.zeros(3, dtype=torch.int64))
     attention(torch.randn(1, 2, 4), cache)
-    kept = [tensor.numel() for tensor in (cache._prefix_keys, cache._prefix_values, cache._room)]
-    assert kept == [2 * 4, 2 * 4, 3 * slots * (4 + 4)]
+    assert [tensor.numel() for tensor in (cache._prefix_keys, cache._prefix_values)] == [2 * 4, 2 * 4]
+    kept = [
+        value.numel() for value in vars(cache.near).values() if torch.is_tensor(value) and value.is_floating_point()
+    ]
+    assert sum(kept) == 3 * states * (4 + 4) == 3 * cache.near.states * (4 + 4)
 
 
 def test_masks_asked_for_first_while_sampling_serve_training():
