@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=24_000, help="training samples")
     parser.add_argument("--valid", type=int, default=1_024, help="held-out samples of the training distribution")
     parser.add_argument("--prompts", type=int, default=128, help="captions of each group")
-    parser.add_argument("--two-objects", type=float, default=0.4, help="share of training scenes with two objects")
+    parser.add_argument("--two-objects", type=float, default=0.55, help="share of training scenes with two objects")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not 0 <= options.two_objects <= 1:

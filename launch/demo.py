@@ -33,7 +33,7 @@ class Size:
     train_samples: int = 24_000
     prompts: int = 128
     dvae_updates: int = 200
-    dalle_updates: int = 6_300
+    dalle_updates: int = 7_600
     clip_updates: int = 600
 
 
