@@ -99,16 +99,16 @@ def test_resume_is_bit_exact(runs: Path, zero: int, kind: str) -> None:
 
 
 def test_other_numbers_of_machines_go_on(runs: Path) -> None:
-    """From four machines of one rank to one and to two: what compression left behind comes along."""
-    for machines in (4, 2, 1):
+    """From two machines of one rank to one and to four: what compression left behind comes along."""
+    for machines in (2, 1, 4):
         run = runs / f"machines_{machines}"
         options = [f"run={run}", "engine.zero=1", f"engine.machines={machines}", "engine.compression_rank=2"]
-        if machines < 4:
-            options += ["--resume", str(runs / "machines_4" / "checkpoints" / "00000003")]
+        if machines != 2:
+            options += ["--resume", str(runs / "machines_2" / "checkpoints" / "00000003")]
         (runs / "todo.json").write_text(json.dumps([[str(runs / "dvae.yaml"), *options]]))
         launch(runs / "todo.json", processes=machines)
-    want = [row for row in metrics(runs / "machines_4") if row["update"] > 3]
-    for machines in (2, 1):
+    want = [row for row in metrics(runs / "machines_2") if row["update"] > 3]
+    for machines in (1, 4):
         for line, reference in zip(metrics(runs / f"machines_{machines}"), want, strict=True):
             losses = {key: value for key, value in reference.items() if key.endswith("loss")}
             assert {key: line[key] for key in losses} == pytest.approx(losses, rel=1e-5)
