@@ -78,7 +78,7 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
             "different_candidates": len(torch.unique(torch.cat(found), dim=0)),
             "memory_a_candidate": {
                 "measured_bytes": None if peak is None or before is None else round((peak - before) / batch),
-                "cache_bytes": sum(sample_memory.cache_bytes(model)),
+                "cache_bytes": sample_memory.cache_bytes(model),
             },
             "caption_bytes": sample_memory.caption_bytes(model),
             "peak_bytes": peak,

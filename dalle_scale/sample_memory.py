@@ -26,8 +26,8 @@ def batch_samples(model: Transformer, guided: bool, captions: int, samples: int,
     A batch of N holds up to N * captions / samples captions, two that began before or end after it, and with guidance
     the empty one.
     """
-    caches = cache_bytes(model)
-    of_sample = (sum(caches) + max(caches)) * (1 + guided) + _logit_bytes(model)  # one layer copies what it reads
+    column = model.layout.grid * 2 * _state_bytes(model)  # which a column layer copies to read it, on a GPU
+    of_sample = (cache_bytes(model) + column) * (1 + guided) + _logit_bytes(model)
     of_caption = caption_bytes(model) + model.layout.prefix * _PREFIX_COPIES * _state_bytes(model)
     room = SAFE_SHARE * free_bytes(device) - joined_bytes(model) - (2 + guided) * of_caption
     fitting = room / (of_sample + of_caption * captions / max(1, samples))
@@ -39,10 +39,10 @@ def even(samples: int, most: int) -> int:
     return math.ceil(samples / math.ceil(samples / most)) if samples else 1
 
 
-def cache_bytes(model: Transformer) -> list[int]:
-    """Of the keys and values of one picture in each layer, first to last, without those of its caption."""
+def cache_bytes(model: Transformer) -> int:
+    """Of the keys and values of one picture in all layers, without those of its caption."""
     states = {kind: near_states(kind, model.layout).states for kind in set(model.kinds)}
-    return [states[kind] * 2 * _state_bytes(model) for kind in model.kinds]
+    return sum(states[kind] for kind in model.kinds) * 2 * _state_bytes(model)
 
 
 def caption_bytes(model: Transformer) -> int:

@@ -119,8 +119,8 @@ def test_sampling_draws_all_candidates_and_writes_nothing_by_itself(options: tup
     result = json.loads(done.stdout)
     assert (result["candidates"], result["different_candidates"], result["drawn_at_a_time"]) == (7, 7, at_a_time)
     assert result["seconds"] == pytest.approx(result["seconds_drawing"] + result["seconds_decoding"], abs=0.002)
-    # keys and values of width 32 and 2 bytes: a row and a state more, the whole picture, and 2 rows and 2 states more
-    slots = (8 + 1) + 64 + (2 * 8 + 2 + 1)
+    # keys and values of width 32 and 2 bytes: a row and a state more; the whole picture; 2 rows, and a window of 13
+    slots = (8 + 1) + 64 + (2 * 8 + 2 * 5 + 3)
     assert result["memory_a_candidate"]["cache_bytes"] == slots * 2 * 32 * 2
     assert set(RESULTS.iterdir()) == before
 
