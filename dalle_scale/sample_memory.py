@@ -18,6 +18,7 @@ UNKNOWN_FREE_BYTES = 2 << 30  # where the system does not tell
 _LOGIT_COPIES = 12  # of 4 bytes at once: logits, guided, truncated with their sorted codes, noise and its integers
 _PREFIX_COPIES = 16  # of a caption's states at once in one layer while its prefix is computed
 _MEMORY_TABLE = Path("/proc/meminfo")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # control groups: containers, jobs of Slurm
 
 
 def batch_samples(model: Transformer, guided: bool, captions: int, samples: int, device: torch.device) -> int:
@@ -61,7 +62,7 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, deepspeed's
-    return _available_bytes() // ranks
+    return max(0, min([_available_bytes(), *_allowed_bytes()])) // ranks
 
 
 def _available_bytes() -> int:
@@ -72,6 +73,29 @@ def _available_bytes() -> int:
             if name == "MemAvailable":
                 return int(value.split()[0]) * 1024
     return UNKNOWN_FREE_BYTES
+
+
+def _allowed_bytes() -> list[int]:
+    """That each control group of this process, and each above it, still allows; none has to have a limit.
+
+    Files that nobody has read lately count as used there and give way.
+    """
+    found = []
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):  # of the first version
+            root, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.strip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            limit, used = (folder / name for name in names[:2])
+            if limit.is_file() and limit.read_text().strip() != "max":
+                table = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                found.append(int(limit.read_text()) - int(used.read_text()) + int(table.get(names[2], 0)))
+    return found
 
 
 def _state_bytes(model: Transformer) -> int:

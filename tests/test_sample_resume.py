@@ -307,6 +307,47 @@ def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sample_memory.free_bytes(torch.device("cpu")) == sample_memory.UNKNOWN_FREE_BYTES
 
 
+def control_group(folder: Path, limit: str, used: int, idle: int, first_version: bool = False) -> None:
+    """The files that a kernel shows."""
+    folder.mkdir(parents=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first_version else ("memory.max", "memory.current")
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    prefix = "total_" if first_version else ""
+    (folder / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {idle}\nslab 5\n")
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("0::/job/step\n", 700 - 300 + 50),  # the job's limit; the step has none
+        ("0::/job/step/task\n", 100 - 90),
+        ("0::/elsewhere\n", 1000),  # a folder that is not mounted here
+        ("5:cpu,cpuacct:/job\n4:memory:/box\n0::/\n", 400 - 150 + 20),
+        ("4:memory:/docker/0123\n", 1000),  # no limit in the first version: a number beyond all memory
+        ("", 1000),
+    ],
+)
+def test_limits_of_containers(own: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_group(tmp_path / "groups" / "job", "700", 300, 50)
+    control_group(tmp_path / "groups" / "job" / "step", "max", 200, 0)
+    control_group(tmp_path / "groups" / "job" / "step" / "task", "100", 90, 0)
+    control_group(tmp_path / "groups" / "memory", "9223372036854771712", 900, 0, first_version=True)
+    control_group(tmp_path / "groups" / "memory" / "box", "400", 150, 20, first_version=True)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(sample_memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(sample_memory, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(sample_memory, "_available_bytes", lambda: 1000)
+    assert sample_memory.free_bytes(torch.device("cpu")) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert sample_memory.free_bytes(torch.device("cpu")) == expected // 4
+
+
+def test_control_groups_of_this_process_can_be_read() -> None:
+    free = sample_memory.free_bytes(torch.device("cpu"))
+    assert 0 < free <= sample_memory._available_bytes() * 1.1
+
+
 def test_sampler_takes_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_memory, "_available_bytes", lambda: 200_000)
     sampler = Sampler([model])
