@@ -80,12 +80,23 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--pictures", type=Path, metavar="TAR", help="in place of the toy world")
+    parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="only these beside fp32; nothing is written")
     args = parser.parse_args()
-    jobs = [(case, seed, args.updates, args.pictures) for seed in range(args.seeds) for case in CASES]
+    chosen = CASES if args.cases is None else [CASES[0], *(CASES[number] for number in args.cases)]
+    jobs = [(case, seed, args.updates, args.pictures) for seed in range(args.seeds) for case in chosen]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="runs"))
-    by_case = [runs[start :: len(CASES)] for start in range(len(CASES))]
-    cases = [summary(case, mine, by_case[0]) for case, mine in zip(CASES, by_case, strict=True)]
+    by_case = [runs[start :: len(chosen)] for start in range(len(chosen))]
+    cases = [summary(case, mine, by_case[0]) for case, mine in zip(chosen, by_case, strict=True)]
+    for row in cases:
+        numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_updates']}"
+        print(f"{row['name']:<42}{numbers}")
+    if args.cases is None:
+        keep(args, cases, by_case)
+
+
+def keep(args: argparse.Namespace, cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]]) -> None:
+    """Write the result and the plot."""
     result = {
         "updates": args.updates,
         "seeds": args.seeds,
@@ -96,9 +107,6 @@ def main() -> None:
     name = RESULTS / ("sixteen_bits_pictures" if args.pictures else "sixteen_bits")
     name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(cases, by_case, name.with_suffix(".png"))
-    for row in cases:
-        numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_updates']}"
-        print(f"{row['name']:<42}{numbers}")
 
 
 def summary(case: Case, runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
