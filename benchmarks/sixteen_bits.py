@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--pictures", type=Path, metavar="TAR", help="in place of the toy world")
-    parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="only these beside fp32; nothing is written")
+    which = "only these of CASES beside fp32, which is number 0; nothing is written"
+    parser.add_argument("--cases", type=int, nargs="+", choices=range(1, len(CASES)), metavar="N", help=which)
     args = parser.parse_args()
     chosen = CASES if args.cases is None else [CASES[0], *(CASES[number] for number in args.cases)]
     jobs = [(case, seed, args.updates, args.pictures) for seed in range(args.seeds) for case in chosen]

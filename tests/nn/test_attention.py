@@ -113,6 +113,7 @@ def test_gradient_reaches_exactly_the_visible_states(kind):
 @pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (3, 1), (5, 3), (5, 5), (6, 5), (9, 5), (4, 11)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners):
+    """With states of the shapes that there are, and of fixed ones; each form with a cache of its own."""
     torch.manual_seed(0)
     layout = Layout(prefix=PREFIX, grid=grid, conv_kernel=kernel)
     attention = Attention(width=8, heads=2, kind=kind, layout=layout).double()
@@ -120,12 +121,13 @@ def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners
     prefixes = torch.randn(int(owners.max()) + 1, PREFIX, 8, dtype=torch.float64)
     images = torch.randn(len(owners), grid**2, 8, dtype=torch.float64)
     whole = attention(torch.cat([prefixes[owners], images], dim=1))
-    cache = Cache(kind, layout, owners)
-    torch.testing.assert_close(attention(prefixes, cache)[owners], whole[:, :PREFIX])
+    by_number, by_tensor = Cache(kind, layout, owners), Cache(kind, layout, owners)
+    for cache in (by_number, by_tensor):
+        torch.testing.assert_close(attention(prefixes, cache)[owners], whole[:, :PREFIX])
     for index in range(grid**2):
         query, key, value = (of(images[:, index]) for of in (attention.query, attention.key, attention.value))
         states = torch.stack([query / (8 / 2) ** 0.5, key, value], dim=1).view(len(owners), 3, 2, 4)
-        for place in (torch.tensor([index]), index):  # of fixed shapes, and of those that there are
+        for cache, place in ((by_number, index), (by_tensor, torch.tensor([index]))):
             step = attention.output(cache.step(states, place).view(len(owners), 8))
             torch.testing.assert_close(step, whole[:, PREFIX + index])
 
