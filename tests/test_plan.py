@@ -192,6 +192,22 @@ def test_bytes_between_machines(zero: int, rank: int, want: float) -> None:
     assert plan.between_machines_bytes(config, linear((200, 100)), "model", world_size=8) == pytest.approx(want)
 
 
+@pytest.mark.parametrize(("size", "rank", "saved"), [("3b", 512, 0.83), ("6b", 640, 0.85), ("12b", 896, 0.86)])
+def test_the_papers_ranks_save_what_the_paper_says(size: str, rank: int, saved: float) -> None:
+    """Table 1, of matrices alone, in machines of 8 GPUs; and its formula 1 - 5 r / (8 d) of App. E.2."""
+    overrides = ["engine.zero=3", "engine.machines=2", f"engine.compression_rank={rank // 8}"]
+    config = configs.load(ROOT / f"configs/dalle/paper_{size}.yaml", overrides)
+    with torch.device("meta"):
+        net = plan_activations.open_stage(config).nets()["model"]
+    exact = config.model_copy(update={"engine": config.engine.model_copy(update={"compression_rank": 0})})
+    groups = [group for group in optim.param_groups(net, config.optim["model"]) if group["role"] == "matrix"]
+    matrices_bytes = 2 * sum(parameter.numel() for group in groups for parameter in group["params"])
+    whole, less = (plan.between_machines_bytes(each, net, "model", world_size=16) for each in (exact, config))
+    share = (whole - less) * 8 / matrices_bytes
+    assert share == pytest.approx(1 - 5 * rank / (8 * config.model["width"]), abs=1e-9)
+    assert round(share, 2) == saved
+
+
 def test_links() -> None:
     """One ring through all GPUs leaves a machine once; one from every GPU leaves it as often as there are GPUs."""
     machines = cluster(machines=2, gpus=4)

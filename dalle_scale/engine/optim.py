@@ -88,6 +88,8 @@ class Muon(torch.optim.AdamW):
         momentum: float,
     ) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
+        for group in self.param_groups:  # now: what DeepSpeed puts in the place of 16-bit weights has no such mark
+            group["transposed"] = [getattr(parameter, "is_transposed", False) for parameter in group["params"]]
         self.momentum = momentum
 
     @torch.no_grad()
@@ -100,8 +102,10 @@ class Muon(torch.optim.AdamW):
         super().step()  # the matrices have no gradient any more, and AdamW leaves such parameters alone
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Momentum, orthogonalisation, decoupled weight decay and update of one group of [rows, columns] matrices."""
-        matrices = [parameter for parameter in group["params"] if parameter.grad is not None]
+        """Momentum, orthogonalisation, decoupled weight decay and update of one group of [out, in] matrices, or
+        of [in, out] where marked as transposed."""
+        chosen = [index for index, parameter in enumerate(group["params"]) if parameter.grad is not None]
+        matrices = [group["params"][index] for index in chosen]
         gradients = [parameter.grad for parameter in matrices]
         if not matrices:
             return
@@ -116,9 +120,9 @@ class Muon(torch.optim.AdamW):
         nesterov = torch._foreach_lerp(gradients, buffers, self.momentum)
         updates = _orthogonalise_shared(nesterov)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for parameter, update in zip(matrices, updates, strict=True):
-            rows, columns = parameter.shape
-            parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        for index, parameter, update in zip(chosen, matrices, updates, strict=True):
+            outputs, inputs = reversed(parameter.shape) if group["transposed"][index] else parameter.shape
+            parameter.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
             parameter.grad = None
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.attention import Attention, Linear
+from dalle_scale.nn.attention import Attention, Linear, TransposedLinear
 from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout
 from dalle_scale.nn.branch_scale import BranchScale
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, kind, layout)
         self.mlp_norm = nn.LayerNorm(width)
         self.expand = Linear(width, mlp_ratio * width)
-        self.contract = Linear(mlp_ratio * width, width)
+        self.contract = TransposedLinear(mlp_ratio * width, width)
         self.attention_scale, self.mlp_scale = BranchScale(), BranchScale()
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
             if not block and not name.startswith("norm."):
                 parameter.is_embedding = True  # type: ignore[attr-defined]
             if parameter.ndim >= 2:
-                onto_residual = block and name.endswith(("output.weight", "contract.weight"))
+                onto_residual = block and name.endswith(("output.weight", "contract.weight_t"))
                 nn.init.normal_(parameter, std=residual_std if onto_residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -141,7 +141,8 @@ class Transformer(nn.Module):
     def store_by_columns(self) -> None:
         """Lay out the matrices in memory column by column, in place; shapes and values stay what they are.
 
-        For CPUs, whose products of few rows, which take the time in drawing, read them faster so.
+        For CPUs, whose products of few rows, which take the time in drawing, read them faster so. A `TransposedLinear`
+        lies like that already.
         """
         for module in self.modules():
             if isinstance(module, Linear | Head):

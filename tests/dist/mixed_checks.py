@@ -102,7 +102,9 @@ def check_equals_plain_torch(zero: int) -> None:
             player = player_of(zero, dtype, micro)
             torch.testing.assert_close(train(player, micro=micro), want, rtol=tolerance, atol=0.0)
             got = everywhere(player)
-            for name in weights.keys() - {f"blocks.{block}.attention.key.bias" for block in (0, 1)}:  # no gradient
+            # Gradients of keys' biases are 0, and of queries' smaller than what 16 bits round off while keys are small
+            unmoved = {f"blocks.{block}.attention.{of}.bias" for block in (0, 1) for of in ("key", "query")}
+            for name in weights.keys() - unmoved:
                 error = (got[name] - weights[name]).norm() / weights[name].norm()
                 assert error < 0.1, (dtype, micro, name, error)
 
@@ -121,7 +123,7 @@ def check_types_and_no_second_copy(zero: int) -> None:
     train(player, stop=1)
     parameters = dict(player.module.named_parameters())
     short = {name for name, parameter in parameters.items() if parameter.dtype == torch.float16}
-    ends = ("query.weight", "key.weight", "value.weight", "output.weight", "expand.weight", "contract.weight")
+    ends = ("query.weight", "key.weight", "value.weight", "output.weight", "expand.weight", "contract.weight_t")
     assert short == {name for name in parameters if name.endswith(ends)}
     assert {p.dtype for name, p in parameters.items() if name not in short} == {torch.float32}
     held = [p.ds_tensor if zero == 3 else p for p in parameters.values()]

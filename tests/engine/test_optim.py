@@ -12,6 +12,7 @@ from toys.autoencoder import Net
 
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine import optim
+from dalle_scale.nn.attention import TransposedLinear
 
 
 def config(**settings: Any) -> OptimConfig:
@@ -113,6 +114,23 @@ def test_muon_is_torchs() -> None:
         moved, want = (ours[index] - first).detach().flatten(), (theirs[index] - first).detach().flatten()
         assert torch.cosine_similarity(moved, want, dim=0) > 0.999
         torch.testing.assert_close(moved.norm(), want.norm(), rtol=0.02, atol=0)
+
+
+def test_muon_of_a_transposed_matrix_is_that_of_the_matrix() -> None:
+    """A transposed matrix of four times as many inputs as outputs moves as the matrix would, not twice as far."""
+    torch.manual_seed(5)
+    linear, transposed = nn.Linear(16, 4), TransposedLinear(16, 4)
+    with torch.no_grad():
+        transposed.weight_t.copy_(linear.weight.t())
+        transposed.bias.copy_(linear.bias)
+    optimizers = [optim.build(net, config(kind="muon")) for net in (linear, transposed)]
+    x = torch.randn(8, 16)
+    for _ in range(3):
+        for net, optimizer in zip((linear, transposed), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(transposed.weight, linear.weight)
 
 
 def test_muon_treats_the_rest_as_adamw() -> None:

@@ -14,6 +14,7 @@ from dalle_scale.nn.transformer import Block, Transformer, paper_order
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TEXT_VOCAB, TEXT_LENGTH, IMAGE_VOCAB, GRID = 11, 4, 7, 3
+PROJECTIONS = ("query", "key", "value", "output")
 MIXES = [*((kind,) for kind in KINDS), ("row", "column", "conv")]
 
 
@@ -212,9 +213,9 @@ def test_roles_of_parameters():
     }
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2} - marked
     assert matrices == {
-        f"blocks.{layer}.{part}.weight"
+        f"blocks.{layer}.{part}"
         for layer in range(3)
-        for part in ("attention.query", "attention.key", "attention.value", "attention.output", "expand", "contract")
+        for part in (*(f"attention.{of}.weight" for of in PROJECTIONS), "expand.weight", "contract.weight_t")
     }
 
 
@@ -229,7 +230,7 @@ def test_fresh_weights():
         elif parameter.ndim == 1:
             assert (parameter == 1).all(), name
         else:
-            onto_residual = name.endswith(("output.weight", "contract.weight"))
+            onto_residual = name.endswith(("output.weight", "contract.weight_t"))
             expected = 0.02 / 4 if onto_residual else 0.02
             tolerance = 4 / (2 * parameter.numel()) ** 0.5  # four standard errors of a standard deviation
             assert abs(parameter.std().item() / expected - 1) < tolerance, name
