@@ -96,17 +96,16 @@ def reference(dtype: str, **settings: Any) -> tuple[list[float], dict[str, Tenso
 def check_equals_plain_torch(zero: int) -> None:
     if zero == 0:
         return
+    before = fresh_net().state_dict()
     for dtype, tolerance in (("bf16", 1e-2), ("fp16", 2e-3)):
         want, weights = reference(dtype)
         for micro in (None, 2):
             player = player_of(zero, dtype, micro)
             torch.testing.assert_close(train(player, micro=micro), want, rtol=tolerance, atol=0.0)
             got = everywhere(player)
-            # Gradients of keys' biases are 0, and of queries' smaller than what 16 bits round off while keys are small
-            unmoved = {f"blocks.{block}.attention.{of}.bias" for block in (0, 1) for of in ("key", "query")}
-            for name in weights.keys() - unmoved:
-                error = (got[name] - weights[name]).norm() / weights[name].norm()
-                assert error < 0.1, (dtype, micro, name, error)
+            for name in weights.keys() - {f"blocks.{block}.attention.key.bias" for block in (0, 1)}:  # no gradient
+                error = (got[name] - weights[name]).norm() / (weights[name] - before[name]).norm()
+                assert error < 0.5, (dtype, micro, name, error)  # an update left out is 1
 
 
 def check_stages_agree(zero: int) -> None:
