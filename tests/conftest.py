@@ -9,12 +9,13 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -72,6 +73,15 @@ def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> Path
             Image.fromarray((base // 2 + noise).astype(np.uint8)).save(file, "png")
             writer.add(f"{index:05d}", {"png": file.getvalue(), "txt": f"picture number {index}".encode()})
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch with one thread, in which sums have one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

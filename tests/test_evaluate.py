@@ -38,14 +38,7 @@ PROGRAM = ROOT / "launch" / "evaluate.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CPU = torch.device("cpu")
 run = partial(run_here, PROGRAM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,7 @@ from dalle_scale.types import UserError
 
 CPU = torch.device("cpu")
 VALUES = 3 * 16 * 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(name: str, **changes: Any) -> dict[str, Any]:

@@ -28,14 +28,7 @@ from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "launch" / "evaluate_clip.py"
 run = partial(run_here, PROGRAM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -29,14 +29,7 @@ PROGRAM = ROOT / "launch" / "fidelity.py"
 CPU = torch.device("cpu")
 TOLD = {"models": ["runs/dalle/export"], "models_sha256": ["ab"], "method": "ancestral", "seed": 3, "guidance": 2.0}
 run = partial(run_here, PROGRAM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
