@@ -8,7 +8,7 @@ The rank of PowerSGD is the largest with which 85 % of the bytes between machine
 Table 1: 83 to 86 %), what travels whole included. Bytes are counted: what rank 0 gives to collectives between machines.
 
 The toy world is nearly determined by its captions, so its loss is small, and 1 % of it little; photographs, of a tar
-with a folder for each class, are as uncertain as what such models are made for. Writes
+with a folder for each class, are as uncertain as what such models are made for. Takes 35 minutes. Writes
 benchmarks/results/compression.json and .png, or compression_pictures.json and .png.
 """
 
