@@ -62,11 +62,11 @@ def memory_bytes(config: RunConfig, nets: Nets, world_size: int, activation_byte
     for name, net in nets.items():
         for kind, size in memory.estimate(net, config, name, world_size // config.engine.machines).items():
             sizes[kind] += size
-        left_behind = _compression_errors(config, net, name, world_size)
-        sizes["compression errors"] += left_behind
+        kept, factors = _compression(config, net, name, world_size)
+        sizes["compression"] += kept
         for kind, size in _passing(config, net, name, world_size).items():
             sizes[kind] += size
-        copies = max(copies, _step_copies(config, net, name, world_size) + left_behind)
+        copies = max(copies, factors, _step_copies(config, net, name, world_size))
     passing = sizes["buckets"] + sizes["gathered weights"] + activation_bytes
     lasting = sum(sizes.values()) - sizes["buckets"] - sizes["gathered weights"]
     total = lasting + passing
@@ -110,10 +110,16 @@ def _step_copies(config: RunConfig, net: nn.Module, name: str, world_size: int) 
     return max(copies)
 
 
-def _compression_errors(config: RunConfig, net: nn.Module, name: str, world_size: int) -> int:
-    """fp32 of every matrix that PowerSGD compresses; what it sums up for a step is as large again."""
-    compressed = _compressed(config, net, name, world_size)
-    return round(4 * sum(rows * columns * count for _, rows, columns, count in compressed))
+def _compression(config: RunConfig, net: nn.Module, name: str, world_size: int) -> tuple[int, int]:
+    """What PowerSGD keeps, in fp32: the error and the Q of every matrix; and what it makes for a step: P before and
+    after it is made orthonormal and the other factor in fp32, and the larger of the two twice as it travels."""
+    rank, element = config.engine.compression_rank, memory.element_bytes(net, config, name)
+    kept = made = 0.0
+    for matrix, rows, columns, count in _compressed(config, net, name, world_size):
+        short, long = sorted((rows, columns))
+        kept += 4 * count * (short * long + rank * long)
+        made += count * rank * (4 * (2 * short + long) + 2 * element[matrix] * long)
+    return round(kept), round(made)
 
 
 def _zero(config: RunConfig, name: str, world_size: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _COLOURS = {  # memory kind -> colour that is told from its neighbours on light 
     "optimizer": "#ff725c",
     "average": "#a463f2",
     "buffers": "#9c6b4e",
-    "compression errors": "#ff8ab7",
+    "compression": "#ff8ab7",
     "activations": "#3ca951",
     "gathered weights": "#6cc5b0",
     "buckets": "#9498a0",

@@ -208,6 +208,15 @@ def test_the_papers_ranks_save_what_the_paper_says(size: str, rank: int, saved: 
     assert round(share, 2) == saved
 
 
+def test_memory_of_compression() -> None:
+    """100 x 200 on two machines of four ranks at ZeRO 3: of 25 x 200 an error and a Q in fp32 last; P twice and the
+    other factor in fp32, and that in bf16 as it is and made flat, are there for a step."""
+    config = toy(zero=3, machines=2, compression_rank=5)
+    kept, factors = plan._compression(config, linear((200, 100)), "model", world_size=8)
+    assert kept == 4 * (25 * 200 + 5 * 200)
+    assert factors == 4 * 5 * (2 * 25 + 200) + 2 * 2 * 5 * 200
+
+
 def test_links() -> None:
     """One ring through all GPUs leaves a machine once; one from every GPU leaves it as often as there are GPUs."""
     machines = cluster(machines=2, gpus=4)

@@ -11,7 +11,7 @@ number of machines changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -75,15 +75,20 @@ class PowerSGD:
         """
         if not self._sketches:
             self._start(matrices)
-        parts = zip(self.errors, matrices, scales, strict=True)
-        totals = [error + matrix.float() / scale for error, matrix, scale in parts]
-        left = [total @ sketch for total, sketch in zip(totals, self._sketches, strict=True)]
+
+        def totals() -> Iterator[Tensor]:
+            """One after the other, and again when asked again: all at once would take as much memory as the errors."""
+            for error, matrix, scale in zip(self.errors, matrices, scales, strict=True):
+                yield error + matrix.float() / scale
+
+        left = [total @ sketch for total, sketch in zip(totals(), self._sketches, strict=True)]
         left = _averaged(left, matrices, all_reduce)
         bases = [orthonormal(factor) for factor in left]
-        right = [total.T @ basis for total, basis in zip(totals, bases, strict=True)]
+        right = [total.T @ basis for total, basis in zip(totals(), bases, strict=True)]
         right = _averaged(right, matrices, all_reduce)
         fine = finite(torch.stack([factor.isfinite().all() for factor in chain(left, right)]).all())
-        for matrix, scale, total, error, p, q in zip(matrices, scales, totals, self.errors, bases, right, strict=True):
+        parts = zip(matrices, scales, totals(), self.errors, bases, right, strict=True)
+        for matrix, scale, total, error, p, q in parts:
             mean = p @ q.T
             error.copy_(torch.where(fine, total - mean, error))
             matrix.copy_(torch.where(fine, mean * scale, torch.full_like(mean, torch.nan)))

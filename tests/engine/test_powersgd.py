@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 
@@ -129,6 +130,17 @@ def test_errors_stay_bounded() -> None:
         averaged(compressors, row)
         sizes.append(float(compressors[0].errors[0].norm()))
     assert max(sizes[200:]) < 1.5 * max(sizes[:200]) and max(sizes) < 0.1 * 400 * float(random(8, 12).norm())
+
+
+def test_gradients_with_their_errors_are_not_held_all_at_once() -> None:
+    """Eight matrices and eight errors last; what is seen beside them is one matrix in the making."""
+    shape, alive = (37, 53), []
+
+    def all_reduce(tensors: list[Tensor]) -> None:
+        alive.append(sum(type(found) is Tensor and found.shape == shape for found in gc.get_objects()))
+
+    PowerSGD(2, seed=0).average([random(*shape) for _ in range(8)], [1.0] * 8, all_reduce, lambda flag: flag)
+    assert len(alive) == 2 and max(alive) <= 17
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
