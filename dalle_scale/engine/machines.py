@@ -61,7 +61,7 @@ class Machines:
                 scales.append(scale_of(group))
             else:
                 rest.append(gradient)
-        if self.compressor and matrices:
+        if self.compressor:  # also where this rank has no matrix: all ranks ask together what is finite
             self.compressor.average(matrices, scales, self._mean, self._on_all_ranks)
         for bucket in _buckets(rest):
             self._mean(bucket)
@@ -110,7 +110,7 @@ class Machines:
 
     @staticmethod
     def _on_all_ranks(flag: Tensor) -> Tensor:
-        return dist.all_reduce((~flag).int(), "max") == 0
+        return dist.all_reduce((~flag).int().to(dist.device()), "max") == 0
 
     # What DeepSpeed asks of an mpu
 

@@ -11,8 +11,7 @@ number of machines changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +43,11 @@ def _averaged(factors: list[Tensor], matrices: Sequence[Tensor], all_reduce: All
     return [factor.float() for factor in sent]
 
 
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """bool []; True of no tensors."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all() if tensors else torch.tensor(True)
+
+
 class PowerSGD:
     """The errors and the Q of one rank's matrices, which are the same ones in the same order in every update."""
 
@@ -64,10 +68,13 @@ class PowerSGD:
         """Replace gradients by their compressed means. Collective among replicas.
 
         Where something is not finite on any rank, no gradient is, on all ranks, so that all skip the update; errors
-        keep what they were, because what the update would have carried must not be lost.
+        keep what they were, because what the update would have carried must not be lost. Where gradients are finite and
+        their factors are not, errors keep the gradients too (App. E.2).
+
+        Gradients are added to the errors in place: a copy of all sums would take as much memory as the errors.
 
         Args:
-            matrices: [m, n] each, m <= n, any float type.
+            matrices: [m, n] each, m <= n, any float type; of a rank that has none, an empty list.
             scales: what each was multiplied by, and its mean will be. Errors are of gradients without scale, because it
                 changes from update to update.
             all_reduce: see there.
@@ -75,22 +82,21 @@ class PowerSGD:
         """
         if not self._sketches:
             self._start(matrices)
-
-        def totals() -> Iterator[Tensor]:
-            """One after the other, and again when asked again: all at once would take as much memory as the errors."""
-            for error, matrix, scale in zip(self.errors, matrices, scales, strict=True):
-                yield error + matrix.float() / scale
-
-        left = [total @ sketch for total, sketch in zip(totals(), self._sketches, strict=True)]
+        if not finite(_all_finite(matrices)):
+            for matrix in matrices:
+                matrix.fill_(torch.nan)
+            return
+        for error, matrix, scale in zip(self.errors, matrices, scales, strict=True):
+            error.add_(matrix, alpha=1 / scale)
+        left = [error @ sketch for error, sketch in zip(self.errors, self._sketches, strict=True)]
         left = _averaged(left, matrices, all_reduce)
         bases = [orthonormal(factor) for factor in left]
-        right = [total.T @ basis for total, basis in zip(totals(), bases, strict=True)]
+        right = [error.T @ basis for error, basis in zip(self.errors, bases, strict=True)]
         right = _averaged(right, matrices, all_reduce)
-        fine = finite(torch.stack([factor.isfinite().all() for factor in chain(left, right)]).all())
-        parts = zip(matrices, scales, totals(), self.errors, bases, right, strict=True)
-        for matrix, scale, total, error, p, q in parts:
+        fine = finite(_all_finite([*left, *right]))
+        for matrix, scale, error, p, q in zip(matrices, scales, self.errors, bases, right, strict=True):
             mean = p @ q.T
-            error.copy_(torch.where(fine, total - mean, error))
+            error.sub_(torch.where(fine, mean, torch.zeros_like(mean)))
             matrix.copy_(torch.where(fine, mean * scale, torch.full_like(mean, torch.nan)))
 
     def _start(self, matrices: Sequence[Tensor]) -> None:

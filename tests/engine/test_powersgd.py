@@ -133,7 +133,7 @@ def test_errors_stay_bounded() -> None:
 
 
 def test_gradients_with_their_errors_are_not_held_all_at_once() -> None:
-    """Eight matrices and eight errors last; what is seen beside them is one matrix in the making."""
+    """Eight matrices and eight errors last; beside them is at most one matrix in the making."""
     shape, alive = (37, 53), []
 
     def all_reduce(tensors: list[Tensor]) -> None:
@@ -141,6 +141,15 @@ def test_gradients_with_their_errors_are_not_held_all_at_once() -> None:
 
     PowerSGD(2, seed=0).average([random(*shape) for _ in range(8)], [1.0] * 8, all_reduce, lambda flag: flag)
     assert len(alive) == 2 and max(alive) <= 17
+
+
+def test_a_rank_without_matrices_answers_as_often_as_the_others() -> None:
+    """At ZeRO 1 and 2 a rank may hold none; what is finite is asked of all ranks of the job."""
+    asked: list[list[bool]] = [[], []]
+    for answers, matrices in zip(asked, ([], [random(6, 6)]), strict=True):
+        note = lambda flag, answers=answers: answers.append(bool(flag)) or flag  # noqa: E731
+        PowerSGD(2, seed=0).average(matrices, [1.0] * len(matrices), lambda tensors: None, note)
+    assert asked[0] == asked[1] == [True, True]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
