@@ -52,7 +52,7 @@ class TransposedLinear(nn.Module):
 
     ZeRO 3 gives each rank a block of a matrix's rows. Where there are more inputs than outputs, blocks along the inputs
     are nearer to square than blocks along the outputs, and the factors into which PowerSGD takes them are shorter
-    (arXiv 2102.12092, Table 1: the second matrix of an MLP is cut along the other axis than all others).
+    (arXiv 2102.12092, App. E: the second matrix of an MLP is cut along the other axis than all others).
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
