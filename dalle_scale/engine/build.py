@@ -20,7 +20,7 @@ import deepspeed
 
 from dalle_scale import dist
 from dalle_scale.config import RunConfig
-from dalle_scale.engine import ds_config, mixed, optim
+from dalle_scale.engine import ds_config, masters, mixed, optim
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.engine.scaling import Scaling
@@ -126,6 +126,7 @@ def build(config: RunConfig, nets: Nets) -> Players:
             mixed.settle(engine)
             scales = [scale for scale, _ in branch_scale.branches_of(net)]
             scaling = Scaling(scales, config.engine.dtype == "fp16", config.optim[name].clip_norm)
+        masters.clear_padding(engine)
         players[name] = Player(name, engine, config, twin, machines, scaling)
         for buffer_name, buffer in net.named_buffers():
             assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"

@@ -99,6 +99,17 @@ def pieces(engine: Any) -> list[list[Piece]]:
 
 
 @torch.no_grad()
+def clear_padding(engine: Any) -> None:
+    """Zeros where a rank's slice of a parameter is longer than what is left of it. At ZeRO 3 DeepSpeed leaves there
+    what the memory held before, which need not be finite."""
+    if engine.zero_optimization_stage() == 3:
+        for tensor, group in zip(owned(engine), pieces(engine), strict=True):
+            for piece in group:
+                start, stop = piece.cut.held(place(engine))
+                tensor[piece.at + stop - start : piece.at + piece.cut.size] = 0
+
+
+@torch.no_grad()
 def publish(engine: Any) -> None:
     """Give the working weights the values of the masters, after these were set. Collective."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer

@@ -305,5 +305,22 @@ def check_not_finite_is_noticed(zero: int) -> None:
     assert player.losses_finite() == (not last)
 
 
+def check_memory_that_was_not_set_is_no_weight(zero: int) -> None:
+    """At ZeRO 3 slices of a parameter whose size the ranks do not divide are longer than it, by unset memory."""
+    kept, nets = torch.empty, {"model": nn.Linear(3, 3)}
+    build.share(nets)
+
+    def poisoned(*arguments: Any, **settings: Any) -> Tensor:
+        tensor = kept(*arguments, **settings)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    torch.empty = poisoned
+    try:
+        player = build.build(make_config(zero), nets)["model"]
+    finally:
+        torch.empty = kept
+    assert player.healthy()
+
+
 if __name__ == "__main__":
     checks.run(globals())
