@@ -77,7 +77,7 @@ def open_subjects(models: Sequence[str], device: torch.device, image_size: int |
 def _own_size(folder: Path) -> int:
     """The picture size of an export of the clip stage, else the default."""
     path = folder / "config.yaml"
-    return int(yaml.safe_load(path.read_text())["model"]["image_size"]) if path.is_file() else DEFAULT_SIZE
+    return int(yaml.safe_load(path.read_text("utf-8"))["model"]["image_size"]) if path.is_file() else DEFAULT_SIZE
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, byte {error.start}; save it as UTF-8") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
     for override in overrides:
@@ -181,7 +183,7 @@ def parse(model: type[Model], tree: dict[str, Any], where: str) -> Model:
 
 def dump(config: BaseModel, path: str | Path) -> None:
     """Write the resolved configuration as YAML that `load` reads back."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

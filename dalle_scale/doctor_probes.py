@@ -147,7 +147,7 @@ def share(run: Path) -> str:
     folder, problem = run / f"doctor_{token.item():x}", ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / str(dist.rank())).write_text(str(dist.rank()))
+        (folder / str(dist.rank())).write_text(str(dist.rank()), encoding="utf-8")
     except OSError as error:
         problem = f"cannot write to {run}: {error.strerror}"
     torch_dist.all_reduce(torch.zeros(1))

@@ -6,6 +6,7 @@ and exit code 2.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -46,6 +47,9 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
     An exception because another rank has died becomes one that names that rank (`ranklog`).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name or caption that the terminal cannot show
     exit_code = 0
     try:
         main()
@@ -90,7 +94,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and other ranks do without
 
         self._events = SummaryWriter(str(self.folder / "tensorboard"))
-        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._bar = tqdm(total=updates, unit=" updates", desc=self.folder.name, mininterval=0.5, dynamic_ncols=True)
         if wandb_project:
             self._wandb = _open_wandb(wandb_project, self.folder)

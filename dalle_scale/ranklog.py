@@ -94,11 +94,11 @@ class RankLog:
         folder.mkdir(parents=True, exist_ok=True)
         when, command = time.strftime("%Y-%m-%dT%H:%M:%S%z"), shlex.join(sys.argv)
         if dist.is_main():
-            with (folder.parent / "log").open("a") as commands:
+            with (folder.parent / "log").open("a", encoding="utf-8") as commands:
                 commands.write(f"{when} {command}\n")
             for note in folder.glob("death_*"):  # of runs before
                 note.unlink()
-        self._file = self._path(dist.rank()).open("a", buffering=1, errors="backslashreplace")
+        self._file = self._path(dist.rank()).open("a", buffering=1, errors="backslashreplace", encoding="utf-8")
         where = f"host {socket.gethostname()}, pid {os.getpid()}, rank {dist.rank()} of {dist.world_size()}"
         self._file.write(f"# {when} {where}: {command}\n")
         self._streams = (sys.stdout, sys.stderr)
@@ -268,10 +268,12 @@ class _Process:
 
 def _process(pid: int) -> _Process | None:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # see proc_pid_stat(5), from field 3
+        fields = (
+            Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        )  # see proc_pid_stat(5), from field 3
     except OSError:
         return None
-    return _Process(started=int(fields[19]), ended=fields[0] in "ZX", status=int(fields[49]))
+    return _Process(started=int(fields[19]), ended=fields[0] in b"ZX", status=int(fields[49]))
 
 
 def _is_running(peer: Peer) -> bool:

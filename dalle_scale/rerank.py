@@ -294,7 +294,7 @@ def _open_clip_source(open_clip: Any, name: str) -> tuple[str, dict[str, Any]]:
 
 def _hugging_face(folder: Path, device: str | torch.device) -> Scorer:
     """A directory that transformers' CLIPModel and CLIPProcessor wrote. Never asks the hub."""
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "clip":
         raise UserError(f"{folder}: config.json describes a '{kind}' model, not 'clip'")
     transformers = import_transformers()

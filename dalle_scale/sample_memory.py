@@ -68,7 +68,7 @@ def free_bytes(device: torch.device) -> int:
 def _available_bytes() -> int:
     """Of the host's memory, without swapping."""
     if _MEMORY_TABLE.is_file():
-        for line in _MEMORY_TABLE.read_text().splitlines():
+        for line in _MEMORY_TABLE.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 return int(value.split()[0]) * 1024
@@ -81,7 +81,7 @@ def _allowed_bytes() -> list[int]:
     Files that nobody has read lately count as used there and give way.
     """
     found = []
-    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.is_file() else ():
+    for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines() if _OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
@@ -92,9 +92,9 @@ def _allowed_bytes() -> list[int]:
         group = root / path.strip("/")
         for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
             limit, used = (folder / name for name in names[:2])
-            if limit.is_file() and limit.read_text().strip() != "max":
-                table = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                found.append(int(limit.read_text()) - int(used.read_text()) + int(table.get(names[2], 0)))
+            if limit.is_file() and limit.read_bytes().strip() != b"max":
+                table = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+                found.append(int(limit.read_bytes()) - int(used.read_bytes()) + int(table.get(names[2], 0)))
     return found
 
 

@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a data set")
     parser.add_argument("--out", type=Path, help="the page, *.html; default: stats.html in the folder")
     parser.add_argument("--samples", type=int, default=100_000, help="captions to tell words and languages from")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result is the same"
+    )
     parser.add_argument("--text-tokenizer", help="also count caption lengths in its tokens")
     args = parser.parse_args(arguments)
     out = args.out or args.folder / "stats.html"

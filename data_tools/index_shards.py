@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
+    )
     parser.add_argument("--require", default="", help="members without which a sample is left out, e.g. jpg,txt")
     parser.add_argument("--prefix-keys", action="store_true", help="for tars that number their samples each anew")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on without tars that cannot be read")
@@ -184,7 +186,7 @@ def prepare(out: Path, jobs: list[Job], overwrite: bool) -> bool:
     if (out / manifest.NAME).exists():
         data = manifest.Manifest.open(out)
         with suppress(OSError, ValueError, KeyError):
-            rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
             urls = {shard.url for shard in data.shards} | {row["shard"] for row in rows}
             if data.info == to_info(jobs[0].options) and urls == {job.url for job in jobs}:
                 shutil.rmtree(out / PARTS, ignore_errors=True)
@@ -243,7 +245,7 @@ def index_tar(job: Job) -> str:
 def is_done(job: Job) -> bool:
     """Whether this very tar has been read, under the same options."""
     try:
-        mark = json.loads(job.part.with_suffix(".json").read_text())
+        mark = json.loads(job.part.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     if mark["url"] != job.url or mark["options"] != json.loads(json.dumps(asdict(job.options))) or not mark["sha256"]:
@@ -272,7 +274,7 @@ def write_part(job: Job, size_bytes: int, sha256: str, samples: list[Sample], ro
     write_table(to_table(job.url, size_bytes, sha256, samples), job.part)
     facts = {"url": job.url, "size_bytes": size_bytes, "sha256": sha256, "options": asdict(job.options), "rows": rows}
     with atomic(job.part.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(facts))
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def to_table(url: str, size_bytes: int, sha256: str, samples: list[Sample]) -> pa.Table:
@@ -307,9 +309,9 @@ def finish(out: Path, jobs: list[Job]) -> None:
     (out / manifest.INDEX).mkdir()
     reasons: Counter[str] = Counter()
     num_shards = num_samples = 0
-    with atomic(out / "ledger.jsonl") as temporary, temporary.open("w") as ledger:
+    with atomic(out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
         for job in log.progress(jobs, "write", "tars"):
-            facts = json.loads(job.part.with_suffix(".json").read_text())
+            facts = json.loads(job.part.with_suffix(".json").read_text(encoding="utf-8"))
             samples, rows = from_table(pq.read_table(job.part)), facts["rows"]
             for row, first in sorted(taken.get(job.number, {}).items()):
                 reason = f"{TAKEN}: {jobs[first].url}"

@@ -74,7 +74,7 @@ def write_prompts(out: Path, count: int, rng: random.Random) -> None:
             file = f"truth/{len(rows):05d}.png"
             Image.fromarray(world.render(scene, rng)).save(out / file)
             rows.append({"prompt": text, "group": group, "scene": asdict(scene), "truth": file})
-    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def png(image: Image.Image) -> bytes:

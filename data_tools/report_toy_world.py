@@ -73,7 +73,7 @@ def main() -> None:
         shown = list(zip(captions, judged, strict=True))[:ROWS_OF_GROUP]
         rows += [gallery.Row(caption, tuple(map(cell, pictures)), title) for caption, pictures in shown]
     report["tokenizer"] = tokenizer_quality(run)
-    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     columns = ("true scene", "first candidate", "best of 16")
     gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
 
@@ -148,7 +148,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the steps of launch/demo.py before this one")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

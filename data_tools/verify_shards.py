@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, verify, report, exit with 1 if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a data set")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
+    )
     args = parser.parse_args(arguments)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1")
@@ -99,7 +101,7 @@ def verify(folder: Path, workers: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     size_bytes = 0
     facts: dict[str, Any] = {"digest": None, "shards": 0, "samples": 0}
-    with atomic(folder / FAULTS) as temporary, temporary.open("w") as file:
+    with atomic(folder / FAULTS) as temporary, temporary.open("w", encoding="utf-8") as file:
         for faults in find(folder, workers, facts):
             size_bytes += faults.size_bytes
             counts.update(row["fault"] for row in faults.rows)
@@ -115,7 +117,7 @@ def verify(folder: Path, workers: int) -> dict[str, Any]:
         "megabytes_per_second": round(size_bytes / seconds / 1e6, 1),
     }
     with atomic(folder / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -88,8 +88,8 @@ def main() -> None:
         shutil.rmtree(RUN)
     seconds = PROGRAMS.run(steps(TINY if options.tiny else size_for(options.minutes)))
     path = RUN / "report.json"
-    report = {**json.loads(path.read_text()), "seconds": seconds}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    report = {**json.loads(path.read_text(encoding="utf-8")), "seconds": seconds}
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     print(f"\nOpen {RUN / 'gallery.png'} (or {RUN / 'gallery.html'} in a browser).")
 

@@ -48,7 +48,7 @@ def main() -> None:
     if dist.is_main():
         plan_path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with shards.atomic(plan_path(args.out)) as temporary:
-            temporary.write_text(json.dumps(info))
+            temporary.write_text(json.dumps(info), encoding="utf-8")
     dist.barrier()
     codes.encode_shards(
         source,
@@ -93,7 +93,7 @@ def is_done(out: Path, info: dict[str, Any]) -> bool:
     if finished:
         there = Manifest.open(out).info
     elif plan_path(out).exists():
-        there = json.loads(plan_path(out).read_text())
+        there = json.loads(plan_path(out).read_text(encoding="utf-8"))
     if there != info:
         raise UserError(f"{out}: holds codes of other images or another tokenizer; delete it or choose another --out")
     return finished

@@ -18,7 +18,7 @@ def sync(folder: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Write a small file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     _sync_one(temporary)
     temporary.rename(path)
     _sync_one(path.parent)

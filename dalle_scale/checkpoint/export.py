@@ -89,7 +89,7 @@ def save(
             "parts": files,
             "trained": dict(trained or {}),
         }
-        (temporary / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False))
+        (temporary / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False), encoding="utf-8")
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Export:
@@ -149,7 +149,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no such export folder")
     path = folder / "config.yaml"
     try:
-        header = yaml.safe_load(path.read_text()) if path.is_file() else None
+        header = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except yaml.YAMLError:
         header = None
     if not isinstance(header, dict) or not str(header.get("format", "")).startswith(FORMAT.rsplit(" ", 1)[0]):

@@ -103,7 +103,7 @@ def save(
             "stream": stream,
             "schedules": schedules,
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         _commit(temporary, final)
         for old in committed(run)[:-keep]:
             (old.folder / "COMMIT").unlink()  # first, so that a deletion cut short leaves no half checkpoint behind
@@ -156,7 +156,7 @@ def read(folder: Path) -> Checkpoint:
     marker = folder / "COMMIT"
     if not marker.is_file():
         raise UserError(f"{folder}: not a committed checkpoint (no file COMMIT)")
-    for name, size_bytes in json.loads(marker.read_text()).items():
+    for name, size_bytes in json.loads(marker.read_text(encoding="utf-8")).items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size_bytes:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
@@ -198,7 +198,7 @@ def load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
 
 def _open(folder: Path) -> Checkpoint:
     """What state.json says."""
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.pop("format") != FORMAT:
         raise UserError(f"{folder}: written by another version, this one reads '{FORMAT}'")
     return Checkpoint(folder=folder, **state)

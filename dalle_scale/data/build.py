@@ -119,7 +119,7 @@ def _find_fatal(job: Job, rows: list[int]) -> bool:
     """Note those of the rows that end the process that looks at them: they are left out from now on."""
     found = {row: how for row in rows if (how := workers.cause_of_death(chunks.try_row, job, row))}
     with atomic(job.fatal) as temporary:
-        temporary.write_text(json.dumps({**job.fatal_rows(), **found}))
+        temporary.write_text(json.dumps({**job.fatal_rows(), **found}), encoding="utf-8")
     for row, how in found.items():
         log.say(f"row {row} ends the process that decodes it ({how}) and is left out")
     return bool(found)
@@ -157,7 +157,7 @@ def _take_stage(out: Path, stage: Path, plan: dict[str, Any], overwrite: bool) -
     """
     path = stage / _PLAN
     if path.exists():
-        there = json.loads(path.read_text())
+        there = json.loads(path.read_text(encoding="utf-8"))
         if there == plan:
             return
         if not overwrite:
@@ -170,7 +170,7 @@ def _take_stage(out: Path, stage: Path, plan: dict[str, Any], overwrite: bool) -
         shutil.rmtree(folder)
     (stage / _DUPLICATES).unlink(missing_ok=True)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plan, indent=1) + "\n")
+        temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
 def _clear(out: Path) -> None:
@@ -258,7 +258,7 @@ def _finish(job: Job, rows: int, started: float) -> None:
     """Write ledger, report and manifests, and say what came out. `rows`: built by this run."""
     reasons: Counter[str] = Counter()
     kept: Counter[str] = Counter()
-    with atomic(job.out / "ledger.jsonl") as temporary, temporary.open("w") as ledger:
+    with atomic(job.out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
         for chunk in log.progress(range(job.num_chunks), "account", "chunks", total=job.num_chunks):
             table = pq.read_table(job.finished(chunk), columns=["source", "name", "status", "split"], use_threads=False)
             good = pc.equal(table["status"], KEPT)
@@ -276,7 +276,7 @@ def _finish(job: Job, rows: int, started: float) -> None:
         "last_run": {"rows": rows, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)},
     }
     with atomic(job.out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for reason, count in reasons.most_common():
         log.say(f"left out: {count:,} x {reason}")
     for split in SPLITS if job.recipe.valid_share else SPLITS[:1]:

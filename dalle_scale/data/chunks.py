@@ -116,7 +116,7 @@ class Job:
 
     def fatal_rows(self) -> dict[int, str]:
         """What is known of them so far."""
-        found = json.loads(self.fatal.read_text()) if self.fatal.exists() else {}
+        found = json.loads(self.fatal.read_text(encoding="utf-8")) if self.fatal.exists() else {}
         return {int(row): how for row, how in found.items()}
 
     def staged(self, chunk: int) -> Path:

@@ -93,7 +93,7 @@ def encode_shards(
             lost += bad
             if last:
                 with atomic(_ledger_part(out, number)) as temporary:  # first: an index says that all is there
-                    temporary.write_text("".join(json.dumps(row) + "\n" for row in lost))
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in lost), encoding="utf-8")
                 shard.close()
                 shard, lost = None, []
     reader.close()
@@ -103,7 +103,7 @@ def join_ledger(out: Path) -> None:
     """Make <out>/ledger.jsonl of the shards' parts, in their order, and remove the parts."""
     parts = sorted(_ledger_part(out, 0).parent.glob("*.jsonl"))
     with atomic(out / "ledger.jsonl") as temporary:
-        temporary.write_text("".join(part.read_text() for part in parts))
+        temporary.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
     for part in parts:
         part.unlink()
 

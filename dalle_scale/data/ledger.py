@@ -48,7 +48,7 @@ class Ledger:
 def read(path: Path) -> list[Row]:
     """The rows of a ledger, none where there is no file; a row that a killed writer left half is passed over."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another run is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock_file(folder).open("a") as file:
+    with _lock_file(folder).open("a", encoding="utf-8") as file:
         until = time.monotonic() + _PATIENCE_SECONDS
         # alone at first; then workers can join
         while not (_lock(file, fcntl.LOCK_EX) and _lock(file, fcntl.LOCK_SH)):
@@ -121,7 +121,7 @@ def _watch(futures: set[Future[None]], done: Any) -> Iterator[int]:
 def _start(task: Task, done: Any, stop: Any, rows: Any, lock_file: Path) -> None:
     """Set up a worker process."""
     set_up()
-    file = lock_file.open("a")
+    file = lock_file.open("a", encoding="utf-8")
     if not _lock(file, fcntl.LOCK_SH):
         os._exit(1)  # started by a run that is dead by now
     _state.update(task=task, done=done, stop=stop, rows=rows, file=file)

@@ -157,7 +157,7 @@ class Player:
         if self._machines is not None:
             self._machines.save(folder / self.name)
         if self._scaling is not None and dist.is_main():
-            (folder / self.name / SCALES).write_text(json.dumps(self._scaling.state()))
+            (folder / self.name / SCALES).write_text(json.dumps(self._scaling.state()), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote on any number of ranks at any ZeRO stage, for the same net and optimizer.
@@ -166,7 +166,7 @@ class Player:
         if self._machines is not None:
             self._machines.load(folder / self.name)
         if self._scaling is not None:
-            self._scaling.load(json.loads((folder / self.name / SCALES).read_text()))
+            self._scaling.load(json.loads((folder / self.name / SCALES).read_text(encoding="utf-8")))
 
     @torch.no_grad()
     def _filled_twin(self) -> nn.Module:

@@ -67,7 +67,7 @@ def save(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
             "scaler": {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
             "counters": {name: getattr(engine, name) for name in COUNTERS},
         }
-        (folder / LAYOUT).write_text(json.dumps(document, indent=1))
+        (folder / LAYOUT).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def _contents(key: Tensor, state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,7 +92,7 @@ def load(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
     Raises:
         UserError: saved for other parameters, or with states that this ZeRO stage cannot hold.
     """
-    document = json.loads((folder / LAYOUT).read_text())
+    document = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
     all_pieces, place = masters.pieces(engine), masters.place(engine)
     with ExitStack() as stack:
         saved = _Saved(folder, document["parameters"], stack)
