@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -24,10 +25,24 @@ TESTS = ROOT / "tests"
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def environment() -> dict[str, str]:
-    """For programs under test: one thread each, stages below tests/ can be found."""
-    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+HANG_SECONDS = 1500  # above what anything takes on a slow and busy machine; pytest's own limit is above this one
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """For programs under test: as many threads as pytest was given, one by default; modules in `folders` and stages
+    below tests/ can be found."""
+    paths = [*map(str, folders), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu"}
+
+
+def run_until(count: int, pattern: str, line: list[str]) -> None:
+    """Run a program that is killed when `count` files with such paths have their names and one of its processes is
+    about to rename a file."""
+    fatal = {"FATAL_PATTERN": pattern, "FATAL_COUNT": str(count)}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": HANG_SECONDS}
+    done = subprocess.run(line, env=environment(TESTS / "fatal") | fatal, **quiet)
+    assert done.returncode == -signal.SIGKILL, "ended by itself"
 
 
 def command(script: Path, *arguments: str, processes: int = 1) -> list[str]:
@@ -48,13 +63,11 @@ def free_port() -> int:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """launch(script, *arguments, processes=1, timeout_seconds=240): the deepspeed launcher, outside the repository."""
+    """launch(script, *arguments, processes=1): the deepspeed launcher, outside the repository."""
 
-    def run(
-        script: Path, *arguments: str, processes: int = 1, timeout_seconds: float = 240
-    ) -> subprocess.CompletedProcess[str]:
+    def run(script: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
         line = command(script, *arguments, processes=processes)
-        limits: dict[str, Any] = {"timeout": timeout_seconds, "cwd": tmp_path, "env": environment()}
+        limits: dict[str, Any] = {"timeout": HANG_SECONDS, "cwd": tmp_path, "env": environment()}
         return subprocess.run(line, capture_output=True, text=True, **limits)
 
     return run
@@ -96,7 +109,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def write_config(path: Path, tree: dict[str, Any], **changes: Any) -> Path:
     """A run's YAML; `changes` replace top-level keys."""
-    path.write_text(yaml.safe_dump({**tree, **changes}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**tree, **changes}, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import HANG_SECONDS, ROOT
 from PIL import Image
 from toys.exports import DAMAGED, save, save_dvae, write_data
 from toys.programs import run_here
@@ -257,7 +256,7 @@ def test_a_browser_draws_the_page(done, tmp_path):
     options = [f"--{flag}" for flag in [*flags.split(), "disable-sync", "window-size=1500,2400", "hide-scrollbars"]]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
     address = (done / "comparison.html").as_uri()
-    subprocess.run([CHROMIUM, *options, address], check=True, capture_output=True, env={**os.environ}, timeout=120)
+    subprocess.run([CHROMIUM, *options, address], check=True, capture_output=True, timeout=HANG_SECONDS)
     shown = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
     pixels = {tuple(pixel) for pixel in np.unique(shown, axis=0)}
     data = re.search(r'base64,([^"]+)" alt="exact"', (done / "comparison.html").read_text())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import HANG_SECONDS, ROOT, environment
 from PIL import Image
 
 PROGRAM = ROOT / "benchmarks" / "gpu.py"
@@ -44,13 +44,13 @@ def modules() -> Any:
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(PROGRAM), *map(str, options)]
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def measured(name: str, out: Path, *options: object) -> dict[str, Any]:
     done = run(name, "--toy", "--device=cpu", "--no-install", f"--out={out}", *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(out.read_text())
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     assert result["command"].startswith(f"python benchmarks/gpu.py {name} --toy")
     assert {"hardware", "versions", "commit", "date"} <= result.keys() and result["matrix_rate"] > 1e8
     return result

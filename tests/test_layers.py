@@ -65,7 +65,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of its code."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

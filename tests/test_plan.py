@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import HANG_SECONDS, ROOT, environment
 from torch import Tensor, nn
 
 from dalle_scale import config as configs
@@ -296,7 +296,7 @@ def test_the_program(tmp_path: Path) -> None:
     line = [sys.executable, str(ROOT / "launch" / "plan.py"), str(TINY / "dalle.yaml"), *flags, "engine.zero=1"]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*line, *more], env=environment(), capture_output=True, text=True, timeout=80)
+        return subprocess.run([*line, *more], env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
 
     done = run("--out", str(tmp_path / "plan"))
     assert done.returncode == 0, done.stderr

@@ -177,7 +177,7 @@ def classes(tmp_path) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def expected_probabilities(model: Path, rows: list[dict[str, Any]], images: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, environment, free_port
+from conftest import ROOT, free_port, run_until
 from PIL import Image
 from test_rerank import clip_export
 from test_sample import PROMPTS, export_stage
@@ -85,13 +81,7 @@ def test_killed_it_goes_on_with_what_is_missing(model: Path, whole: Path, tmp_pa
     """All bytes as without the interruption, no picture drawn twice, whatever the batch."""
     out = tmp_path / "out"
     line = [sys.executable, str(PROGRAM), *options(model, out, CANDIDATES, "--batch=1")]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list((out / "images").glob("*.png"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    run_until(3, f"{out}/images/*.png", line)
     before = pictures(out)
     assert 3 <= len(before) < 2 * CANDIDATES and not (out / "samples.jsonl").exists()
     assert (out / "sampling.json").exists()

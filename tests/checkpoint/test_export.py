@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import HANG_SECONDS
 from toys.autoencoder import Stage
 
 from dalle_scale.checkpoint import atomic, export
@@ -143,7 +144,9 @@ tokenizer = export.open_tokenizer({str(tmp_path / "export")!r})
 print(tokenizer.encode(torch.zeros(2, 3, 8, 8)).shape)
 """
     environment = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert "[2, 1]" in done.stdout
 

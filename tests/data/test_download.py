@@ -2,16 +2,13 @@
 
 import csv
 import json
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, run_until
 from test_build_shards import content, ledger, load_program, picture, samples
 from web import Web
 
@@ -63,9 +60,9 @@ def write_list(rows: list[dict], path: Path) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
-        with path.open("w", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
@@ -160,12 +157,7 @@ def program(table: Path, out: Path, workers: int) -> list[str]:
 @pytest.mark.parametrize("workers, chunks_done", [(1, 3), (2, 4)])
 def test_killed_and_resumed_it_writes_the_same_files(workers, chunks_done, table, done, tmp_path):
     out = tmp_path / "out"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
-    with subprocess.Popen(program(table, out, workers), **quiet) as process:
-        while len(list(out.glob("unfinished/rows/*.parquet"))) < chunks_done and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    run_until(chunks_done, f"{out}/unfinished/rows/*.parquet", program(table, out, workers))
     assert len(list(out.glob("unfinished/rows/*.parquet"))) < 8
     run(table, "--out", out, *OPTIONS, f"--workers={workers}")
     assert content(out) == done

@@ -3,10 +3,7 @@
 import io
 import json
 import runpy
-import signal
-import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Launch, environment, write_images
+from conftest import ROOT, Launch, run_until, write_images
 
 from dalle_scale import config as configs
 from dalle_scale import stages
@@ -133,11 +130,8 @@ def test_killed_it_goes_on(number, work, done):
     out = work / f"killed_{number}"
     options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={out}", "--batch=8"]
     line = [sys.executable, str(PROGRAM), *options]
-    with subprocess.Popen(line, env=environment() | {"OMP_NUM_THREADS": "1"}, stdout=-3, stderr=-3) as process:
-        while process.poll() is None and not list(out.glob(f"*{shards.shard_name(number)}*")):
-            time.sleep(0.0005)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and not (out / "manifest.parquet").exists()
+    run_until(1, str(out / f"*{shards.shard_name(number)}*"), line)
+    assert not (out / "manifest.parquet").exists()
     assert run(work, out.name)[0] == 0
     assert content(out) == content(done)
 

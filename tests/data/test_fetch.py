@@ -359,7 +359,7 @@ def test_memory_and_files_stay_flat_over_many_chunks(distant):
     for _ in range(10):
         assert run(good + bad * 25, replace(OPTIONS, retries=0, host_failures=1000)) == expected
         gc.collect()
-        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        sizes.append(int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize())
         files.append(open_files())
     assert len(set(files)) == 1, "open files"
     assert max(sizes[5:]) - sizes[4] < 8 << 20, "resident memory after the first half"

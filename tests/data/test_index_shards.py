@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from conftest import ROOT, environment
+from conftest import HANG_SECONDS, ROOT, environment
 from damage import BLOCK, hostile, make_files, to_tar
 from foreign import grouped, index, index_shards, read_files, read_ledger, read_samples, write_tars
 from shelf import Shelf
@@ -136,7 +136,7 @@ def test_any_number_of_processes_writes_the_same(tmp_path):
     folder = hard_set(tmp_path / "set")
     index(folder, "--out", tmp_path / "one")
     command = [sys.executable, str(PROGRAM), str(folder), "--out", str(tmp_path / "three"), "--workers", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     assert read_files(tmp_path / "three") == read_files(tmp_path / "one") and len(read_ledger(tmp_path / "one")) > 5
 

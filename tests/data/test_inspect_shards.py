@@ -49,7 +49,7 @@ def inspect(folder: Path, out: Path, *options: str) -> list[tuple[str, list[np.n
     inspect_shards.main([str(folder), f"--out={out}", *options])
     assert Image.open(f"{out}.png").size > (100, 100)
     cards = []
-    for card in Path(f"{out}.html").read_text().split('<div class="card">')[1:]:
+    for card in Path(f"{out}.html").read_text(encoding="utf-8").split('<div class="card">')[1:]:
         images = re.findall(r'src="data:image/png;base64,([^"]+)"', card)
         pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in images]
         notes = [html.unescape(note) for note in re.findall(r"<b>(.*?)</b>", card)]

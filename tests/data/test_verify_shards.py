@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment
+from conftest import HANG_SECONDS, ROOT, environment
 from damage import find_members, flip, hostile, make_files, seal, to_tar
 from foreign import grouped, index, load_program, read_files, write_tars
 from shelf import Shelf
@@ -314,7 +314,7 @@ def test_the_program_with_several_processes(folder, tmp_path):
     rows = verify(folder)[2]
     before = read_files(folder)["verify.jsonl"]
     command = [sys.executable, str(PROGRAM), str(folder), "--workers", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
     assert result.returncode == 1 and "faults, see" in result.stdout, result.stderr
     assert read_files(folder)["verify.jsonl"] == before and len(rows) > 10
     with pytest.raises(UserError, match="no data set"):

@@ -2,7 +2,7 @@
 
 killed.py <phase> <rank> <update> <note> <arguments of launch/train.py>
 
-Updates are counted from 1. Before it dies the rank writes its process id and the time into the file `note`.
+Updates are counted from 1. Before it dies the rank writes its process id into the file `note`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class Fault:
     def strike(self) -> None:
         """Die, if it is time."""
         if self._now == self._fatal:
-            self._note.write_text(f"{os.getpid()} {time.time()}")
+            self._note.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
 
     @staticmethod

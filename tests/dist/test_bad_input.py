@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, toy_run, write_config
+from conftest import HANG_SECONDS, ROOT, environment, toy_run, write_config
 from toys.autoencoder import Stage
 
 from dalle_scale.checkpoint import export
@@ -105,6 +105,6 @@ def test_wrong_input_costs_no_import_of_deepspeed(toy_data: dict[str, str], tmp_
     block = "import sys; sys.modules['deepspeed'] = None; import runpy; sys.argv = sys.argv[1:]; "
     code = block + "runpy.run_path(sys.argv[0], run_name='__main__')"
     line = [sys.executable, "-c", code, str(ROOT / "launch" / "train.py"), str(config), "data.train=absent"]
-    done = subprocess.run(line, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 2
     assert done.stderr.startswith("error: absent/manifest.parquet: no such file") and done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, toy_run, write_config
+from conftest import HANG_SECONDS, ROOT, environment, metrics, toy_run, write_config
 
 from dalle_scale.checkpoint import resume
 
@@ -59,18 +59,18 @@ def test_at_the_time_limit_it_saves_and_is_queued_again(toy_data: dict[str, str]
     config = write_config(tmp_path / "c.yaml", toy_run(toy_data, run, updates=1_000_000))
     train = [str(ROOT / "launch" / "train.py"), str(config)]
     job = slurm(tmp_path, *train)
-    until = time.monotonic() + 200
+    until = time.monotonic() + HANG_SECONDS
     while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
         assert job.poll() is None and time.monotonic() < until, (tmp_path / "output").read_text()[-3000:]
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=100) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert job.wait(timeout=HANG_SECONDS) == 0, (tmp_path / "output").read_text()[-3000:]
     (checkpoint,) = resume.committed(run)
     assert (tmp_path / "scontrol.txt").read_text() == f"requeue {os.getpid()}\n"
     assert not list(tmp_path.glob("hosts-*"))
 
     last = checkpoint.update + 2
-    assert slurm(tmp_path, *train, f"updates={last}").wait(timeout=200) == 0
+    assert slurm(tmp_path, *train, f"updates={last}").wait(timeout=HANG_SECONDS) == 0
     assert f"goes on from {checkpoint.folder}" in (tmp_path / "output").read_text()
     assert metrics(run)[-1]["update"] == last and requeued(tmp_path) == 1
     assert "rank 1 of 2" in (run / "logs" / "rank_00001.log").read_text()
@@ -84,5 +84,5 @@ def test_a_dead_rank_is_tried_again_and_a_mistake_is_not(
     launcher = tmp_path / "bin" / "deepspeed"
     launcher.write_text(f"#!/bin/bash\n[[ $SLURM_NODEID == 0 ]] || exec sleep 100\nexit {code}\n")
     launcher.chmod(0o755)
-    assert slurm(tmp_path, "program.py", SLURM_RESTART_COUNT=restarts).wait(timeout=60) == code
+    assert slurm(tmp_path, "program.py", SLURM_RESTART_COUNT=restarts).wait(timeout=HANG_SECONDS) == code
     assert requeued(tmp_path) == expected

@@ -16,7 +16,9 @@ import pytest
 import sentencepiece
 import torch
 import yaml
-from conftest import ROOT, TESTS, Launch, command, environment, metrics, toy_run, write_config, write_images
+from conftest import (
+    HANG_SECONDS, ROOT, TESTS, Launch, command, environment, metrics, toy_run, write_config, write_images
+)  # fmt: skip
 from safetensors.torch import load_file
 
 from dalle_scale.checkpoint import export, resume
@@ -74,7 +76,7 @@ def run_many(runs: list[list[Any]], folder: Path, processes: int) -> None:
     todo = folder / f"runs_{processes}.json"
     todo.write_text(json.dumps([[str(argument) for argument in run] for run in runs]))
     line = command(TESTS / "dist" / "many_runs.py", str(todo), processes=processes)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=290)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -191,7 +193,7 @@ def start(config: Path, *overrides: str, processes: int) -> subprocess.Popen[str
     return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_seconds: float = HANG_SECONDS) -> None:
     end = time.monotonic() + timeout_seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -219,7 +221,7 @@ def test_signal_saves_and_the_same_command_goes_on(toy_data: dict[str, str], tmp
     process = start(config, processes=2)
     wait_for(lambda: lines(run) >= 5, process)
     os.kill(ranks_of(process)[-1], signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=HANG_SECONDS)[0]
     assert process.returncode == 0, output[-3000:]
     (checkpoint,) = resume.committed(run)
     assert f"stopped and saved after {checkpoint.update} updates" in output
@@ -228,7 +230,7 @@ def test_signal_saves_and_the_same_command_goes_on(toy_data: dict[str, str], tmp
     process = start(config, "log.save_every=1", processes=2)
     wait_for(lambda: lines(run) >= checkpoint.update + 3, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0
 
     last = resume.committed(run)[-1].update

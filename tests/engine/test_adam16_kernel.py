@@ -11,7 +11,7 @@ from typing import Any
 
 import adam16_kernel_checks
 import pytest
-from conftest import environment
+from conftest import HANG_SECONDS, environment
 
 PROGRAM = Path(adam16_kernel_checks.__file__)
 # Every operation of PTX on fp32 whose result is not exact; each rounds to nearest, keeps subnormal numbers, and `.rn`
@@ -26,7 +26,7 @@ def outcomes(what: str, folder: Path, **variables: str) -> dict[str, Any]:
         env=environment() | {"TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"} | variables,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

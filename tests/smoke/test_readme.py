@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import free_port
+from conftest import HANG_SECONDS, free_port
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_own_pictures(tmp_path):
             line = line.replace(large, small)
         line += next((f" {smaller}" for part, smaller in SMALLER.items() if part in line), "")
         done = subprocess.run(
-            shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+            shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran += 1

@@ -3,7 +3,8 @@
     python -m toys.deliver FOLDER TEXT_MODEL OUT --world-size 2 --workers 1 --stop 40
 
 All ranks are built in this process. Goes on from the state in <out>/state.json, which is saved every third batch; each
-batch becomes a line "number sha256" of <out>/digests, each bad sample a row of <out>/ledger.jsonl.
+batch becomes a line "number sha256" of <out>/digests, each bad sample a row of <out>/ledger.jsonl. --killed-after 5 is
+for SIGKILL to it and all processes of its group when it has written five lines.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--stop", type=int)
+    parser.add_argument("--killed-after", type=int)
     args = parser.parse_args()
     ranks = open_ranks(
         args.folder,
@@ -103,6 +107,8 @@ def main() -> None:
             batch = merged([next(iterator) for iterator in iterators])
             lines.write(f"{number} {digest(batch)}\n")
             lines.flush()
+            if number - start + 1 == args.killed_after:
+                os.killpg(0, signal.SIGKILL)
             if number % 3 == 2 or number + 1 == args.stop:
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text(json.dumps(ranks[0].state(number + 1)))

@@ -1,0 +1,176 @@
+"""Run the tests as another processor would, and keep what came of it: one row of a table after the other.
+
+    python tests/processors.py                          the table, and which rows are missing at this code
+    python tests/processors.py sse                      all tests under one row; the outcome is stored
+    python tests/processors.py sse --part numerics      the numerical tests alone; nothing is stored
+    python tests/processors.py order --seed 7           a row with a seed, as it ran before
+
+Outcomes lie in benchmarks/results/processors.json by processor and row, each with its commit and a digest of the code.
+They hold for every commit with the same code: all tracked files but prose and results. While one of these differs from
+the commit nothing is stored. Variables that a processor or a library does not know change nothing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from environment import describe  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "processors.json"
+CODE = (".", ":(exclude)*.md", ":(exclude)docs", ":(exclude)benchmarks/results", ":(exclude)LICENSE")
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores: those that wait must not spin
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the tests run. `{seed}` in variables and options is drawn anew each time."""
+
+    variables: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    workers: int | None = None  # as many as asked for
+    numerics: bool = False  # only the tests with this mark
+
+
+SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+ROWS = {
+    "native": Row(),
+    "compatible": Row({"MKL_CBWR": "COMPATIBLE"}),
+    "sse": Row(SSE),
+    "onednn-avx2": Row({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "aten-avx2": Row({"ATEN_CPU_CAPABILITY": "avx2"}),
+    "threads-4": Row({"OMP_NUM_THREADS": "4", **QUIET}, workers=1),
+    "threads-16": Row({"OMP_NUM_THREADS": "16", **QUIET}, workers=1, numerics=True),
+    "hash-seed": Row({"PYTHONHASHSEED": "{seed}"}),
+    "order": Row(options=("--random-order", "--random-order-seed={seed}")),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", nargs="?", choices=ROWS)
+    parser.add_argument("--workers", type=int, default=2, help="of pytest, where the row does not say")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: drawn")
+    parser.add_argument("--part", choices=("all", "numerics"), default="all")
+    args = parser.parse_args()
+    if args.row is None:
+        table()
+        return 0
+    before = code()
+    outcome = run(args.row, args)
+    print(json.dumps({key: value for key, value in outcome.items() if key != "flags"}, indent=1))
+    if args.part != "all":
+        print("not stored: a part of the row")
+    elif before is None or code() != before:
+        print("not stored: files differ from the commit")
+    else:
+        store(args.row, outcome | {"code": before})
+    return int(outcome["exit_code"])
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The outcome of a row: command, counts, names of what failed, exit code of pytest, time, processor."""
+    row = ROWS[name]
+    variables = {"OMP_NUM_THREADS": "1", **row.variables}
+    options = [f"--numprocesses={row.workers or args.workers}", "--dist=loadfile", *row.options]
+    if row.numerics or args.part == "numerics":
+        options.append("-m=numerics and not long")
+    variables = {key: value.format(seed=args.seed) for key, value in variables.items()}
+    line = ["pytest", *(option.format(seed=args.seed) for option in options)]
+    command = shlex.join([*(f"{key}={value}" for key, value in variables.items()), *line])
+    print(command, flush=True)
+    ours = {key for other in ROWS.values() for key in other.variables}  # native is without them
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | variables
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        line = [sys.executable, "-m", *line, f"--junitxml={report}"]
+        exit_code = subprocess.run(line, cwd=ROOT, env=environment).returncode
+        found = counts(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
+    took = {"exit_code": exit_code, "seconds": round(time.monotonic() - began)}
+    return {**describe(), **processor(), "command": command, **found, **took}
+
+
+def counts(report: Path) -> dict[str, Any]:
+    """Numbers of tests passed, failed and skipped in a JUnit file, and the names of those that failed."""
+    passed, skipped, failures = 0, 0, []
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failures.append(f"{case.get('classname')}::{case.get('name')}")
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": sorted(failures)}
+
+
+def processor() -> dict[str, str]:
+    """Name with family, model and stepping, and instruction sets, as the kernel tells them."""
+    info = Path("/proc/cpuinfo")
+    pairs = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()] if info.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+    keys = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")  # the last two are ARM's
+    name = " ".join(told[key] for key in keys if key in told) or platform.processor()
+    return {"processor": name, "flags": told.get("flags") or told.get("Features", "")}
+
+
+def code() -> str | None:
+    """Digest of the tracked code; None where it differs from the commit, or where there is no repository."""
+    changed = subprocess.run(["git", "status", "--porcelain", "--", *CODE], cwd=ROOT, capture_output=True, text=True)
+    if changed.returncode or changed.stdout:
+        return None
+    files = subprocess.run(["git", "ls-files", "--stage", "--", *CODE], cwd=ROOT, capture_output=True, check=True)
+    return hashlib.sha256(files.stdout).hexdigest()[:16]
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Outcomes by processor and row."""
+    return dict(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.exists() else {}
+
+
+def store(name: str, outcome: dict[str, Any]) -> None:
+    """Put an outcome in the place of that row's last one on the same kind of processor."""
+    outcomes = stored()
+    outcomes.setdefault(outcome["processor"], {})[name] = outcome
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(RESULTS)
+
+
+def table() -> None:
+    """Print each row's outcome on this processor and on others that have some, and what is missing on this one."""
+    now, here, outcomes = code(), processor()["processor"], stored()
+    missing = []
+    for place in dict.fromkeys([here, *outcomes]):
+        print(f"{place}{' (this one)' if place == here else ''}")
+        for name in ROWS:
+            found = outcomes.get(place, {}).get(name)
+            valid = found is not None and found["code"] == now
+            if place == here and not (valid and not found["exit_code"]):
+                missing.append(name)
+            counted = "{passed} passed, {failed} failed, {skipped} skipped, {seconds} s, {commit}, {date}"
+            state = "this code" if valid else "other code" if found else "not run"
+            print(f"  {name:12} {state:10}  {counted.format(**found) if found else ''}")
+    print(f"missing here: {', '.join(missing) or 'nothing'}")
+    if now is None:
+        print("files differ from the commit: what is stored does not hold for them")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
