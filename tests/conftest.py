@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 import yaml
 from PIL import Image
 
@@ -26,6 +29,47 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 HANG_SECONDS = 1500  # above what anything takes on a slow and busy machine; pytest's own limit is above this one
+# No limits of time, and the same examples in every run
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
+
+# What starts with these tells programs of a job, a proxy or a terminal that the tests have nothing to do with
+FOREIGN = (
+    "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", "NCCL_", "GLOO_", "TORCHELASTIC_",
+    "CUDA_VISIBLE_DEVICES", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "TQDM_", "COLUMNS", "FORCE_COLOR",
+)  # fmt: skip
+
+LONGEST = (
+    "dist/test_train.py", "dist/test_vqgan_engines.py", "dist/test_mixed.py", "test_gpu_benchmark.py",
+    "dist/test_machines.py", "smoke/test_readme.py", "dist/test_killed_phases.py", "smoke/test_demo.py",
+    "data/test_exactly_once.py", "dist/test_dead_rank.py", "data/test_build.py", "dist/test_doctor.py",
+    "dist/test_reshard.py", "dist/test_engine.py", "data/test_fetch.py", "dist/test_slurm.py",
+)  # fmt: skip
+
+# Tests that compare numbers which processors, kernels and thread counts round otherwise: marked `numerics`
+NUMERICS = (
+    "engine/", "nn/", "stages/", "checkpoint/test_resume.py", "dist/test_adam16_zero.py", "dist/test_engine.py",
+    "dist/test_machines.py", "dist/test_mixed.py", "dist/test_quantizer_ranks.py", "dist/test_reshard.py",
+    "dist/test_siglip_ranks.py", "dist/test_vqgan_engines.py",
+)  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Not when a rank imports this file, which has such variables of its own."""
+    for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
+        del os.environ[name]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the numerical tests. The files that take longest come first, so that all workers end together."""
+    places = {item: item.path.relative_to(TESTS).as_posix() for item in items}
+    for item, place in places.items():
+        if place.startswith(NUMERICS):
+            item.add_marker("numerics")
+    items.sort(key=lambda item: LONGEST.index(places[item]) if places[item] in LONGEST else len(LONGEST))
 
 
 def environment(*folders: Path) -> dict[str, str]:
@@ -52,6 +96,14 @@ def command(script: Path, *arguments: str, processes: int = 1) -> list[str]:
     return [str(launcher), *options, str(script), *map(str, arguments)]
 
 
+def short_command(script: Path, *arguments: str, processes: int) -> list[str]:
+    """What that line starts on this machine: the part of the launcher that starts the ranks and looks after them. The
+    part before it imports torch for two seconds to read its options."""
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+    options = [f"--world_info={hosts}", f"--master_port={free_port()}", "--quiet"]
+    return [sys.executable, "-m", "deepspeed.launcher.launch", *options, str(script), *map(str, arguments)]
+
+
 def free_port() -> int:
     """A port that will still be free when the launcher takes it, seconds later: below those that connections get."""
     while True:
@@ -61,12 +113,19 @@ def free_port() -> int:
                 return port
 
 
+def in_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
+    """function(rank, *arguments) in a process for each rank. They fork from one that has imported what takes seconds,
+    and whose standard output and environment are those of the first call."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["dalle_scale.train", "dalle_scale.sample"])
+    torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """launch(script, *arguments, processes=1): the deepspeed launcher, outside the repository."""
+    """launch(script, *arguments, processes=1): the deepspeed launcher's second part, outside the repository."""
 
     def run(script: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        line = command(script, *arguments, processes=processes)
+        line = short_command(script, *arguments, processes=processes)
         limits: dict[str, Any] = {"timeout": HANG_SECONDS, "cwd": tmp_path, "env": environment()}
         return subprocess.run(line, capture_output=True, text=True, **limits)
 
@@ -90,10 +149,12 @@ def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> Path
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch with one thread, in which sums have one order."""
+    """torch with one thread, here and in programs under test, in which sums have one order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 

@@ -352,9 +352,7 @@ def test_wrong_parameters_are_said_before_the_first_batch(folder, options):
 
 def run_program(*arguments, **environment):
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_program(folder, tmp_path):

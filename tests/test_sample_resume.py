@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, free_port, run_until
+from conftest import ROOT, free_port, in_ranks, run_until
 from PIL import Image
 from test_rerank import clip_export
 from test_sample import PROMPTS, export_stage
@@ -23,6 +22,7 @@ from dalle_scale.nn.transformer import Transformer
 from dalle_scale.sample import Batch, Options, Sampler
 
 PROGRAM = ROOT / "launch" / "sample.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"text_vocab": 48, "text_length": 8, "image_vocab": 12, "grid": 4, "width": 16, "layers": 2, "heads": 2}
 CANDIDATES = 40
 
@@ -169,7 +169,7 @@ def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path,
             (out / "images" / f"00001_{place:04d}.png").unlink()
     more = (f"--rerank={clip}", "--keep=3")
     drawn(*options(model, one, CANDIDATES, *more))
-    mp.spawn(run_rank, (free_port(), PROGRAM, options(model, two, CANDIDATES, *more)), nprocs=2)
+    in_ranks(run_rank, free_port(), PROGRAM, options(model, two, CANDIDATES, *more))
     theirs, ours = files(one), files(two)
     assert theirs.keys() == ours.keys() and len(ours) > 2 * CANDIDATES + 3
     assert [name for name in ours if ours[name] != theirs[name] and Path(name).name != "scores.jsonl"] == []

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 from shelf import Shelf
 
 from dalle_scale.data.cache import FetchError, ShardCache, open_remote, remote_size, retry
@@ -30,12 +31,12 @@ def put(shelf: Shelf, name: str, size: int = 3000, faults: tuple[str, ...] = ())
 
 
 def make_cache(folder: Path, cap_bytes: int = 1 << 20, **options) -> ShardCache:
-    return ShardCache(folder, cap_bytes, **{"timeout_seconds": 5.0, "attempts": 3, "backoff_seconds": 0.01, **options})
+    return ShardCache(folder, cap_bytes, **{"timeout_seconds": 60.0, "attempts": 3, "backoff_seconds": 0.01, **options})
 
 
 def start(folder: Path, shard: tuple[str, int, str]) -> multiprocessing.Process:
     """A process that fetches a shard."""
-    process = FORK.Process(target=make_cache(folder, timeout_seconds=30.0).fetch, args=shard)
+    process = FORK.Process(target=make_cache(folder, timeout_seconds=600.0).fetch, args=shard)
     process.start()
     return process
 
@@ -84,7 +85,7 @@ def test_what_fails_for_good_leaves_nothing(tmp_path, shelf, fault, requests, me
 
 def test_hanging_and_dripping_connections_are_given_up(tmp_path, shelf, monkeypatch):
     shard = put(shelf, "a.tar", faults=("hang",))
-    assert make_cache(tmp_path, timeout_seconds=0.3).fetch(*shard).read_bytes() == shelf.files["a.tar"]
+    assert make_cache(tmp_path, timeout_seconds=2.0).fetch(*shard).read_bytes() == shelf.files["a.tar"]
     assert shelf.counts["a.tar"] == 2
     shard = put(shelf, "b.tar", faults=("drip",) * 3)
     with pytest.raises(FetchError, match="too slow"):
@@ -96,7 +97,7 @@ def test_hanging_and_dripping_connections_are_given_up(tmp_path, shelf, monkeypa
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path, shelf):
     shard = put(shelf, "a.tar", size=1 << 20, faults=("hang",))
     process = start(tmp_path, shard)
-    assert shelf.is_hanging.wait(30)
+    assert shelf.is_hanging.wait(HANG_SECONDS)
     partial = tmp_path / f".{shard[2]}.tar.tmp"
     while not partial.exists():
         time.sleep(0.01)
@@ -121,11 +122,11 @@ def test_a_partial_file_of_the_same_shard_is_written_over(tmp_path, shelf):
 def test_processes_at_once_fetch_once(tmp_path, shelf):
     shard = put(shelf, "a.tar", size=1 << 20, faults=("hang",))
     processes = [start(tmp_path, shard) for _ in range(3)]
-    assert shelf.is_hanging.wait(30)
+    assert shelf.is_hanging.wait(HANG_SECONDS)
     time.sleep(0.2)  # for the others to come and wait
     shelf.go_on.set()
     for process in processes:
-        process.join(60)
+        process.join(HANG_SECONDS)
     assert [process.exitcode for process in processes] == [0, 0, 0] and shelf.counts["a.tar"] == 1
     assert (tmp_path / f"{shard[2]}.tar").read_bytes() == shelf.files["a.tar"] and len(names(tmp_path)) == 1
 
@@ -133,13 +134,13 @@ def test_processes_at_once_fetch_once(tmp_path, shelf):
 def test_one_who_waited_fetches_if_the_first_has_failed(tmp_path, shelf):
     shard = put(shelf, "a.tar", faults=("hang",))
     first = start(tmp_path, shard)
-    assert shelf.is_hanging.wait(30)
+    assert shelf.is_hanging.wait(HANG_SECONDS)
     second = start(tmp_path, shard)
     time.sleep(0.2)
     assert shelf.counts["a.tar"] == 1
     first.kill()
     for process in (first, second):
-        process.join(60)
+        process.join(HANG_SECONDS)
     assert (first.exitcode, second.exitcode) == (-9, 0) and shelf.counts["a.tar"] == 2
     assert (tmp_path / f"{shard[2]}.tar").read_bytes() == shelf.files["a.tar"]
 
@@ -210,7 +211,7 @@ def test_after_a_fork_file_systems_are_new(tmp_path, shelf):
     cache = make_cache(tmp_path)
     cache.fetch(*first)
     child = start(tmp_path, second)
-    child.join(30)
+    child.join(HANG_SECONDS)
     child.kill()
     assert (tmp_path / f"{second[2]}.tar").read_bytes() == shelf.files["b.tar"]
 

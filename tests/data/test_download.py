@@ -24,14 +24,14 @@ BAD = {  # path -> reason
     "/empty": "empty body", "/bomb": "compressed in transfer: identity was asked for", "/hop/9": "redirects too often",
     "/headers/x?X-Robots-Tag=noai": "opted out: X-Robots-Tag says noai", "/ok/page": "unknown image format",
     "/ok/cut": "cannot decode", "/ok/small": "too small: 5 x 6", "/to/file%3A%2F%2F%2Fetc%2Fpasswd": "not http(s)",
-    "/silent": "timeout", "/endless": "too large: more than 50000 bytes",
+    "/endless": "too large: more than 50000 bytes",
 }  # fmt: skip
 ELSEWHERE = {
     "file:///etc/passwd": "not http(s)", "/etc/passwd": "not http(s)", "": "no url",
     "http://u:p@h.test/": "credentials in url", "http://127.0.0.1:1/x.png": "connection refused",
 }  # fmt: skip
 OPTIONS = [
-    "--allow-private", "--min-side=8", "--max-bytes=50000", "--timeout-seconds=2", "--retries=0", "--valid-share=0.3",
+    "--allow-private", "--min-side=8", "--max-bytes=50000", "--retries=0", "--valid-share=0.3",
     "--samples-per-shard=8",
 ]  # fmt: skip
 
@@ -117,7 +117,14 @@ def test_each_row_is_a_sample_or_has_one_reason(web, rows, table, tmp_path):
     assert [row["row"] for row in accounts(out)] == list(range(len(rows)))
     report = json.loads((out / "report.json").read_text())
     assert report["rows"] == len(rows) == report["kept"] + sum(report["left_out"].values())
-    assert {"http 404", "opted out", "too large", "timeout"} <= set(report["left_out"])
+    assert {"http 404", "opted out", "too large"} <= set(report["left_out"])
+
+
+def test_who_does_not_answer_is_given_up(web, tmp_path):
+    table = write_list([{"url": web.url("/silent"), "caption": "nothing"}], tmp_path / "list.csv")
+    with pytest.raises(UserError, match="no samples"):
+        run(table, "--out", tmp_path / "out", "--allow-private", "--timeout-seconds=1", "--retries=0", "--workers=1")
+    assert list(ledger(tmp_path / "out").values()) == ["timeout"]
 
 
 def test_columns_that_are_kept_are_json_beside_the_caption(rows, tmp_path):
@@ -176,7 +183,7 @@ def test_what_may_change_between_two_runs(table, done, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="another heed_robots_tag"):
         run(table, "--out", out, *OPTIONS, "--ignore-robots-tag")
-    run(table, "--out", out, *OPTIONS, "--timeout-seconds=3", "--connections=5", "--per-host=1", "--workers=1")
+    run(table, "--out", out, *OPTIONS, "--timeout-seconds=50", "--connections=5", "--per-host=1", "--workers=1")
     assert content(out) == done
 
 

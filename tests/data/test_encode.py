@@ -23,6 +23,7 @@ from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
 
 PROGRAM = ROOT / "launch" / "encode.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_tokenizer(folder: Path, seed: int) -> Path:
@@ -48,15 +49,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(folder / "dvae", seed=0)
     save_tokenizer(folder / "other", seed=1)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The launcher's processes have one thread; sums of two threads would differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(work: Path, out: str, tokenizer: str = "dvae") -> tuple[int, str]:

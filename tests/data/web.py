@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "::1")
-PATIENCE_SECONDS = 60.0  # of behaviours that never end by themselves; above every limit that tests set
+PATIENCE_SECONDS = 3600.0  # of behaviours that never end by themselves; above every limit that tests set
 BOMB = gzip.compress(bytes(64 << 20))
 
 
@@ -118,9 +118,7 @@ async def hold(visit: Visit) -> None:
     for place in (visit.host, "all"):
         web.held[place] += 1
         web.most_held[place] = max(web.most_held[place], web.held[place])
-    for _ in range(400):
-        if web.most_held["all"] >= web.crowd:
-            break
+    while web.most_held["all"] < web.crowd:
         await asyncio.sleep(0.005)
     await asyncio.sleep(0.03)
     for place in (visit.host, "all"):
@@ -300,7 +298,7 @@ class Web:
 
     def __enter__(self) -> Web:
         self._thread.start()
-        assert self._ready.wait(30)
+        self._ready.wait()
         return self
 
     def __exit__(self, *unused: object) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from conftest import HANG_SECONDS, command, environment
+from conftest import HANG_SECONDS, environment, short_command
 
 from dalle_scale import dist
 from dalle_scale.engine import build
@@ -55,6 +55,6 @@ def outcomes(checks: ModuleType, processes: int, folder: Path) -> dict[str, str]
 
 def launch(script: Path, argument: Path, processes: int) -> None:
     """Run a script through the deepspeed launcher; it must succeed."""
-    line = command(script, str(argument), processes=processes)
+    line = short_command(script, str(argument), processes=processes)
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, TESTS, free_port
+from conftest import ROOT, TESTS, free_port, in_ranks
 from toys.clips import save_clip, write_pairs, write_samples
 from toys.programs import run_here, run_rank
 
@@ -34,7 +33,7 @@ def test_two_ranks_write_the_same_files(tmp_path: Path, monkeypatch: pytest.Monk
     torch.set_num_threads(1)
     assert run_here(PROGRAM, *options("out1"))[0] == 0
     torch.set_num_threads(threads)
-    mp.spawn(run_rank, (free_port(), PROGRAM, options("out2")), nprocs=2)
+    in_ranks(run_rank, free_port(), PROGRAM, options("out2"))
     names = {path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*") if path.is_file()}
     assert {"clip.json", "clip.md", "best_of.csv", "ledger.jsonl"} < {str(name) for name in names}
     for name in names - {Path("ledger.jsonl")}:  # whose lines come in the order of the ranks

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, in_ranks
 from toys.exports import save, save_dvae, write_data
 from toys.priors import DALLE, save_prior, save_text
 from toys.programs import run_here, run_rank
@@ -32,7 +31,7 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     torch.set_num_threads(1)
     assert run_here(PROGRAM, *options("out1"))[0] == 0
     torch.set_num_threads(threads)
-    mp.spawn(run_rank, (free_port(), PROGRAM, options("out2")), nprocs=2)
+    in_ranks(run_rank, free_port(), PROGRAM, options("out2"))
     one, two = (json.loads((tmp_path / f"out{n}" / "comparison.json").read_text()) for n in (1, 2))
     assert one["exports"][0]["samples"] + one["exports"][0]["samples_lost"] == 43
     assert one["exports"][0] == two["exports"][0], "to the last bit"

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, TESTS, free_port
+from conftest import ROOT, TESTS, free_port, in_ranks
 from safetensors.torch import load_file
 from toys.exports import write_data
 from toys.programs import run_here, run_rank
@@ -37,7 +36,7 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     torch.set_num_threads(1)
     assert run_here(PROGRAM, *options("out1"))[0] == 0
     torch.set_num_threads(threads)
-    mp.spawn(run_rank, (free_port(), PROGRAM, options("out2")), nprocs=2)
+    in_ranks(run_rank, free_port(), PROGRAM, options("out2"))
     one, two = tmp_path / "out1", tmp_path / "out2"
     document = json.loads((one / "fidelity.json").read_text())
     reference = document["reference"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import HANG_SECONDS, ROOT, TESTS, command, environment, write_config, write_images
+from conftest import HANG_SECONDS, ROOT, TESTS, environment, short_command, write_config, write_images
 from safetensors.torch import load_file
 
 from dalle_scale.checkpoint import export
@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(todo: Path, processes: int) -> None:
-    line = command(TESTS / "dist" / "many_runs.py", str(todo), processes=processes)
+    line = short_command(TESTS / "dist" / "many_runs.py", str(todo), processes=processes)
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_ranks
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -96,7 +96,7 @@ def on_rank(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[str, Tensor]]]]:
     """What each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_rank, (str(folder),), nprocs=2)
+    in_ranks(on_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
 import yaml
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, in_ranks
 from PIL import Image
 from toys.exports import save
 from toys.programs import run_here, run_rank
@@ -27,7 +26,7 @@ def test_same_pictures_on_two_ranks(candidates: int, tmp_path: Path) -> None:
 
     code, printed = run_here(PROGRAM, *options("one"))
     assert code == 0, printed
-    mp.spawn(run_rank, (free_port(), PROGRAM, options("two")), nprocs=2)
+    in_ranks(run_rank, free_port(), PROGRAM, options("two"))
     one, two = tmp_path / "one", tmp_path / "two"
     files = sorted(path.relative_to(one) for path in one.rglob("*.*"))
     assert len(files) == candidates + 3 and files == sorted(path.relative_to(two) for path in two.rglob("*.*"))

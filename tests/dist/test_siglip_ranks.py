@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from conftest import in_ranks
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def on_rank(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensor]]:
     """By number of ranks. At two each has one empty slot, at three one rank has none."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_rank, (str(folder),), nprocs=3)
+    in_ranks(on_rank, str(folder), ranks=3)
     many = {ranks: torch.load(folder / f"{ranks}.pt", weights_only=True) for ranks in (2, 3)}
     return {1: result_of(0, 1), **many}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import HANG_SECONDS
 from torch import Tensor
 
 from dalle_scale.engine.powersgd import PowerSGD, orthonormal, pays
@@ -18,7 +19,7 @@ class Replicas:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._barrier = threading.Barrier(count, timeout=20)
+        self._barrier = threading.Barrier(count, timeout=HANG_SECONDS)
         self._slots: list[list[Tensor]] = [[] for _ in range(count)]
 
     def run(self, work: Callable[[int], None]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
+from conftest import in_ranks
 from torch import Tensor
 
 from dalle_scale import dist
@@ -91,6 +91,6 @@ def count_on_rank(rank: int, folder: str) -> None:
 
 
 def test_is_global_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(count_on_rank, (str(tmp_path),), nprocs=2)
+    in_ranks(count_on_rank, str(tmp_path))
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == pytest.approx(brute_force(list(range(6))))

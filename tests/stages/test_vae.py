@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 from batches import rows
+from conftest import in_ranks
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -231,7 +231,7 @@ def evaluate_on_rank(rank: int, folder: str) -> None:
 
 
 def test_evaluate_is_global_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(evaluate_on_rank, (str(tmp_path),), nprocs=2)
+    in_ranks(evaluate_on_rank, str(tmp_path))
     stage, model = make(**TINY, importance_samples=5)
     whole = stage.evaluate({"model": model}, [batch_of(7)])
     for rank in range(2):
