@@ -1,6 +1,9 @@
 # make demo   train the whole text-to-image chain on a small world and show the pictures (MINUTES=8)
 # make test   every check and test, on two workers (WORKERS=2)
-# Both set up .venv first, at the versions of constraints.txt.
+# make test-all                    the same and proofs that take long
+# make test-processors             which rows of tests/processors.py have passed at this code, and which are missing
+# make test-processors VARIANT=sse   the tests as another processor would run them; PART=numerics, SEED=7
+# All set up .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +14,7 @@ STAMP := $(VENV)/installed
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-all test-processors lint install clean
 
 install: $(STAMP)
 
@@ -32,8 +35,15 @@ lint: $(STAMP)
 
 # a file's tests stay on one worker, which share what they have set up; two threads in each of two processes would
 # wait for each other most of the time
+SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED)
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) -m ''
+
+test-processors: $(STAMP)
+	$(BIN)/python tests/processors.py $(VARIANT) --workers $(WORKERS) $(PART:%=--part %) $(SEED:%=--seed %)
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

@@ -36,6 +36,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=9.0",
+            "pytest-random-order>=1.2",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
             "hypothesis>=6.100",

@@ -22,10 +22,9 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,17 +34,17 @@ from environment import describe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "processors.json"
 CODE = (".", ":(exclude)*.md", ":(exclude)docs", ":(exclude)benchmarks/results", ":(exclude)LICENSE")
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # more threads than cores: those that wait must not spin
+XDIST = ("--dist=loadfile", "--no-loadscope-reorder")
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # with more threads than cores those that wait must not spin
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """How the tests run. `{seed}` in variables and options is drawn anew each time."""
 
-    variables: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = {}  # noqa: RUF012 - never changed
     options: tuple[str, ...] = ()
-    workers: int | None = None  # as many as asked for
-    numerics: bool = False  # only the tests with this mark
+    workers: int | None = None  # None: as many as asked for
+    numerics: bool = False  # the tests with this mark alone
 
 
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
@@ -73,26 +72,23 @@ def main() -> int:
         table()
         return 0
     before = code()
-    outcome = run(args.row, args)
+    outcome = run(ROWS[args.row], args.workers, args.seed, args.part == "numerics")
     print(json.dumps({key: value for key, value in outcome.items() if key != "flags"}, indent=1))
-    if args.part != "all":
-        print("not stored: a part of the row")
-    elif before is None or code() != before:
-        print("not stored: files differ from the commit")
-    else:
-        store(args.row, outcome | {"code": before})
+    if args.part != "all" or before is None or code() != before:
+        print("not stored: " + ("a part of the row" if args.part != "all" else "files differ from the commit"))
+        return int(outcome["exit_code"])
+    outcomes = stored()
+    outcomes.setdefault(outcome["processor"], {})[args.row] = outcome | {"code": before}
+    RESULTS.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
     return int(outcome["exit_code"])
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def run(row: Row, workers: int, seed: int, numerics: bool) -> dict[str, Any]:
     """The outcome of a row: command, counts, names of what failed, exit code of pytest, time, processor."""
-    row = ROWS[name]
-    variables = {"OMP_NUM_THREADS": "1", **row.variables}
-    options = [f"--numprocesses={row.workers or args.workers}", "--dist=loadfile", *row.options]
-    if row.numerics or args.part == "numerics":
-        options.append("-m=numerics and not long")
-    variables = {key: value.format(seed=args.seed) for key, value in variables.items()}
-    line = ["pytest", *(option.format(seed=args.seed) for option in options)]
+    variables = {key: value.format(seed=seed) for key, value in ({"OMP_NUM_THREADS": "1"} | row.variables).items()}
+    line = ["pytest", f"--numprocesses={row.workers or workers}", *XDIST]
+    line += [option.format(seed=seed) for option in row.options]
+    line += ["-m", "numerics and not long"] if row.numerics or numerics else []
     command = shlex.join([*(f"{key}={value}" for key, value in variables.items()), *line])
     print(command, flush=True)
     ours = {key for other in ROWS.values() for key in other.variables}  # native is without them
@@ -100,10 +96,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        line = [sys.executable, "-m", *line, f"--junitxml={report}"]
-        exit_code = subprocess.run(line, cwd=ROOT, env=environment).returncode
+        done = subprocess.run([sys.executable, "-m", *line, f"--junitxml={report}"], cwd=ROOT, env=environment)
         found = counts(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
-    took = {"exit_code": exit_code, "seconds": round(time.monotonic() - began)}
+    took = {"exit_code": done.returncode, "seconds": round(time.monotonic() - began)}
     return {**describe(), **processor(), "command": command, **found, **took}
 
 
@@ -113,17 +108,16 @@ def counts(report: Path) -> dict[str, Any]:
     for case in ElementTree.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             failures.append(f"{case.get('classname')}::{case.get('name')}")
-        elif case.find("skipped") is not None:
-            skipped += 1
         else:
-            passed += 1
+            is_skipped = case.find("skipped") is not None
+            passed, skipped = passed + (not is_skipped), skipped + is_skipped
     return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": sorted(failures)}
 
 
 def processor() -> dict[str, str]:
     """Name with family, model and stepping, and instruction sets, as the kernel tells them."""
     info = Path("/proc/cpuinfo")
-    pairs = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()] if info.exists() else []
+    pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
     told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
     keys = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")  # the last two are ARM's
     name = " ".join(told[key] for key in keys if key in told) or platform.processor()
@@ -132,7 +126,7 @@ def processor() -> dict[str, str]:
 
 def code() -> str | None:
     """Digest of the tracked code; None where it differs from the commit, or where there is no repository."""
-    changed = subprocess.run(["git", "status", "--porcelain", "--", *CODE], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "--", *CODE], cwd=ROOT, capture_output=True)
     if changed.returncode or changed.stdout:
         return None
     files = subprocess.run(["git", "ls-files", "--stage", "--", *CODE], cwd=ROOT, capture_output=True, check=True)
@@ -140,17 +134,8 @@ def code() -> str | None:
 
 
 def stored() -> dict[str, dict[str, Any]]:
-    """Outcomes by processor and row."""
+    """Outcomes by processor and row: the last of each."""
     return dict(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.exists() else {}
-
-
-def store(name: str, outcome: dict[str, Any]) -> None:
-    """Put an outcome in the place of that row's last one on the same kind of processor."""
-    outcomes = stored()
-    outcomes.setdefault(outcome["processor"], {})[name] = outcome
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(RESULTS)
 
 
 def table() -> None:
@@ -166,10 +151,10 @@ def table() -> None:
                 missing.append(name)
             counted = "{passed} passed, {failed} failed, {skipped} skipped, {seconds} s, {commit}, {date}"
             state = "this code" if valid else "other code" if found else "not run"
-            print(f"  {name:12} {state:10}  {counted.format(**found) if found else ''}")
+            print(f"  {name:12} {state:10} {counted.format(**found) if found else ''}".rstrip())
     print(f"missing here: {', '.join(missing) or 'nothing'}")
     if now is None:
-        print("files differ from the commit: what is stored does not hold for them")
+        print("files differ from the commit: no outcome holds for them")
 
 
 if __name__ == "__main__":
