@@ -93,6 +93,7 @@ def run(row: Row, workers: int, seed: int, numerics: bool) -> dict[str, Any]:
     print(command, flush=True)
     ours = {key for other in ROWS.values() for key in other.variables}  # native is without them
     environment = {key: value for key, value in os.environ.items() if key not in ours} | variables
+    environment.setdefault("DS_ACCELERATOR", "cpu")
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
