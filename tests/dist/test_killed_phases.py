@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import HANG_SECONDS, ROOT, TESTS, environment, metrics, short_command, write_config, write_images
+from conftest import HANG_SECONDS, ROOT, TESTS, command, environment, metrics, short_command, write_config, write_images
 
 from dalle_scale.checkpoint import resume
 
@@ -55,7 +55,7 @@ def killed(folder: Path, phase: str) -> End:
     """Run into the fault."""
     (rank, update), run, note = DEATHS[phase], folder / phase, folder / f"{phase}.note"
     fault = [phase, str(rank), str(update), str(note)]
-    line = short_command(TESTS / "dist" / "killed.py", *fault, *arguments(folder, phase), processes=2)
+    line = command(TESTS / "dist" / "killed.py", *fault, *arguments(folder, phase), processes=2)
     mark = {"KILLED_MARK": str(note)}  # which all processes below inherit
     with subprocess.Popen(
         line, env=environment() | mark, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
