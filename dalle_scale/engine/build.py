@@ -20,7 +20,7 @@ import deepspeed
 
 from dalle_scale import dist
 from dalle_scale.config import RunConfig
-from dalle_scale.engine import ds_config, masters, mixed, optim
+from dalle_scale.engine import ds_config, masters, mixed, optim, shared_memory
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.engine.scaling import Scaling
@@ -45,6 +45,8 @@ def start() -> None:
     if dist.device().type == "cuda":
         torch.cuda.set_device(dist.device())
     deepspeed.init_distributed(verbose=False)
+    if dist.device().type == "cpu" and dist.world_size() > 1:
+        dist.use_shared_memory(shared_memory.share(dist.rank(), dist.world_size()))
 
 
 def share(nets: Nets) -> None:
@@ -151,6 +153,6 @@ def _engine(
     optim.set_lr(optimizer, 0.0)
     engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=machines)
     optimizer.state.clear()
-    if dist.world_size() == 1 and derived["zero_optimization"]["stage"] == 0:
-        engine.enable_backward_allreduce = False  # averaging over one rank costs 5 % of a small model's time
+    if derived["zero_optimization"]["stage"] == 0:
+        engine.enable_backward_allreduce = False  # Player averages, in fp32 and in one collective where they are small
     return engine

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.engine.powersgd import PowerSGD, pays
@@ -143,6 +143,30 @@ class Machines:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
+class GradientMeans:
+    """Means of a module's gradients over all ranks at ZeRO 0, summed in fp32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buckets = list(_buckets(parameter for parameter in module.parameters() if parameter.requires_grad))
+        sizes = [[parameter.numel() for parameter in bucket] for bucket in self._buckets]
+        # kept, because memory that is new in every step costs more than the sums
+        self._flat = torch.empty(max(map(sum, sizes), default=0), device=dist.device())
+        self._parts = [self._flat[: sum(each)].split(each) for each in sizes]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace the gradients by their means; zeros where no rank's loss has reached a parameter. Collective."""
+        for bucket, parts in zip(self._buckets, self._parts, strict=True):
+            for parameter in bucket:
+                if parameter.grad is None:  # the other ranks may have one
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in bucket]
+            views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+            torch._foreach_copy_(views, gradients)
+            dist.all_reduce(self._flat[: sum(map(len, parts))], "mean")
+            torch._foreach_copy_(gradients, views)
+
+
 def shards(engine: Any) -> Iterator[tuple[Tensor, dict[str, Any], int]]:
     """The gradients that this rank's optimizer step will read, as DeepSpeed 0.19 keeps them at ZeRO 1 to 3, with their
     param group. What may be compressed comes with the number of rows of the matrix that it is, else 0.
@@ -179,10 +203,12 @@ def _groups(rows: Tensor) -> list[Any]:
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The same tensors in lists of about BUCKET_ELEMENTS."""
     bucket: list[Tensor] = []
+    elements = 0
     for tensor in tensors:
         bucket.append(tensor)
-        if sum(part.numel() for part in bucket) >= BUCKET_ELEMENTS:
+        elements += tensor.numel()
+        if elements >= BUCKET_ELEMENTS:
             yield bucket
-            bucket = []
+            bucket, elements = [], 0
     if bucket:
         yield bucket

@@ -91,6 +91,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:  # now: what DeepSpeed puts in the place of 16-bit weights has no such mark
             group["transposed"] = [getattr(parameter, "is_transposed", False) for parameter in group["params"]]
         self.momentum = momentum
+        self._flat: dict[int, Tensor] = {}  # number of elements -> room for a group's orthogonalised matrices
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -118,12 +119,19 @@ class Muon(torch.optim.AdamW):
             buffers.append(state["momentum"])
         torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, self.momentum)
-        updates = _orthogonalise_shared(nesterov)
+        updates = _orthogonalise_shared(nesterov, self._room_for(nesterov))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         for index, parameter, update in zip(chosen, matrices, updates, strict=True):
             outputs, inputs = reversed(parameter.shape) if group["transposed"][index] else parameter.shape
             parameter.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
             parameter.grad = None
+
+    def _room_for(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Zeros [elements], in memory that is kept: new one in every step costs more than the rest of the sum."""
+        elements = sum(matrix.numel() for matrix in matrices)
+        if elements not in self._flat:
+            self._flat[elements] = torch.empty(elements, device=matrices[0].device)
+        return self._flat[elements].zero_()
 
 
 def orthogonalise(batch: Tensor) -> Tensor:
@@ -144,15 +152,18 @@ def orthogonalise(batch: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def _orthogonalise_shared(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalise` for a list of 2-D tensors, the same list on every rank; the ranks share the work."""
+def _orthogonalise_shared(matrices: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """`orthogonalise` for a list of 2-D tensors, the same list on every rank; the ranks share the work.
+
+    Args:
+        flat: fp32 zeros, as many as the tensors have elements; the results are views of it.
+    """
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_shape[tuple(matrix.shape)].append(index)
     rank, world_size = dist.rank(), dist.world_size()
-    sizes = [matrix.numel() for matrix in matrices]
-    flat = torch.zeros(sum(sizes), device=matrices[0].device)
-    results = [part.view_as(matrix) for part, matrix in zip(torch.split(flat, sizes), matrices, strict=True)]
+    parts = flat.split([matrix.numel() for matrix in matrices])
+    results = [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]
     dealt = 0  # matrices go to the ranks in turn, across shapes, so that none gets the remainder of every shape
     for indices in by_shape.values():
         mine = [index for position, index in enumerate(indices) if (dealt + position) % world_size == rank]

@@ -16,7 +16,7 @@ from dalle_scale import dist
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import masters, optim, state
 from dalle_scale.engine.ema import Ema
-from dalle_scale.engine.machines import Machines, shards
+from dalle_scale.engine.machines import GradientMeans, Machines, shards
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.engine.schedule import Schedule
 from dalle_scale.types import UserError
@@ -46,6 +46,8 @@ class Player:
         self.ema = Ema(engine, optim_config.ema_decay) if optim_config.ema_decay > 0 else None
         self._twin = twin
         self._machines, self._scaling = machines, scaling
+        averages = config.engine.zero == 0 and dist.world_size() > 1
+        self._means = GradientMeans(self.module) if averages else None
         self._skips_allowed = MAX_SKIPS if config.engine.dtype == "fp16" else 0
         self._skipped = 0  # updates in a row
         self._totals: list[Tensor] = []  # losses of this update's micro-batches
@@ -103,9 +105,11 @@ class Player:
             self.ema.update()
 
     def _finish_gradients(self) -> bool:
-        """Average between machines, clip, find the divisors; whether the optimizer will take this update. Collective.
-        Without adamw16 DeepSpeed does all that, within a machine."""
+        """Average over the ranks at ZeRO 0 and between machines, clip, find the divisors; whether the optimizer will
+        take this update. Collective. Without adamw16 DeepSpeed does the rest, within a machine."""
         scaling, machines = self._scaling, self._machines
+        if self._means is not None:
+            self._means.average()
         if scaling is None:
             if machines is not None:
                 machines.average(self.engine)

@@ -1,0 +1,61 @@
+"""Started by test_shared_memory_ranks.py through the deepspeed launcher: collectives of `dist`, and means of gradients,
+through shared memory and where there is none."""
+
+from __future__ import annotations
+
+import checks
+import torch
+from torch import nn
+
+from dalle_scale import dist
+from dalle_scale.engine import shared_memory
+from dalle_scale.engine.machines import GradientMeans
+
+
+def assert_collectives_are_right() -> None:
+    ranks, rank = dist.world_size(), dist.rank()
+    for op, want in (("sum", sum(range(ranks))), ("max", ranks - 1), ("mean", sum(range(ranks)) / ranks)):
+        for count in (1, 3000):
+            assert torch.equal(dist.all_reduce(torch.full((count,), float(rank)), op), torch.full((count,), want * 1.0))
+    assert dist.sum_on_host([1.0, rank]) == [ranks, sum(range(ranks))]
+
+
+def check_through_shared_memory(zero: int) -> None:
+    assert isinstance(dist._shared_memory, shared_memory.SharedMemory)
+    assert_collectives_are_right()
+
+
+def check_without(zero: int) -> None:
+    """As on two hosts: what rank 0 has made, another rank does not find; nor is there room, nor a known processor."""
+    memory = dist._shared_memory
+    cases = {"_SHM": "/nowhere"} if zero % 2 else {"_PART_BYTES": 1 << 60}
+    before = {name: getattr(shared_memory, name) for name in cases}
+    try:
+        if dist.rank() == 0:
+            vars(shared_memory).update(cases)
+        found = shared_memory.share(dist.rank(), dist.world_size())
+    finally:
+        vars(shared_memory).update(before)
+    assert found is None
+    dist.use_shared_memory(None)
+    assert_collectives_are_right()
+    dist.use_shared_memory(memory)
+
+
+def check_gradients(zero: int) -> None:
+    """Means of gradients of both types; of a parameter that the loss has reached on one rank alone, or on none."""
+    net = nn.ModuleDict({"all": nn.Linear(3, 2), "one": nn.Linear(2, 2, dtype=torch.bfloat16), "none": nn.Linear(1, 1)})
+    means = GradientMeans(net)
+    for _ in range(2):
+        net["all"].weight.grad = torch.full((2, 3), 1.0 + dist.rank())
+        net["all"].bias.grad = None
+        net["one"].weight.grad = torch.full((2, 2), 3.0, dtype=torch.bfloat16) if dist.rank() == 1 else None
+        means.average()
+        ranks = dist.world_size()
+        assert torch.equal(net["all"].weight.grad, torch.full((2, 3), (ranks + 1) / 2))
+        want = torch.full((2, 2), 3.0 / ranks).bfloat16()
+        assert torch.equal(net["one"].weight.grad, want) and not net["none"].weight.grad.any()
+
+
+if __name__ == "__main__":
+    checks.run(globals())

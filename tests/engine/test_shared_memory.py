@@ -1,0 +1,128 @@
+"""Sums through shared memory against numpy's, with a thread for each rank; and what happens when a rank has died."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_scale.engine import shared_memory
+from dalle_scale.engine.shared_memory import SharedMemory
+
+PART = shared_memory._PART_BYTES
+SMALL = shared_memory._SMALL_BYTES
+
+
+@contextmanager
+def shared_file(world_size: int) -> Iterator[int]:
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, shared_memory.size_bytes(world_size))
+        yield file.fileno()
+
+
+def on_all_ranks(world_size: int, work: Callable[[SharedMemory], Tensor]) -> list[Tensor]:
+    """What `work` returns on each rank."""
+    with shared_file(world_size) as file, ThreadPoolExecutor(world_size) as pool:
+        ranks = [SharedMemory(file, rank, world_size) for rank in range(world_size)]
+        return list(pool.map(work, ranks))
+
+
+def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randint(-1000, 1000, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("op", ["sum", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
+@pytest.mark.parametrize("count", [0, 1, 7, SMALL // 8, SMALL // 4 + 1, PART // 8 + 3, PART // 2 + 1])
+def test_against_numpy(world_size: int, op: str, dtype: torch.dtype, count: int) -> None:
+    """Whole numbers, so that sums are exact in any order; counts on both sides of each border."""
+
+    def work(memory: SharedMemory) -> Tensor:
+        tensor = values(memory.rank, (count,), dtype)
+        memory.all_reduce(tensor, op)
+        return tensor
+
+    combine = {"sum": np.add, "max": np.maximum}[op]
+    want = combine.reduce([values(rank, (count,), dtype).numpy() for rank in range(world_size)])
+    for tensor in on_all_ranks(world_size, work):
+        assert tensor.dtype == dtype and np.array_equal(tensor.numpy(), want)
+
+
+def test_all_ranks_have_the_same_bits() -> None:
+    """Of fp32 and bf16 numbers whose sum depends on the order."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (100, 100_000):
+
+            def work(memory: SharedMemory, count: int = count, dtype: torch.dtype = dtype) -> Tensor:
+                generator = torch.Generator().manual_seed(memory.rank)
+                tensor = (torch.randn(count, generator=generator) * 10.0**memory.rank).to(dtype)
+                memory.all_reduce(tensor)
+                return tensor
+
+            first, *others = on_all_ranks(5, work)
+            assert first.isfinite().all() and first.any() and all(torch.equal(other, first) for other in others)
+
+
+def test_many_operations_in_a_row_do_not_meet() -> None:
+    """Small and large in turn, one rank always late and another always early."""
+
+    def work(memory: SharedMemory) -> Tensor:
+        results = []
+        for step in range(60):
+            if step % 3 == memory.rank:
+                torch.randn(200, 200) @ torch.randn(200, 200)  # late
+            tensor = values(memory.rank, (1 + 5000 * (step % 2),), torch.int64, seed=step)
+            memory.all_reduce(tensor)
+            results.append(tensor)
+        return torch.cat(results)
+
+    want = [
+        sum(values(rank, (1 + 5000 * (step % 2),), torch.int64, seed=step) for rank in range(3)) for step in range(60)
+    ]
+    for result in on_all_ranks(3, work):
+        assert torch.equal(result, torch.cat(want))
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    def work(memory: SharedMemory) -> Tensor:
+        tensor = values(memory.rank, (40, 50), torch.float32).T
+        memory.all_reduce(tensor)
+        return tensor
+
+    want = sum(values(rank, (40, 50), torch.float32).T for rank in range(2))
+    assert all(torch.equal(result, want) for result in on_all_ranks(2, work))
+
+
+DIES = """
+import os, sys
+from dalle_scale.engine.shared_memory import SharedMemory
+import torch
+memory = SharedMemory(int(sys.argv[1]), 1, 2)
+print("ready", flush=True)
+memory.all_reduce(torch.ones(3))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_who_waits_for_the_dead_is_told() -> None:
+    with shared_file(2) as file:
+        process = subprocess.Popen([sys.executable, "-c", DIES, str(file)], pass_fds=[file], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        memory = SharedMemory(file, 0, 2)
+        tensor = torch.ones(3)
+        memory.all_reduce(tensor)
+        assert tensor.tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match="rank 1 has ended while rank 0 waits"):
+            memory.all_reduce(tensor)
+        assert process.wait(timeout=60) == -9
