@@ -12,14 +12,17 @@ runs in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from dalle_scale.nn.conv import Conv
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -32,12 +35,12 @@ def initialised(layer: Layer, std: float) -> Layer:
     return layer
 
 
-def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
+def conv(n_in: int, n_out: int, kernel: int) -> Conv:
     """Convolution that keeps the size; weights ~ N(0, 1 / sqrt(n_in kernel^2)), biases 0."""
-    return initialised(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), std=1 / math.sqrt(n_in * kernel**2))
+    return initialised(Conv(n_in, n_out, kernel), std=1 / math.sqrt(n_in * kernel**2))
 
 
-def run(module: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+def run(module: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:
     """module(*inputs); with `recompute`, what it computes inside is computed again in the backward pass, not kept."""
     if recompute and torch.is_grad_enabled():  # no module draws from torch's generator, whose state need not be kept
         output: Tensor = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -63,10 +66,71 @@ class Bottleneck(nn.Module):
         self.gain = gain
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n_in, h, w] -> [B, n_out, h, w]."""
+    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+        """[B, n_in, h, w] -> [B, n_out, h, w]; doubled, of `double(x)` -> [B, n_out, 2 h, 2 w]."""
+        if x.device.type == "cpu":
+            return self._on_cpu(x, doubled)
+        x = double(x) if doubled else x
         branch = run(self.branch, x, recompute=self.activation_checkpointing)
         return torch.add(self.skip(x), branch, alpha=self.gain)
+
+    def _on_cpu(self, x: Tensor, doubled: bool) -> Tensor:
+        """The same, with ReLU and sum as parts of the convolutions, and 1x1 convolutions before the map is doubled."""
+
+        def branch(x: Tensor, residual: Tensor) -> Tensor:
+            layers = [layer for layer in self.branch if isinstance(layer, Conv)]
+            for number, layer in enumerate(layers[:-1]):
+                x = layer(x, relu=True)
+                if doubled and number == 0:
+                    x = double(x)
+            x = layers[-1](x, relu=True, residual=residual, gain=self.gain)
+            return x
+
+        if doubled and self.branch[1].kernel_size != (1, 1):
+            x, doubled = double(x), False
+        residual = self.skip(x)
+        return run(branch, x, double(residual) if doubled else residual, recompute=self.activation_checkpointing)
+
+
+def double(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C, 2 h, 2 w], each value four times."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class Halve(nn.Module):
+    """The largest of each 2x2 values: [B, C, 2 h, 2 w] -> [B, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On CPUs the backward pass keeps bits; torch's keeps the map and int64 places."""
+        if x.device.type != "cpu":
+            return F.max_pool2d(x, 2)
+        halved: Tensor = _Halving.apply(x)  # type: ignore[no-untyped-call]
+        return halved
+
+
+class _Halving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        left, right = rows[:, :, ::2], rows[:, :, 1::2]
+        is_right, wider = right > left, torch.maximum(left, right)
+        upper, lower = wider[:, ::2], wider[:, 1::2]
+        ctx.save_for_backward(is_right, lower > upper)
+        return torch.maximum(upper, lower).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        is_right, is_lower = ctx.saved_tensors
+        rows, zero = grads[0].permute(0, 2, 3, 1), grads[0].new_zeros(())
+        count, height, width, channels = rows.shape
+        wider = rows.new_empty(count, 2 * height, width, channels)
+        torch.where(is_lower, zero, rows, out=wider[:, ::2])
+        torch.where(is_lower, rows, zero, out=wider[:, 1::2])
+        slopes = rows.new_empty(count, 2 * height, 2 * width, channels)
+        torch.where(is_right, zero, wider, out=slopes[:, :, ::2])
+        torch.where(is_right, wider, zero, out=slopes[:, :, 1::2])
+        return slopes.permute(0, 3, 1, 2)
 
 
 class CodeHead(nn.Module):
@@ -118,12 +182,12 @@ class Encoder(nn.Module):
         for group, width in enumerate(widths):
             layers += _group(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), len(widths))
             if group < pools:
-                layers.append(nn.MaxPool2d(2))
+                layers.append(Halve())
         self.trunk = nn.Sequential(*layers)
         self.output = CodeHead(widths[-1], vocab)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _laid_out(F.pixel_unshuffle(x, self.patch).to(self.input.weight.dtype), self.patch)
+        x = F.pixel_unshuffle(x, self.patch).to(self.input.weight.dtype)
         logits: Tensor = self.output(torch.relu(self.trunk(self.input(x))))
         return logits
 
@@ -157,14 +221,13 @@ class Decoder(nn.Module):
         self.output = conv(widths[0], channels * self.patch**2, 1)
 
     def forward(self, assignment: Tensor) -> Tensor:
-        x = _laid_out(self.input(assignment).to(self.output.weight.dtype), self.patch)
-        return F.pixel_shuffle(self.output(torch.relu(self.trunk(x))), self.patch)
-
-
-def _laid_out(x: Tensor, patch: int) -> Tensor:
-    """As x lies in memory, channels-last, but as planes where a CPU works at full resolution: on large maps of few
-    channels, oneDNN's backward pass of a convolution is up to three times as slow channels-last."""
-    return x.contiguous() if patch == 1 and x.device.type == "cpu" else x
+        x, doubled = self.input(assignment).to(self.output.weight.dtype), False
+        for layer in self.trunk:
+            if isinstance(layer, Bottleneck):
+                x, doubled = layer(x, doubled), False
+            else:  # an Upsample, which the block that follows does as well
+                doubled = True
+        return F.pixel_shuffle(self.output(x, relu=True), self.patch)
 
 
 def _folding(downsampling: int, stem: str) -> tuple[int, int]:
