@@ -48,7 +48,8 @@ _TILE, _WINDOW = 4, 6
 _FEWEST_TILES = 32  # of a batch; below, transforming filters costs more than the products that it saves
 _FEWEST_CHANNELS = 16  # below, transforming maps does
 _ODD_WIDTHS = 64  # matrices narrower than this are multiplied much faster when their width is a multiple of 8
-_BLOCK_VALUES = 2**19  # transformed values at a time: they should stay in the cache; but no fewer than of the filters
+_BLOCK_VALUES = 2**19  # transformed values at a time: they should stay in the cache
+_BLOCK_TILES = 128  # but no fewer than make the products of a place worth while
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
@@ -76,7 +77,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tenso
     """
     out = x.new_empty(*x.shape[:3], len(weight))
     by_windows = len(weight) >= weight.shape[1]
-    filters = _filters(weight, flipped=not by_windows).transpose(1, 2).contiguous()
+    filters = _filters(weight.transpose(0, 1), flipped=not by_windows)  # [36, C, O]
     below = None
     for block in _blocks(x, filters):
         if by_windows:
@@ -101,13 +102,14 @@ def backward(
     by_windows = len(weight) >= weight.shape[1]
     filters = _filters(weight, flipped=not by_windows)  # [36, O, C]
     slopes = torch.empty_like(x) if of_x else None
-    total = torch.zeros_like(filters) if of_weight else None
+    total: Tensor | None = None  # [36, O, C]
     apart, put_together = (_windows, _tiles) if by_windows else (_tiles, _windows)
     below = None
     for block in _blocks(x, filters):
         spread = put_together(grad, block, filters.shape[1], False)
-        if total is not None:
-            total.baddbmm_(spread.transpose(1, 2), apart(x, block, filters.shape[2], relu))
+        if of_weight:
+            factors = spread.transpose(1, 2), apart(x, block, filters.shape[2], relu)
+            total = torch.bmm(*factors) if total is None else total.baddbmm_(*factors)
         if slopes is not None and by_windows:
             below = _put_windows(torch.bmm(spread, filters), slopes, block, below)
         elif slopes is not None:
@@ -135,9 +137,9 @@ class _Block(NamedTuple):
 
 def _blocks(maps: Tensor, filters: Tensor) -> Iterator[_Block]:
     """Blocks of [B, H, W, C], in order, for transformed filters [36, ., .]."""
-    count, rows = len(maps), maps.shape[1] // _TILE
-    row_values = maps.shape[2] // _TILE * _WINDOW**2 * max(filters.shape[1:])
-    fitting = max(1, max(_BLOCK_VALUES, filters.numel()) // row_values)
+    count, rows, columns = len(maps), maps.shape[1] // _TILE, maps.shape[2] // _TILE
+    tiles = max(_BLOCK_TILES, _BLOCK_VALUES // (_WINDOW**2 * max(filters.shape[1:])))
+    fitting = max(1, tiles // columns)
     samples, parts = max(1, fitting // rows), -(-rows // fitting)
     edges = [rows * part // parts for part in range(parts + 1)]
     for first in range(0, count, samples):
@@ -249,23 +251,24 @@ def keep_where_positive(values: Tensor, where: Tensor, into: Tensor) -> None:
 
 def _filters(weight: Tensor, flipped: bool) -> Tensor:
     """[O, C, 3, 3] -> [36, O, C], with zeros up to widths that multiply fast. Flipped: turned by half a circle."""
-    matrix = _filter_matrix(weight, flipped)
-    outputs, channels = weight.shape[:2]
-    weight = F.pad(weight, (0, 0, 0, 0, 0, padded(channels) - channels, 0, padded(outputs) - outputs))
-    return (matrix @ weight.transpose(2, 3).reshape(-1, 9).t()).view(_WINDOW**2, *weight.shape[:2])
+    shape = [padded(width) for width in weight.shape[:2]]
+    if shape != list(weight.shape[:2]):
+        weight = F.pad(weight, (0, 0, 0, 0, 0, shape[1] - weight.shape[1], 0, shape[0] - weight.shape[0]))
+    return (_filter_matrix(weight, flipped) @ weight.reshape(-1, 9).t()).view(_WINDOW**2, *shape)
 
 
 def _weight_gradient(total: Tensor, weight: Tensor, flipped: bool) -> Tensor:
     """The gradient of a weight [O, C, 3, 3], given that of `_filters`."""
-    rows = (_filter_matrix(weight, flipped).t() @ total.flatten(1)).view(3, 3, *total.shape[1:])
-    return rows[:, :, : len(weight), : weight.shape[1]].permute(2, 3, 1, 0).contiguous()
+    rows = (_filter_matrix(weight, flipped).t() @ total.flatten(1)).view(9, *total.shape[1:])
+    return rows[:, : len(weight), : weight.shape[1]].permute(1, 2, 0).reshape(weight.shape)
 
 
 def _filter_matrix(like: Tensor, flipped: bool) -> Tensor:
-    """[36, 9]; places and values of filters are numbered column by column."""
+    """[36, 9]; places are numbered column by column, values of filters row by row."""
     matrix = _matrix(_G, like)
     matrix = matrix.flip(1) if flipped else matrix
-    return torch.kron(matrix, matrix)
+    both = torch.kron(matrix, matrix).view(-1, 3, 3)
+    return both.transpose(1, 2).reshape(-1, 9)
 
 
 def padded(width: int) -> int:

@@ -39,6 +39,7 @@ def test_values_and_gradients(
     block_values: int, shape: tuple[int, ...], bias_of: str, relu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(winograd, "_BLOCK_TILES", 1)
     x, weight, bias, residual = arguments(shape, bias_of)
     for added in (None, residual):
         expected = plain(x, weight, bias, relu, added)
@@ -54,6 +55,7 @@ def test_values_and_gradients(
 
 def test_blocks_hold_every_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, filters = torch.zeros(3, 24, 8, 5), torch.zeros(36, 5, 1)
+    monkeypatch.setattr(winograd, "_BLOCK_TILES", 1)
     row_values = 36 * 2 * 5  # 2 tiles of 5 channels
     for rows_at_a_time, blocks in ((1, 18), (4, 6), (5, 6), (6, 3), (13, 2), (18, 1), (100, 1)):
         monkeypatch.setattr(winograd, "_BLOCK_VALUES", rows_at_a_time * row_values)
@@ -63,9 +65,9 @@ def test_blocks_hold_every_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
             covered[block.samples, block.rows] += 1
         assert bool((covered == 1).all()) and len(found) == blocks
         assert all(later.rows.start in (0, block.rows.stop) for block, later in pairwise(found))
+    monkeypatch.setattr(winograd, "_BLOCK_TILES", 11)  # 5 rows
     monkeypatch.setattr(winograd, "_BLOCK_VALUES", 1)
-    wide = torch.zeros(36, 5, 36)  # a row of tiles has 36 * 2 * 36 values, the filters two and a half times as many
-    assert len(list(winograd._blocks(maps, wide))) == 9
+    assert len(list(winograd._blocks(maps, filters))) == 6
 
 
 def test_only_what_is_asked_for_has_a_gradient() -> None:
