@@ -18,11 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from dalle_scale.nn import winograd
 
+_FEWEST_CHANNELS = 32  # of the wider side of a 1x1 convolution
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
 
 
 class Conv(nn.Conv2d):
-    """`convolve` as a layer, with a kernel of 1x1, 3x3 or any odd size."""
+    """`convolve` as a layer, with a kernel of 1x1, 3x3 or any odd size"""
 
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
         super().__init__(n_in, n_out, kernel, padding=kernel // 2)
@@ -68,7 +69,7 @@ def _has_own_way(x: Tensor, weight: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return False
     if weight.shape[2] == 1:
-        return x.is_contiguous(memory_format=torch.channels_last)
+        return max(weight.shape[:2]) >= _FEWEST_CHANNELS and x.is_contiguous(memory_format=torch.channels_last)
     return weight.shape[2] == 3 and winograd.pays(x, weight)
 
 
@@ -83,7 +84,10 @@ class _Convolution(torch.autograd.Function):
         if gain != 1:
             weight, bias = gain * weight, gain * bias
         way = winograd.forward if weight.shape[2] == 3 else _rows_forward
-        return _planes(way(_rows(x), weight, bias, relu, None if residual is None else _rows(residual)))
+        shape = (len(x), len(weight), *x.shape[2:])
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
+        way(_rows(x), weight, bias, relu, None if residual is None else _rows(residual), out.permute(0, 2, 3, 1))
+        return out
 
     @staticmethod
     @once_differentiable
@@ -111,17 +115,15 @@ def _planes(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
-def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, out: Tensor) -> None:
     """A 1x1 convolution as `winograd.forward`; bias: [O]."""
     count = len(weight)
-    out = x.new_empty(*x.shape[:3], count)
     matrix = F.pad(weight.flatten(1).t(), (0, winograd.padded(count) - count))
     for part, into, add in _parts(x, out, out if residual is None else residual):
         sums = torch.mm(part.clamp_min(0) if relu else part, matrix)[:, :count]
         torch.add(sums, bias, out=into)
         if residual is not None:
             into.add_(add)
-    return out
 
 
 def _rows_backward(

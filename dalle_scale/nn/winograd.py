@@ -46,7 +46,7 @@ _A = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8
 _SUM = 7  # the place of the 36 that adds alike to all 16 results of a tile
 _TILE, _WINDOW = 4, 6
 _FEWEST_TILES = 32  # of a batch; below, transforming filters costs more than the products that it saves
-_FEWEST_CHANNELS = 16  # below, transforming maps does
+_FEWEST_CHANNELS = 20  # below, transforming maps does
 _ODD_WIDTHS = 64  # matrices narrower than this are multiplied much faster when their width is a multiple of 8
 _BLOCK_VALUES = 2**19  # transformed values at a time: they should stay in the cache
 _BLOCK_TILES = 128  # but no fewer than make the products of a place worth while
@@ -62,7 +62,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, out: Tensor) -> None:
     """Convolution that keeps the size.
 
     Args:
@@ -71,11 +71,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tenso
         bias: [O], or [B, O]: one for each sample.
         relu: convolve relu(x).
         residual: contiguous [B, H, W, O], added.
-
-    Returns:
-        Contiguous [B, H, W, O].
+        out: contiguous [B, H, W, O], written.
     """
-    out = x.new_empty(*x.shape[:3], len(weight))
     by_windows = len(weight) >= weight.shape[1]
     filters = _filters(weight.transpose(0, 1), flipped=not by_windows)  # [36, C, O]
     below = None
@@ -92,7 +89,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tenso
         out.add_(bias if bias.ndim == 1 else bias[:, None, None])
         if residual is not None:
             out.add_(residual)
-    return out
 
 
 def backward(
@@ -153,7 +149,7 @@ def _blocks(maps: Tensor, filters: Tensor) -> Iterator[_Block]:
 def _windows(maps: Tensor, block: _Block, width: int, relu: bool) -> Tensor:
     """B^T of the windows of a block of [B, H, W, C], or of its relu, with zeros up to `width` channels:
     [36, tiles, width]."""
-    channels, tile_rows = maps.shape[3], block.rows.stop - block.rows.start
+    channels = maps.shape[3]
     first, end = block.rows.start * _TILE, block.rows.stop * _TILE
     at_top, at_end = int(first == 0), int(end == maps.shape[1])
     part = maps[block.samples, first - 1 + at_top : end + 1 - at_end]
@@ -162,14 +158,10 @@ def _windows(maps: Tensor, block: _Block, width: int, relu: bool) -> Tensor:
         border.zero_()
     framed[..., channels:].zero_()
     _copy(part, framed[:, at_top : end - first + 2 - at_end, 1:-1, :channels], relu)
-    # along columns at once, from where they overlap in memory: each 6 rows of pictures are a matrix of 6 rows
     matrix = _matrix(_B, maps)
-    row_values = framed[0, 0].numel()
-    columns = maps.new_empty(block.count, tile_rows, _WINDOW, *framed.shape[2:])
-    for sample, into in zip(framed, columns, strict=True):
-        rows = sample.as_strided((tile_rows, _WINDOW, row_values), (_TILE * row_values, row_values, 1))
-        torch.bmm(matrix.expand(tile_rows, _WINDOW, _WINDOW), rows, out=into.flatten(2))
-    windows = columns.unfold(3, _WINDOW, _TILE).permute(5, 2, 0, 1, 3, 4)
+    rows = framed.unfold(1, _WINDOW, _TILE).permute(4, 0, 1, 2, 3)
+    columns = (matrix @ rows.reshape(_WINDOW, -1)).view(rows.shape)
+    windows = columns.unfold(3, _WINDOW, _TILE).permute(5, 0, 1, 2, 3, 4)
     return (matrix @ windows.reshape(_WINDOW, -1)).view(_WINDOW**2, -1, width)
 
 

@@ -17,6 +17,7 @@ from dalle_scale.nn.conv import Conv, convolve
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
     monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(conv, "_FEWEST_CHANNELS", 1)
 
 
 def arguments(
@@ -109,3 +110,12 @@ def test_a_layer_is_a_convolution() -> None:
     assert isinstance(layer, torch.nn.Conv2d) and list(layer.state_dict()) == ["weight", "bias"]
     x = torch.randn(2, 4, 6, 6)
     torch.testing.assert_close(layer(x), torch.nn.Conv2d.forward(layer, x))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_results_may_be_changed_in_place(kernel: int, always: None) -> None:
+    x, weight, bias, _ = arguments(kernel, 4, 3)
+    results = [
+        torch.autograd.grad(f(x, weight, bias, False, None, 1.0).relu_().sum(), weight) for f in (convolve, plain)
+    ]
+    torch.testing.assert_close(*results)
