@@ -35,8 +35,13 @@ def initialised(layer: Layer, std: float) -> Layer:
     return layer
 
 
-def conv(n_in: int, n_out: int, kernel: int) -> Conv:
+def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     """Convolution that keeps the size; weights ~ N(0, 1 / sqrt(n_in kernel^2)), biases 0."""
+    return initialised(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), std=1 / math.sqrt(n_in * kernel**2))
+
+
+def own_conv(n_in: int, n_out: int, kernel: int) -> Conv:
+    """`conv` in the fastest way on CPUs, with ReLU before and a sum after as it is called."""
     return initialised(Conv(n_in, n_out, kernel), std=1 / math.sqrt(n_in * kernel**2))
 
 
@@ -60,8 +65,8 @@ class Bottleneck(nn.Module):
         widths = [n_in, *[n_out // 4] * (len(kernels) - 1), n_out]
         layers: list[nn.Module] = []
         for kernel, before, after in zip(kernels, widths, widths[1:], strict=False):
-            layers += [nn.ReLU(), conv(before, after, kernel)]
-        self.skip = nn.Identity() if n_in == n_out else conv(n_in, n_out, 1)
+            layers += [nn.ReLU(), own_conv(before, after, kernel)]
+        self.skip = nn.Identity() if n_in == n_out else own_conv(n_in, n_out, 1)
         self.branch = nn.Sequential(*layers)
         self.gain = gain
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
@@ -222,7 +227,7 @@ class Decoder(nn.Module):
             if 0 < group <= pools:  # where the encoder pooled between this group and the one before it
                 layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
         self.trunk = nn.Sequential(*layers)
-        self.output = conv(widths[0], channels * self.patch**2, 1)
+        self.output = own_conv(widths[0], channels * self.patch**2, 1)
 
     def forward(self, assignment: Tensor) -> Tensor:
         x, doubled = self.input(assignment).to(self.output.weight.dtype), False

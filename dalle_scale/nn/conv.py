@@ -1,9 +1,9 @@
 """Convolutions that keep the size, in the way that is the fastest on a CPU; elsewhere the library's.
 
 On CPUs torch's own 1x1 convolution takes twice as long as the matrix product of the same rows, and its 3x3 convolution
-twice as long as Winograd's (nn/winograd.py), so those are the ways here for channels-last maps in fp32. ReLU before and
-sum after are part of the convolution: what a backward pass needs is the input alone. Everything else, 16 bits above
-all, is left to torch.
+longer than nn/winograd_tiles.py, so those are the ways here for large channels-last maps in fp32. ReLU before and sum
+after are part of the convolution: what a backward pass needs is the input alone. Everything else, 16 bits above all, is
+left to torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dalle_scale.nn import winograd
+from dalle_scale.nn import winograd_tiles
 
-_FEWEST_CHANNELS = 32  # of the wider side of a 1x1 convolution
+_FEWEST_PRODUCTS = 2**25  # positions x channels x outputs; below, calls from Python take more time than they save
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
 
 
@@ -66,11 +66,12 @@ def _has_own_way(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's is not the fastest."""
     if x.device.type != "cpu" or not x.dtype == weight.dtype in (torch.float32, torch.float64):
         return False
-    if torch.is_autocast_enabled("cpu"):
+    outputs, _, kernel, _ = weight.shape
+    if torch.is_autocast_enabled("cpu") or x.numel() * outputs < _FEWEST_PRODUCTS:
         return False
-    if weight.shape[2] == 1:
-        return max(weight.shape[:2]) >= _FEWEST_CHANNELS and x.is_contiguous(memory_format=torch.channels_last)
-    return weight.shape[2] == 3 and winograd.pays(x, weight)
+    if kernel == 1:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return kernel == 3 and winograd_tiles.fits(x, weight)
 
 
 class _Convolution(torch.autograd.Function):
@@ -83,7 +84,7 @@ class _Convolution(torch.autograd.Function):
         ctx.relu, ctx.gain, ctx.bias_dimensions = relu, gain, bias.ndim
         if gain != 1:
             weight, bias = gain * weight, gain * bias
-        way = winograd.forward if weight.shape[2] == 3 else _rows_forward
+        way = winograd_tiles.forward if weight.shape[2] == 3 else _rows_forward
         shape = (len(x), len(weight), *x.shape[2:])
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
         way(_rows(x), weight, bias, relu, None if residual is None else _rows(residual), out.permute(0, 2, 3, 1))
@@ -95,7 +96,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _, of_residual, _ = ctx.needs_input_grad
         grad = _rows(grads[0])
-        way = winograd.backward if weight.shape[2] == 3 else _rows_backward
+        way = winograd_tiles.backward if weight.shape[2] == 3 else _rows_backward
         scaled = weight if ctx.gain == 1 else ctx.gain * weight
         slopes, steps = way(_rows(x), scaled, grad, ctx.relu, of_x, of_weight)
         rises = grad.flatten(1, 2).sum(1) if of_bias else None
@@ -116,9 +117,9 @@ def _planes(rows: Tensor) -> Tensor:
 
 
 def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, out: Tensor) -> None:
-    """A 1x1 convolution as `winograd.forward`; bias: [O]."""
+    """A 1x1 convolution as `winograd_tiles.forward`; bias: [O]."""
     count = len(weight)
-    matrix = F.pad(weight.flatten(1).t(), (0, winograd.padded(count) - count))
+    matrix = F.pad(weight.flatten(1).t(), (0, winograd_tiles.padded(count) - count))
     for part, into, add in _parts(x, out, out if residual is None else residual):
         sums = torch.mm(part.clamp_min(0) if relu else part, matrix)[:, :count]
         torch.add(sums, bias, out=into)
@@ -129,9 +130,9 @@ def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual:
 def _rows_backward(
     x: Tensor, weight: Tensor, grad: Tensor, relu: bool, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a 1x1 convolution as `winograd.backward`."""
+    """The gradients of a 1x1 convolution as `winograd_tiles.backward`."""
     outputs, channels = weight.shape[:2]
-    matrix = F.pad(weight.flatten(1), (0, winograd.padded(channels) - channels))
+    matrix = F.pad(weight.flatten(1), (0, winograd_tiles.padded(channels) - channels))
     slopes = torch.empty_like(x) if of_x else None
     total = x.new_zeros(min(outputs, channels), max(outputs, channels)) if of_weight else None
     for part, slope, into in _parts(x, grad, x if slopes is None else slopes):
@@ -140,7 +141,7 @@ def _rows_backward(
             total.addmm_(*((slope.t(), values) if outputs < channels else (values.t(), slope)))
         if slopes is not None:
             sums = torch.mm(slope, matrix)[:, :channels]
-            winograd.keep_where_positive(sums, part, into) if relu else into.copy_(sums)
+            winograd_tiles.keep_where_positive(sums, part, into) if relu else into.copy_(sums)
     if total is None:
         return slopes, None
     return slopes, (total if outputs < channels else total.t()).reshape(weight.shape)

@@ -7,13 +7,12 @@ is cheap. Everything about one picture stays within it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_scale.nn.blocks import conv, initialised, run
+from dalle_scale.nn.blocks import conv, run
 
 
 class Residual(nn.Module):
@@ -55,7 +54,8 @@ class Down(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = initialised(nn.Conv2d(width, width, 3, stride=2), std=1 / math.sqrt(9 * width))
+        self.conv = conv(width, width, 3)
+        self.conv.stride, self.conv.padding = (2, 2), (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))

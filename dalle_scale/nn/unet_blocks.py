@@ -8,7 +8,7 @@ residual branch at 0: the net starts as the identity of its residual paths.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn.conv import Conv, convolve
 from dalle_scale.nn.noise import uniform_noise
+from dalle_scale.nn.winograd import conv3x3
 
 EPS = 1e-6
-Layer = TypeVar("Layer", bound=nn.Conv2d)
 
 
 def norm_groups(width: int) -> int:
@@ -37,9 +36,19 @@ def laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)
 
 
-def conv1x1(n_in: int, n_out: int) -> Conv:
+class Conv1x1(nn.Conv2d):
     """Product of the channels of each position."""
-    return _started(Conv(n_in, n_out, 1))
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, 1)
+        _started(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n_in, H, W] -> [B, n_out, H, W]."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        rows = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)  # torch's own way takes twice as long
+        return rows.permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):
@@ -52,7 +61,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """[B, n_in, H, W] -> [B, n_out, H, W], plus a shift [B, n_out]."""
         assert self.bias is not None
-        return convolve(x, self.weight, self.bias if shift is None else self.bias + shift)
+        return conv3x3(x, self.weight, self.bias if shift is None else self.bias + shift)
 
 
 def linear(n_in: int, *widths: int, zero: bool = False) -> nn.Linear:
@@ -64,7 +73,7 @@ def linear(n_in: int, *widths: int, zero: bool = False) -> nn.Linear:
     return layer
 
 
-def _started(layer: Layer, zero: bool = False) -> Layer:
+def _started(layer: nn.Conv2d, zero: bool = False) -> nn.Conv2d:
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -163,7 +172,7 @@ class ResBlock(nn.Module):
         self.conv1 = Conv3x3(n_in, n_out)
         self.norm2 = NormSwish(n_out, groups)
         self.conv2 = Conv3x3(n_out, n_out, zero=True)
-        self.skip = conv1x1(n_in, n_out) if n_in != n_out else None
+        self.skip = Conv1x1(n_in, n_out) if n_in != n_out else None
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
 
     def forward(self, x: Tensor, time: Tensor, dropout: Dropout | None) -> Tensor:

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_scale.nn import conv, winograd
+from dalle_scale.nn import conv, winograd_tiles
 from dalle_scale.nn.conv import Conv, convolve
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
-    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(conv, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd_tiles, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(conv, "_FEWEST_PRODUCTS", 1)
 
 
 def arguments(
@@ -119,3 +118,22 @@ def test_results_may_be_changed_in_place(kernel: int, always: None) -> None:
         torch.autograd.grad(f(x, weight, bias, False, None, 1.0).relu_().sum(), weight) for f in (convolve, plain)
     ]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "outputs", "taken"),
+    [
+        (3, (1, 92, 128, 128), 23, True),
+        (1, (1, 92, 128, 128), 23, True),
+        (3, (1, 92, 64, 64), 23, False),  # little work
+        (1, (1, 92, 64, 64), 23, False),
+        (3, (1, 92, 128, 130), 23, False),  # not of tiles
+        (3, (1, 192, 128, 128), 16, False),  # few channels
+        (7, (1, 92, 128, 128), 23, False),
+    ],
+)
+def test_where_its_own_way_is_taken(kernel: int, shape: tuple[int, ...], outputs: int, taken: bool) -> None:
+    x = torch.empty(shape, memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.empty(outputs, shape[1], kernel, kernel, dtype=dtype)
+        assert conv._has_own_way(x.to(dtype), weight) == (taken and dtype == torch.float32)

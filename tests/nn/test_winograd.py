@@ -1,8 +1,6 @@
-"""Convolutions by Winograd against torch's: values and all gradients, in both ways, whatever is worked on at a time."""
+"""Convolutions by Winograd against torch's: values and all gradients, whatever is worked on at a time."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,105 +8,92 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_scale.nn import winograd
+from dalle_scale.nn.winograd import conv3x3
 
-SHAPES = [(2, 5, 8, 12, 3), (3, 4, 16, 8, 7), (1, 1, 4, 4, 1), (2, 3, 12, 8, 66)]  # B, C, H, W, O: fewer and more
+SHAPES = [(2, 5, 8, 12, 3), (3, 4, 16, 8, 7), (1, 1, 4, 4, 1)]  # B, C, H, W, O
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
 
 
 def arguments(shape: tuple[int, ...], bias_of: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     count, channels, height, width, outputs = shape
     generator = torch.Generator().manual_seed(0)
     sizes = [(count, channels, height, width), (outputs, channels, 3, 3)]
-    sizes += [(outputs,) if bias_of == "all" else (count, outputs), (count, outputs, height, width)]
+    sizes.append((outputs,) if bias_of == "all" else (count, outputs))
     return [torch.randn(size, generator=generator, dtype=dtype).requires_grad_() for size in sizes]
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-    out = F.conv2d(F.relu(x) if relu else x, weight, padding=1) + bias[..., None, None]
-    return out if residual is None else out + residual
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1) + bias[..., None, None]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-    out = torch.empty(*x.shape[:3], len(weight), dtype=x.dtype)
-    winograd.forward(x, weight, bias, relu, residual, out)
-    return out
+def by_winograd(y: Tensor) -> bool:
+    return y.grad_fn is not None and "Winograd" in y.grad_fn.name()
 
 
-def rows(maps: Tensor) -> Tensor:
-    return maps.detach().permute(0, 2, 3, 1).contiguous()
-
-
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias_of", ["all", "each"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block_values", [1, 600, 2000, 2**19])
 def test_values_and_gradients(
-    block_values: int, shape: tuple[int, ...], bias_of: str, relu: bool, monkeypatch: pytest.MonkeyPatch
+    block_values: int, shape: tuple[int, ...], bias_of: str, always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "_BLOCK_VALUES", block_values)
-    monkeypatch.setattr(winograd, "_BLOCK_TILES", 1)
-    x, weight, bias, residual = arguments(shape, bias_of)
-    for added in (None, residual):
-        expected = plain(x, weight, bias, relu, added)
-        found = forward(rows(x), weight.detach(), bias.detach(), relu, None if added is None else rows(added))
-        torch.testing.assert_close(found, rows(expected))
+    x, weight, bias = arguments(shape, bias_of)
+    ours, expected = conv3x3(x, weight, bias), plain(x, weight, bias)
+    assert by_winograd(ours) and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, (x, weight), upstream)
-    of_x, of_weight = winograd.backward(rows(x), weight.detach(), rows(upstream), relu, True, True)
-    assert of_x is not None and of_weight is not None
-    torch.testing.assert_close(of_x, rows(wanted[0]))
-    torch.testing.assert_close(of_weight, wanted[1])
+    of_ours, of_plain = (torch.autograd.grad(y, (x, weight, bias), upstream) for y in (ours, expected))
+    for found, wanted in zip(of_ours, of_plain, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
-def test_blocks_hold_every_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    maps, filters = torch.zeros(3, 24, 8, 5), torch.zeros(36, 5, 1)
-    monkeypatch.setattr(winograd, "_BLOCK_TILES", 1)
+def test_blocks_hold_every_tile_once(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.zeros(3, 24, 8, 5)
     row_values = 36 * 2 * 5  # 2 tiles of 5 channels
     for rows_at_a_time, blocks in ((1, 18), (4, 6), (5, 6), (6, 3), (13, 2), (18, 1), (100, 1)):
         monkeypatch.setattr(winograd, "_BLOCK_VALUES", rows_at_a_time * row_values)
         covered = torch.zeros(3, 6)
-        found = list(winograd._blocks(maps, filters))
-        for block in found:
-            covered[block.samples, block.rows] += 1
+        found = list(winograd._blocks(maps, filter_values=0))
+        for samples, rows in found:
+            covered[samples, rows] += 1
         assert bool((covered == 1).all()) and len(found) == blocks
-        assert all(later.rows.start in (0, block.rows.stop) for block, later in pairwise(found))
-    monkeypatch.setattr(winograd, "_BLOCK_TILES", 11)  # 5 rows
-    monkeypatch.setattr(winograd, "_BLOCK_VALUES", 1)
-    assert len(list(winograd._blocks(maps, filters))) == 6
+    assert len(list(winograd._blocks(maps, filter_values=18 * row_values))) == 1
 
 
-def test_only_what_is_asked_for_has_a_gradient() -> None:
-    x, weight, _, upstream = arguments(SHAPES[0], "all")
-    both = winograd.backward(rows(x), weight.detach(), rows(upstream), True, True, True)
-    for of_x, of_weight in ((True, False), (False, True)):
-        found = winograd.backward(rows(x), weight.detach(), rows(upstream), True, of_x, of_weight)
-        for asked, gradient, wanted in zip((of_x, of_weight), found, both, strict=True):
-            assert (gradient is not None) == asked
-            assert gradient is None or torch.equal(gradient, wanted)  # type: ignore[arg-type]
+def test_only_what_is_asked_for_has_a_gradient(always: None) -> None:
+    x, weight, bias = arguments(SHAPES[0], "all")
+    wanted = torch.autograd.grad(plain(x, weight, bias).square().sum(), weight)[0]
+    found = conv3x3(x.detach(), weight, bias.detach())
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), weight)[0], wanted)
+    assert torch.autograd.gradcheck(conv3x3, (x, weight, bias), fast_mode=True)
 
 
-@pytest.mark.parametrize(("channels", "outputs"), [(256, 256), (256, 64)])
-def test_rounding_errors(channels: int, outputs: int) -> None:
-    """As small as the module says, for wide layers in both ways. Those of torch depend on the CPU: no bound."""
-    x, weight, bias, upstream = (t.detach() for t in arguments((2, channels, 32, 32, outputs), "all", torch.float32))
-    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
-    out = plain(*exact)
-    wanted = [rows(out), *torch.autograd.grad(out, exact[:2], upstream.double())]
-    of_x, of_weight = winograd.backward(rows(x), weight, rows(upstream), False, True, True)
-    assert of_x is not None and of_weight is not None
-    found = [forward(rows(x), weight, bias, False, None), of_x.permute(0, 3, 1, 2), of_weight]
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours - theirs).square().mean().sqrt() / theirs.std() < 6e-6
+def test_rounding_errors() -> None:
+    """As small as the module says, for a wide layer. Those of torch depend on the CPU: no bound."""
+    x, weight, bias = (tensor.detach() for tensor in arguments((2, 256, 32, 32, 256), "all", torch.float32))
+    exact = plain(x.double(), weight.double(), bias.double())
+    error = (conv3x3(x, weight, bias) - exact).square().mean().sqrt() / exact.std()
+    assert error < 4e-6
 
 
 @pytest.mark.parametrize(
-    ("shape", "taken"),
+    ("shape", "dtype", "taken"),
     [
-        ((2, 64, 16, 16, 64), True),
-        ((1, 64, 16, 16, 64), False),  # 16 tiles
-        ((2, 64, 16, 18, 64), False),  # not of tiles
-        ((2, 64, 16, 16, 3), False),  # few channels
+        ((2, 64, 16, 16, 64), torch.float32, True),
+        ((1, 64, 16, 16, 64), torch.float32, False),  # 16 tiles
+        ((2, 64, 16, 18, 64), torch.float32, False),  # not of tiles
+        ((2, 64, 16, 16, 3), torch.float32, False),  # few channels
+        ((2, 64, 16, 16, 64), torch.bfloat16, False),
     ],
 )
-def test_where_it_is_taken(shape: tuple[int, ...], taken: bool) -> None:
-    x, weight, *_ = arguments(shape, "all", torch.float32)
-    assert winograd.pays(x, weight) == taken
+def test_where_it_is_taken(shape: tuple[int, ...], dtype: torch.dtype, taken: bool) -> None:
+    for bias_of in ("all", "each"):
+        x, weight, bias = arguments(shape, bias_of, dtype)
+        y = conv3x3(x, weight, bias)
+        assert by_winograd(y) == taken and y.dtype == dtype
+        torch.testing.assert_close(y, plain(x, weight, bias), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-3)
