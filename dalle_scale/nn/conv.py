@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dalle_scale.nn import winograd_tiles
 
-_FEWEST_PRODUCTS = 2**25  # positions x channels x outputs; below, calls from Python take more time than they save
+_FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
 
 
