@@ -38,17 +38,14 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[],
     """The loss of the stage `dvae` on what its loader delivers: bytes, channels-last in memory.
 
     The optimizer is "adam", the peer's, or "engine", the one that the engine builds for a recipe. In bf16 the net's
-    weights are rounded copies of those in fp32 that the optimizer works on, as DeepSpeed keeps them. What is freed is
-    kept, as by the engine.
+    weights are rounded copies of those in fp32 that the optimizer works on, as DeepSpeed keeps them.
     """
-    from dalle_scale import dist
     from dalle_scale.config import OptimConfig
     from dalle_scale.engine import optim
     from dalle_scale.stages import dvae
 
     fields = {**asked["model"], "image_size": images.shape[-1], "vocab": asked["shape"]["vocab"], "augment": "none"}
     stage = dvae.Stage(dvae.Stage.Config.model_validate_json(json.dumps(fields)))
-    dist.keep_memory()
     masters = stage.nets()["model"]
     nets = {"model": copy.deepcopy(masters).bfloat16() if asked["dtype"] == "bf16" else masters}
     if asked["optimizer"] == "engine":

@@ -6,7 +6,6 @@ where it has work for it: without it this process has joined no group, and many 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _host_group: Any = None  # gloo, made when first needed
 
 
@@ -128,13 +126,3 @@ def sum_on_host(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     group.all_reduce(tensor, group=_host_group)
     return tensor.tolist()
-
-
-def keep_memory(largest_bytes: int = 256 << 20) -> None:
-    """Let glibc keep what this process frees, blocks up to `largest_bytes` and four times as many bytes at a time: it
-    would give large blocks back to the system at once, and the next tensor or picture would find every page of its own
-    cold, which takes longer than the arithmetic on it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, largest_bytes)
-        mallopt(_M_TRIM_THRESHOLD, 4 * largest_bytes)

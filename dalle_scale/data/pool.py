@@ -23,8 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dalle_scale import dist
-from dalle_scale.data.processes import KEPT_BYTES, forkserver
+from dalle_scale.data.processes import forkserver, keep_memory
 from dalle_scale.types import UserError
 
 AHEAD = 2  # batches asked of each process beyond those that were used
@@ -174,7 +173,7 @@ def _serve(reader: BatchReader, pipe: Connection, place: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    dist.keep_memory(KEPT_BYTES)
+    keep_memory()
 
     def at_row(row: int) -> None:
         place[1] = row

@@ -5,6 +5,7 @@ Also how every process that works on data is set up.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,10 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from dalle_scale import dist
 from dalle_scale.types import UserError
 
-KEPT_BYTES = 64 << 20  # of a picture
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 64 << 20
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -56,7 +57,7 @@ def set_up() -> None:
     """Set up a process: it ends when the one that started it does, however that may be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     threading.Thread(target=_follow_parent, daemon=True).start()
-    dist.keep_memory(KEPT_BYTES)
+    keep_memory()
 
 
 def _follow_parent() -> None:
@@ -64,3 +65,12 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed: it would give each picture's memory back, and the next would find every page of its
+    own cold, which takes longer than the arithmetic on it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 4 * _KEPT_BYTES)

@@ -35,8 +35,6 @@ def start() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    if dist.device().type == "cpu":
-        dist.keep_memory()
     if dist.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         processes_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
