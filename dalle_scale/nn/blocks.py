@@ -54,6 +54,11 @@ def run(module: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:
     return output
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether to compute as CPUs like it. Tests that compare with other devices say no."""
+    return x.device.type == "cpu"
+
+
 class Bottleneck(nn.Module):
     """x + gain * branch(x); the branch is four times ReLU and convolution, n_out / 4 wide inside.
 
@@ -73,7 +78,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
         """[B, n_in, h, w] -> [B, n_out, h, w]; doubled, of `double(x)` -> [B, n_out, 2 h, 2 w]."""
-        if x.device.type == "cpu":
+        if on_cpu(x):
             return self._on_cpu(x, doubled)
         x = double(x) if doubled else x
         branch = run(self.branch, x, recompute=self.activation_checkpointing)
@@ -107,7 +112,7 @@ class Halve(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """On CPUs the backward pass keeps bits; torch's keeps the map and int64 places."""
-        if x.device.type != "cpu":
+        if not on_cpu(x):
             return F.max_pool2d(x, 2)
         halved: Tensor = _Halving.apply(x)  # type: ignore[no-untyped-call]
         return halved
