@@ -169,13 +169,16 @@ def dvae(repetitions: int) -> dict[str, Any]:
 
 def _compare_dvaes(title: str, models: dict[str, Any], python: str, repetitions: int) -> dict[str, Any]:
     """The sides at one shape."""
-    shape, patch = models["shape"], models["ours"]
+    shape, patch, stem = models["shape"], models["ours"], models["paper's stem"]
+    ours = {"side": "ours", "optimizer": "adam", "dtype": "fp32"}
     asked = {
-        "dalle-pytorch": {"side": "dalle-pytorch", "model": models["dalle-pytorch"], "optimizer": "adam"},
-        "ours": {"side": "ours", "model": patch, "optimizer": "adam"},
-        "ours, engine's optimizer": {"side": "ours", "model": patch, "optimizer": "engine"},
-        "ours, squared error": {"side": "ours", "model": {**patch, "likelihood": "l2"}, "optimizer": "adam"},
-        "ours, paper's stem": {"side": "ours", "model": models["paper's stem"], "optimizer": "adam"},
+        "dalle-pytorch": {**ours, "side": "dalle-pytorch", "model": models["dalle-pytorch"]},
+        "ours": {**ours, "model": patch},
+        "ours, engine's optimizer": {**ours, "model": patch, "optimizer": "engine"},
+        "ours, squared error": {**ours, "model": {**patch, "likelihood": "l2"}},
+        "ours, bf16": {**ours, "model": patch, "dtype": "bf16"},
+        "ours, paper's stem": {**ours, "model": stem},
+        "ours, paper's stem, bf16": {**ours, "model": stem, "dtype": "bf16"},
     }
     program = str(Path(__file__).with_name("dvae_side.py"))
     commands = {
@@ -193,6 +196,7 @@ def _compare_dvaes(title: str, models: dict[str, Any], python: str, repetitions:
         name: {
             "model": side["model"],
             "optimizer": side["optimizer"],
+            "dtype": side["dtype"],
             "parameters": parameters[name],
             **times[name],
             "peak_mebibytes": round(memory[name] / 2**20, 1),

@@ -1,11 +1,12 @@
 """One side of the comparison of dVAEs in autoencoders.py: "step" takes one training step.
 
-The command line has a JSON object: side, shape (image_size, vocab, samples), model (fields of the net of that side) and
-optimizer ("adam" or, for ours, "engine").
+The command line has a JSON object: side, shape (image_size, vocab, samples), model (fields of the net of that side),
+optimizer ("adam" or, for ours, "engine") and, for ours, dtype ("fp32" or "bf16").
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import types
@@ -36,7 +37,8 @@ def main() -> None:
 def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[], None]]:
     """The loss of the stage `dvae` on what its loader delivers: bytes, channels-last in memory.
 
-    The optimizer is "adam", the peer's, or "engine", the one that the engine builds for a recipe.
+    The optimizer is "adam", the peer's, or "engine", the one that the engine builds for a recipe. In bf16 the net's
+    weights are rounded copies of those in fp32 that the optimizer works on, as DeepSpeed keeps them.
     """
     from dalle_scale.config import OptimConfig
     from dalle_scale.engine import optim
@@ -44,11 +46,13 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[],
 
     fields = {**asked["model"], "image_size": images.shape[-1], "vocab": asked["shape"]["vocab"], "augment": "none"}
     stage = dvae.Stage(dvae.Stage.Config.model_validate_json(json.dumps(fields)))
-    nets = stage.nets()
+    masters = stage.nets()["model"]
+    nets = {"model": copy.deepcopy(masters).bfloat16() if asked["dtype"] == "bf16" else masters}
     if asked["optimizer"] == "engine":
-        optimizer = optim.build(nets["model"], OptimConfig(lr=LEARNING_RATE, weight_decay=1e-4))
+        optimizer = optim.build(masters, OptimConfig(lr=LEARNING_RATE, weight_decay=1e-4))
     else:
-        optimizer = torch.optim.Adam(nets["model"].parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.Adam(masters.parameters(), lr=LEARNING_RATE)
+    pairs = [] if masters is nets["model"] else [*zip(masters.parameters(), nets["model"].parameters(), strict=True)]
     batch = {"image": images, "seed": torch.arange(len(images)), "weight": torch.ones(len(images))}
     number = 0
 
@@ -56,7 +60,12 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[],
         nonlocal number
         optimizer.zero_grad()
         stage.loss("model", nets, batch, number).total.backward()  # type: ignore[no-untyped-call]
+        for master, weight in pairs:
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
         optimizer.step()
+        for master, weight in pairs:
+            weight.data.copy_(master)
         number += 1
 
     return nets["model"], step

@@ -4,8 +4,8 @@
 
 Each side is a real training through deepspeed's launcher, with its own reading (ranks_side.py). The sides take turns
 of some steps each, round after round, while the others wait; a ratio is that of two turns of one round, and what is
-printed its median with the lowest and the highest. "apart" is two trainings at once with half the batch each that know nothing
-of each other: what two cores can do at best. Writes benchmarks/results/ranks.json.
+printed its median with the lowest and the highest. "apart" is two trainings at once, with half the batch each, that
+know nothing of each other: what the cores can do at best. Writes benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations

@@ -66,8 +66,10 @@ class _KLToUniform(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        log_p = torch.log_softmax(logits, dim=-1)
-        negative_entropy = log_p.exp().mul_(log_p).sum(dim=-1)
+        negative_entropy = logits.new_empty(logits.shape[:-1])
+        for part, into in _parts(logits, negative_entropy[..., None]):
+            log_p = torch.log_softmax(part, dim=-1)
+            torch.sum(log_p.exp().mul_(log_p), dim=-1, keepdim=True, out=into)
         ctx.save_for_backward(logits, negative_entropy)
         return negative_entropy + math.log(logits.shape[-1])
 
@@ -75,6 +77,17 @@ class _KLToUniform(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         # d(sum p log p) / d logit_k = p_k (log p_k - sum p log p)
         logits, negative_entropy = ctx.saved_tensors
-        log_p = torch.log_softmax(logits, dim=-1)
-        p = log_p.exp()
-        return log_p.sub_(negative_entropy[..., None]).mul_(p).mul_(grads[0][..., None])
+        slopes = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for part, mean, grad, into in _parts(logits, negative_entropy[..., None], grads[0][..., None], slopes):
+            log_p = torch.log_softmax(part, dim=-1)
+            torch.mul(log_p.exp().mul_(grad), log_p.sub_(mean), out=into)
+        return slopes
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [..., n] of equal rows as matrices; on CPUs some rows at a time, which stay in the cache."""
+    matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    rows = len(matrices[0])
+    if tensors[0].device.type == "cpu":
+        rows = max(1, int(_ROWS_AT_ONCE * 8192) // max(tensor.shape[-1] for tensor in tensors))
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)

@@ -127,10 +127,11 @@ class DVAE(nn.Module):
         """
         logits = self.encoder(phi(images))
         codes = logits.detach().argmax(dim=-1)
+        kl = kl_to_uniform(logits)  # before the decoder, so that its gradient, as large as the logits, comes after
         if tau == 0:
-            return self.decoder(codes), kl_to_uniform(logits), codes
+            return self.decoder(codes), kl, codes
         assert seeds is not None
-        return self.decoder(gumbel_softmax(logits, tau, seeds, step)), kl_to_uniform(logits), codes
+        return self.decoder(gumbel_softmax(logits, tau, seeds, step)), kl, codes
 
 
 class Stage(types.Stage):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_scale.nn.blocks import Bottleneck, CodeEmbedding, Decoder, Encoder
+from dalle_scale.nn import conv
+from dalle_scale.nn.blocks import Bottleneck, CodeEmbedding, Decoder, Encoder, Halve
 
 PAPER = (256, 512, 1024, 2048)
 
@@ -176,3 +177,53 @@ def test_activation_checkpointing_changes_no_number() -> None:
         results.append([logits.detach(), *[p.grad.clone() for p in encoder.parameters() if p.grad is not None]])
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*results, strict=True))
     assert len(results[0]) == 1 + len(list(encoder.parameters()))
+
+
+def test_halving_is_max_pooling_ties_included() -> None:
+    values = torch.randint(3, (2, 5, 8, 6), generator=torch.Generator().manual_seed(0)).double()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours, theirs = (values.clone(memory_format=layout).requires_grad_() for _ in range(2))
+        found, wanted = Halve()(ours), F.max_pool2d(theirs, 2)
+        assert torch.equal(found, wanted)
+        upstream = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(y, x, upstream)[0] for y, x in ((found, ours), (wanted, theirs))]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kernels", [(1, 3, 3, 3), (3, 3, 3, 1), (3, 3)])
+@pytest.mark.parametrize("n_out", [8, 12])
+def test_a_block_on_a_doubled_map(kernels: tuple[int, ...], n_out: int) -> None:
+    torch.manual_seed(0)
+    block = Bottleneck(8, n_out, kernels, 0.5).double()
+    x = torch.randn(2, 8, 4, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for y in (block(x, doubled=True), block(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))):
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, *block.parameters()))])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_net_trains_as_written_plainly() -> None:
+    """All gradients, with every way of convolving."""
+    torch.manual_seed(0)
+    encoder = Encoder((64, 128), 2, vocab=11, downsampling=2, stem="resnet").double()
+    decoder = Decoder((64, 128), 1, vocab=11, n_init=5, channels=6, downsampling=2, stem="resnet").double()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    leaves = [*encoder.parameters(), *decoder.parameters()]
+    results = []
+    for device_of in (None, "elsewhere"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conv, "_FEWEST_PRODUCTS", 1)
+            if device_of:  # as on GPUs
+                patch.setattr(conv, "_has_own_way", lambda x, weight: False)
+                patch.setattr(Bottleneck, "_on_cpu", _as_written)
+                patch.setattr(Halve, "forward", lambda self, x: F.max_pool2d(x, 2))
+            maps = decoder(encoder(x).softmax(dim=-1))
+            results.append([maps, *torch.autograd.grad(maps.square().sum(), leaves)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def _as_written(self: Bottleneck, x: Tensor, doubled: bool) -> Tensor:
+    x = F.interpolate(x, scale_factor=2.0) if doubled else x
+    return torch.add(self.skip(x), self.branch(x), alpha=self.gain)

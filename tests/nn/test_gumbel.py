@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
+from dalle_scale.nn import gumbel
 from dalle_scale.nn.gumbel import gumbel_noise, gumbel_softmax, gumbel_steps, kl_to_uniform
 
 
@@ -103,3 +104,19 @@ def test_kl_gradient() -> None:
     (gradient,) = torch.autograd.grad(kl_to_uniform(logits).sum(), logits)
     (expected,) = torch.autograd.grad(-Categorical(logits=logits).entropy().sum(), logits)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_kl_does_not_depend_on_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).transpose(1, 2)
+    found = []
+    for rows in (1, 1 / 64, 1 / 512):  # of 8192 numbers: all, 8 rows, 1 row
+        monkeypatch.setattr(gumbel, "_ROWS_AT_ONCE", rows)
+        leaf = logits.clone().requires_grad_()
+        kl = kl_to_uniform(leaf)
+        found.append((kl.detach(), *torch.autograd.grad((kl * torch.arange(5.0)).sum(), leaf)))
+    plain = torch.log_softmax(logits.requires_grad_(), dim=-1)
+    kl = (plain.exp() * plain).sum(dim=-1) + math.log(16)
+    wanted = (kl.detach(), *torch.autograd.grad((kl * torch.arange(5.0)).sum(), logits))
+    for tensors in found:
+        for ours, theirs in zip(tensors, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)

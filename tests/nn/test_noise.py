@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_scale.nn import noise
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.noise import normal_noise, uniform_noise
 
@@ -99,3 +100,13 @@ def test_normal_noise_has_no_structure_along_positions() -> None:
     for lag in (1, 2, 64, 512):
         pair = torch.stack([noise[:-lag], noise[lag:]])
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 4.5 / math.sqrt(len(noise))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1000])
+def test_noise_does_not_depend_on_how_much_is_drawn_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, steps = torch.tensor([5, -7, 2**62 + 11]), torch.tensor([3, 2**40, 0])
+    for step in (3, steps):
+        monkeypatch.setattr(noise, "_AT_ONCE", 1 << 16)
+        whole = noise.uniform_noise(seeds, step, 100)
+        monkeypatch.setattr(noise, "_AT_ONCE", at_once)
+        assert torch.equal(noise.uniform_noise(seeds, step, 100), whole)

@@ -1,0 +1,139 @@
+"""Convolutions, their ReLU and sum in each of their ways against the plain formulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_scale.nn import conv, winograd_tiles
+from dalle_scale.nn.conv import Conv, convolve
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd_tiles, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(conv, "_FEWEST_PRODUCTS", 1)
+
+
+def arguments(
+    kernel: int, channels: int, outputs: int, bias_of: str = "all", dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """x, weight, bias, residual; maps of 8x12, channels-last."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, channels, 8, 12), (outputs, channels, kernel, kernel)]
+    sizes += [(outputs,) if bias_of == "all" else (2, outputs), (2, outputs, 8, 12)]
+    tensors = [torch.randn(size, generator=generator, dtype=dtype) for size in sizes]
+    return [
+        (t.contiguous(memory_format=torch.channels_last) if place in (0, 3) else t).requires_grad_()
+        for place, t in enumerate(tensors)
+    ]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, gain: float) -> Tensor:
+    out = F.conv2d(F.relu(x) if relu else x, weight, padding=weight.shape[2] // 2) + bias[..., None, None]
+    return gain * out if residual is None else residual + gain * out
+
+
+def own_way(y: Tensor) -> bool:
+    return y.grad_fn is not None and "_Convolution" in y.grad_fn.name()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("channels", "outputs"), [(5, 3), (3, 70), (4, 4)])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_values_and_gradients(
+    kernel: int, channels: int, outputs: int, relu: bool, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bias_of, with_residual, gain, row_values in itertools.product(
+        ("all", "each") if kernel > 1 else ("all",), (False, True), (1.0, 0.25), (1, 100, 2**18)
+    ):
+        monkeypatch.setattr(conv, "_ROW_VALUES", row_values)
+        x, weight, bias, residual = arguments(kernel, channels, outputs, bias_of)
+        added = residual if with_residual else None
+        ours, expected = (f(x, weight, bias, relu, added, gain) for f in (convolve, plain))
+        assert own_way(ours) == (kernel < 7)
+        torch.testing.assert_close(ours, expected)
+        upstream, asked = torch.randn_like(expected), (x, weight, bias, *((residual,) if with_residual else ()))
+        of_ours, of_plain = (torch.autograd.grad(y, asked, upstream) for y in (ours, expected))
+        for found, wanted in zip(of_ours, of_plain, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_against_differences(kernel: int, always: None) -> None:
+    x, weight, bias, residual = arguments(kernel, 3, 2)
+
+    def called(*tensors: Tensor) -> Tensor:
+        return convolve(*tensors[:3], relu=True, residual=tensors[3], gain=0.5)
+
+    assert torch.autograd.gradcheck(called, (x, weight, bias, residual), fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_only_what_is_asked_for_has_a_gradient(kernel: int, always: None) -> None:
+    tensors = arguments(kernel, 4, 3)
+    for asked in range(4):
+        given = [tensor.detach().requires_grad_(place == asked) for place, tensor in enumerate(tensors)]
+        ours, expected = (f(*given[:3], True, given[3], 0.5) for f in (convolve, plain))
+        found, wanted = (torch.autograd.grad(y.square().sum(), given[asked])[0] for y in (ours, expected))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_input_alone_is_kept(kernel: int, always: None) -> None:
+    """And the weight: neither relu(x) nor what is summed."""
+    x, weight, bias, residual = arguments(kernel, 4, 3)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        convolve(x, weight, bias, relu=True, residual=residual, gain=0.5)
+    assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in (x, weight)}
+
+
+def test_what_is_left_to_torch(always: None) -> None:
+    x, weight, bias, _ = arguments(1, 4, 3, dtype=torch.float32)
+    assert own_way(convolve(x, weight, bias))
+    assert not own_way(convolve(x.contiguous(), weight, bias))  # planes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolve(x, weight, bias).dtype == torch.bfloat16
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, weight, bias)]
+    out = convolve(*halves, relu=True)
+    assert not own_way(out) and out.dtype == torch.bfloat16
+
+
+def test_a_layer_is_a_convolution() -> None:
+    layer = Conv(4, 3, 3)
+    assert isinstance(layer, torch.nn.Conv2d) and list(layer.state_dict()) == ["weight", "bias"]
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(layer(x), torch.nn.Conv2d.forward(layer, x))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_results_may_be_changed_in_place(kernel: int, always: None) -> None:
+    x, weight, bias, _ = arguments(kernel, 4, 3)
+    results = [
+        torch.autograd.grad(f(x, weight, bias, False, None, 1.0).relu_().sum(), weight) for f in (convolve, plain)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "outputs", "taken"),
+    [
+        (3, (1, 92, 128, 128), 23, True),
+        (1, (1, 92, 128, 128), 23, True),
+        (3, (1, 92, 64, 64), 23, False),  # little work
+        (1, (1, 92, 64, 64), 23, False),
+        (3, (1, 92, 128, 130), 23, False),  # not of tiles
+        (3, (1, 192, 128, 128), 16, False),  # few channels
+        (7, (1, 92, 128, 128), 23, False),
+    ],
+)
+def test_where_its_own_way_is_taken(kernel: int, shape: tuple[int, ...], outputs: int, taken: bool) -> None:
+    x = torch.empty(shape, memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.empty(outputs, shape[1], kernel, kernel, dtype=dtype)
+        assert conv._has_own_way(x.to(dtype), weight) == (taken and dtype == torch.float32)
