@@ -14,7 +14,11 @@ from dalle_scale.types import UserError
 
 def make(engine: dict[str, Any] | None = None, **optim: Any) -> RunConfig:
     tree = {"stage": "x", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
-    return parse(RunConfig, {**tree, "engine": engine or {}, "optim": {"model": {"lr": 0.1, **optim}}}, "test")
+    return parse(
+        RunConfig,
+        {**tree, "engine": {"dtype": "fp32", **(engine or {})}, "optim": {"model": {"lr": 0.1, **optim}}},
+        "test",
+    )
 
 
 def test_golden() -> None:
