@@ -51,8 +51,7 @@ def peer(name: str, *requirements: str) -> Path:
 
 def processor() -> tuple[str, list[str]]:
     """Name of the processor, and those of FLAGS that it has."""
-    info = Path("/proc/cpuinfo")
-    pairs = [line.partition(":")[::2] for line in (info.read_text() if info.exists() else "").splitlines()]
-    known = {key.strip(): value.strip() for key, value in reversed(pairs)}  # the first core's
-    flags = known.get("flags", known.get("Features", "")).split()
-    return known.get("model name", platform.processor() or platform.machine()), [f for f in FLAGS if f in flags]
+    from dalle_scale.nn import precision
+
+    name, flags = precision.processor()
+    return name, [flag for flag in FLAGS if flag in flags]

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from environment import ROOT, describe, processor
@@ -28,10 +28,13 @@ from environment import ROOT, describe, processor
 from dalle_scale import config as configs
 from dalle_scale import dist, stages
 from dalle_scale.config import RunConfig
+from dalle_scale.nn import precision
+from dalle_scale.nn.transformer import Transformer
 from dalle_scale.types import Batch, Needs, Stage
 
 SECONDS = 2.0
 TYPES = ("fp32", "bf16")
+CANDIDATES = 16
 BIG = ["model.layers=8", "model.width=512", "model.heads=8", "model.grid=16", "model.text_length=32"]
 BIG += ["batch_samples=4", "engine.micro_batch_samples=4", "engine.activation_checkpointing=false", "engine.zero=0"]
 FULL, SMALL = "model.attention=[full]", ["engine.zero=0", "engine.micro_batch_samples=null"]
@@ -102,9 +105,9 @@ def main() -> None:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds of a step in each precision, by turns."""
-    makers = {"train": step_of_training}
-    steps = {dtype: makers[case.what](load(case, dtype)) for dtype in TYPES}
+    """Seconds of a step in each precision, by turns, and what auto makes of it."""
+    make = {"train": step_of_training, "sample": step_of_sampling}.get(case.what, step_of_coding)
+    steps = {dtype: make(case, load(case, dtype), dtype) for dtype in TYPES}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in TYPES}
     for step in steps.values():
         step(), step()
@@ -114,9 +117,17 @@ def measure(case: Case) -> dict[str, Any]:
         for dtype, step in steps.items():
             seconds[dtype].append(timed(step, repeated))
     found = {dtype: statistics.median(values) for dtype, values in seconds.items()}
+    with torch.device("meta"):
+        nets = open_stage(load(case, "fp32")).nets()
+    chosen = precision.choose(nets.values(), torch.device("cpu")).dtype
     return {
         **{f"{dtype}_seconds": round(value, 5) for dtype, value in found.items()},
         "bf16_gain": round(found["fp32"] / found["bf16"], 2),
+        "auto": chosen,
+        "auto_gain": round(found["fp32"] / found[chosen], 2),
+        "gflops": {
+            k: round(rate / 1e9) for k, rate in precision.matrix_rates(nets.values(), torch.device("cpu")).items()
+        },
         "rounds": len(seconds["fp32"]),
     }
 
@@ -140,15 +151,43 @@ def open_stage(config: RunConfig) -> Stage:
     return kind(configs.parse(kind.Config, config.model, where="model"))
 
 
-def step_of_training(config: RunConfig) -> Callable[[], object]:
+def step_of_training(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
     """A function that makes one update."""
     from dalle_scale.engine import build
     from dalle_scale.train import Trainer
 
     stage = open_stage(config)
     dist.seed_everything(0, step=-1)
-    trainer = Trainer(config, stage, build.build(config, stage.nets()), None, None, {}, done=1_000)  # type: ignore[arg-type]
+    players = build.build(config, stage.nets())
+    trainer = Trainer(config, stage, players, None, None, {}, done=1_000)  # type: ignore[arg-type]
     return partial(trainer._update, [random_batch(stage.needs, config.batch_samples)])
+
+
+def step_of_sampling(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
+    """A function that draws the codes of CANDIDATES images of one caption."""
+    net = cast(Transformer, open_stage(config).nets()["model"].eval().requires_grad_(False))
+    precision.cast({"model": net}, torch.device("cpu"), dtype)
+    net.store_by_columns()  # as sampling has it on CPUs
+    text, codes = torch.zeros(1, net.text_length, dtype=torch.int64), torch.zeros(CANDIDATES, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def step() -> None:
+        _, drawing = net.begin(text, torch.zeros_like(codes))
+        for index in range(net.layout.grid**2 - 1):
+            net.step(codes, index, drawing)
+
+    return step
+
+
+def step_of_coding(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
+    """A function that encodes a batch, or decodes one."""
+    stage = open_stage(config)
+    nets = {name: net.eval().requires_grad_(False) for name, net in stage.nets().items()}
+    precision.cast(nets, torch.device("cpu"), dtype)
+    tokenizer = stage.tokenizer(nets)  # type: ignore[attr-defined]
+    images = random_batch(stage.needs, config.batch_samples)["image"]
+    codes = tokenizer.encode(images)
+    return partial(tokenizer.encode, images) if case.what == "encode" else partial(tokenizer.decode, codes)
 
 
 def random_batch(needs: Needs, samples: int) -> Batch:
