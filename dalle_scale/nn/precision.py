@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.nn import branch_scale
+from dalle_scale.nn.attention import TransposedLinear
+from dalle_scale.nn.pixelsnail_blocks import CausalConv
 
 WIN = 1.5  # auto takes bf16 from so many times the rate of fp32 on
 LAYERS = 4  # timed, those with the most weights; a net has few shapes that differ
@@ -33,6 +35,7 @@ MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of a timed call
 LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS
 CALLS = 3  # whose best counts
 TYPES = {"fp32": torch.float32, **branch_scale.SHORT}
+MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
 ASKED = ("fp32", "bf16", "auto")  # what --dtype takes
 
 
@@ -109,7 +112,7 @@ def _layers(nets: Iterable[nn.Module]) -> list[tuple[nn.Module, float]]:
     """Linear layers and convolutions of distinct shapes, each with the weights of all that have it."""
     weights, examples = Counter[str](), {}
     for module in (module for net in nets for module in net.modules()):
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) or hasattr(module, "weight_t"):
+        if isinstance(module, MATRICES | MAPS):
             weights[_shape(module)] += sum(parameter.numel() for parameter in module.parameters())
             examples[_shape(module)] = module
     return [(examples[shape], float(count)) for shape, count in weights.most_common(LAYERS)]
@@ -126,12 +129,12 @@ def _rate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
         layer = copy.deepcopy(layer).to_empty(device=device).to(dtype)
         for parameter in layer.parameters():
             nn.init.normal_(parameter.requires_grad_(True), std=0.02)
-        weight = max(layer.parameters(), key=lambda parameter: parameter.numel())
-    rows, most = 16 if weight.ndim == 2 else SIDE**2, MOST_FLOPS.get(device.type, 1e9)
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
+    rows, most = 16 if isinstance(layer, MATRICES) else SIDE**2, MOST_FLOPS.get(device.type, 1e9)
     while True:
         seconds = min(_timed(layer, rows, dtype, device) for _ in range(CALLS))
-        rate = 6 * rows * weight.numel() / seconds
-        if seconds >= LEAST_SECONDS or 2 * rows > MOST_ROWS or 12 * rows * weight.numel() > most:
+        rate = 6 * rows * weights / seconds
+        if seconds >= LEAST_SECONDS or 2 * rows > MOST_ROWS or 12 * rows * weights > most:
             return rate
         rows *= 4 if seconds < LEAST_SECONDS / 4 else 2
 
@@ -139,7 +142,7 @@ def _rate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
 def _timed(layer: nn.Module, rows: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of one forward and backward pass."""
     x = torch.randn(_input(layer, rows), device=device).to(dtype)
-    if x.ndim == 4:
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_(True)
     layer(x)  # the first call of a shape prepares
@@ -152,9 +155,12 @@ def _timed(layer: nn.Module, rows: int, dtype: torch.dtype, device: torch.device
 
 
 def _input(layer: nn.Module, rows: int) -> tuple[int, ...]:
+    samples = rows // SIDE**2
+    if isinstance(layer, CausalConv):
+        return (samples, SIDE, SIDE, layer.above.shape[1])
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        side = SIDE * max(1, layer.stride[0]) if isinstance(layer, nn.Conv2d) else SIDE
-        return (rows // SIDE**2, layer.in_channels, side, side)
+        side = SIDE * layer.stride[0] if isinstance(layer, nn.Conv2d) else SIDE
+        return (samples, layer.in_channels, side, side)
     weight: Any = layer.weight
     return (rows, weight.shape[1])
 

@@ -60,7 +60,7 @@ def test_each_layer_counts_by_its_weights(file: Path, monkeypatch: pytest.Monkey
 def test_kept_for_the_machine(file: Path, timed: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(2, 2, 3))
     first = precision.matrix_rates([net], CPU)
-    assert timed == 2 * [torch.float32] + 2 * [torch.bfloat16] and first == {"fp32": 1e9, "bf16": 2e9}
+    assert timed == 2 * [torch.float32] + 2 * [torch.bfloat16] and first == pytest.approx({"fp32": 1e9, "bf16": 2e9})
     assert precision.matrix_rates([net], CPU) == first and len(timed) == 4
     other: list[Callable[[], object]] = [
         lambda: precision.matrix_rates([nn.Linear(3, 5)], CPU),
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_measured_again(file: Path, timed: list[torch.dtype], 
 def test_without_a_place_to_keep_it(tmp_path: Path, timed: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert precision.matrix_rates([nn.Linear(3, 4)], CPU) == {"fp32": 1e9, "bf16": 2e9}
+    assert precision.matrix_rates([nn.Linear(3, 4)], CPU) == pytest.approx({"fp32": 1e9, "bf16": 2e9})
 
 
 @pytest.mark.parametrize(
