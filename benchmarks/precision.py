@@ -32,7 +32,7 @@ from dalle_scale.nn import precision
 from dalle_scale.nn.transformer import Transformer
 from dalle_scale.types import Batch, Needs, Stage
 
-SECONDS = 2.5
+SECONDS = 4.0  # of measuring a case, about
 TYPES = ("fp32", "bf16")
 CANDIDATES = 16
 BIG = ["model.layers=8", "model.width=512", "model.heads=8", "model.grid=16", "model.text_length=32"]
