@@ -36,6 +36,7 @@ from dalle_scale.types import Batch, ImageTokenizer, Needs, UserError
 Row = dict[str, Any]
 
 COLUMNS = {  # what is measured of an export: name -> (title, format)
+    "dtype": ("computed in", "s"),
     "image_size": ("picture side (pixels)", ",d"),
     "codes": ("codes a picture", ",d"),
     "vocab": ("K", ",d"),
@@ -57,6 +58,7 @@ COLUMNS = {  # what is measured of an export: name -> (title, format)
     "samples_lost": ("samples lost", ",d"),
 }
 DEFINITIONS = {
+    "dtype": "precision of the export's weights and activations, as --dtype says; some parts are always fp32",
     "image_size": "each export sees the pictures at its own size; at another size PSNR and SSIM are of other pictures",
     "vocab": "size of the vocabulary of codes",
     "psnr_db": "10 log10(255^2 / MSE); MSE is the mean over all values of all decoded uint8 pictures",

@@ -99,7 +99,7 @@ def test_precision_is_recorded(work, done, monkeypatch):
     monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice("bf16", ""))
     out, options = work / "short", ("--batch", 16, "--dtype", "auto", work / "dvae/export")
     assert run("--data", work / "valid", "--out", out, *options)[0] == 0
-    exact, short = numbers(done)["dvae"], numbers(out)["export" if "export" in numbers(out) else "dvae"]
+    exact, short = numbers(done)["dvae"], numbers(out)["dvae"]
     assert (exact["dtype"], short["dtype"]) == ("fp32", "bf16")
     assert short["psnr_db"] == pytest.approx(exact["psnr_db"], rel=0.01) and short["psnr_db"] != exact["psnr_db"]
 
