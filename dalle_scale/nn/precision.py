@@ -30,9 +30,10 @@ from dalle_scale.nn.pixelsnail_blocks import CausalConv
 
 WIN = 1.5  # auto takes bf16 from so many times the rate of fp32 on
 LAYERS = 4  # timed, those with the most weights; a net has few shapes that differ
-MOST_ROWS, SIDE = 1024, 16  # rows of a matrix product; of convolutions positions of maps of this side
+SIDE = 16  # of the maps of convolutions
+MOST_ROWS = {"cpu": 1024, "cuda": 65536}  # of a matrix product, or positions of maps: few would time a GPU's launches
 MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of a timed call
-LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS
+LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS or MOST_FLOPS
 CALLS = 3  # whose best counts
 TYPES = {"fp32": torch.float32, **branch_scale.SHORT}
 MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
@@ -130,11 +131,11 @@ def _rate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
         for parameter in layer.parameters():
             nn.init.normal_(parameter.requires_grad_(True), std=0.02)
     weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
-    rows, most = 16 if isinstance(layer, MATRICES) else SIDE**2, MOST_FLOPS.get(device.type, 1e9)
+    rows, most = 16 if isinstance(layer, MATRICES) else SIDE**2, MOST_FLOPS[device.type]
     while True:
         seconds = min(_timed(layer, rows, dtype, device) for _ in range(CALLS))
         rate = 6 * rows * weights / seconds
-        if seconds >= LEAST_SECONDS or 2 * rows > MOST_ROWS or 12 * rows * weights > most:
+        if seconds >= LEAST_SECONDS or 2 * rows > MOST_ROWS[device.type] or 12 * rows * weights > most:
             return rate
         rows *= 4 if seconds < LEAST_SECONDS / 4 else 2
 
