@@ -15,7 +15,7 @@ import platform
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def choose(nets: Iterable[nn.Module], device: torch.device) -> Choice:
         return Choice("fp32", "these nets have no matrices to time")
     gain = rates["bf16"] / rates["fp32"]
     others = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items() if name not in ("fp32", "bf16"))
-    told = f"{rates['bf16'] / 1e9:.0f} GFLOP/s, fp32 {rates['fp32'] / 1e9:.0f} ({gain:.1f} x{others and '; '}{others})"
+    told = f"{rates['bf16'] / 1e9:.0f} GFLOP/s, fp32 {rates['fp32'] / 1e9:.0f} ({gain:.2f} x{others and '; '}{others})"
     return Choice("bf16" if gain >= WIN else "fp32", told if gain >= WIN else f"bf16 has {told}")
 
 
@@ -90,9 +90,14 @@ def matrix_rates(nets: Iterable[nn.Module], device: torch.device) -> dict[str, f
     key = f"{where} {flags} torch {torch.__version__} {threads} threads {[_shape(layer) for layer, _ in layers]}"
     kept = _read()
     if not _is_rates(kept.get(key), names):
-        found = {}
+        found: dict[str, float] = {}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+            plain = _probe(torch.float32, device)
             for name in names:
+                slower = _probe(TYPES[name], device) / plain
+                if slower > 2 and "fp32" in found:  # emulated: its layers would take seconds
+                    found[name] = found["fp32"] / slower
+                    continue
                 seconds = sum(share / _rate(layer, TYPES[name], device) for layer, share in layers)
                 found[name] = sum(share for _, share in layers) / seconds
         kept = {**_read(), key: found}
@@ -124,6 +129,12 @@ def _shape(layer: nn.Module) -> str:
     return f"{type(layer).__name__}{sizes}{getattr(layer, 'stride', '')}"
 
 
+def _probe(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a small matrix product."""
+    x = torch.randn(256, 256, device=device).to(dtype)
+    return min(_seconds(lambda: x @ x, device) for _ in range(CALLS))
+
+
 def _rate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of forward and backward, at as many rows as take LEAST_SECONDS."""
     with torch.device(device):
@@ -133,7 +144,9 @@ def _rate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
     weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
     rows, most = 16 if isinstance(layer, MATRICES) else SIDE**2, MOST_FLOPS[device.type]
     while True:
-        seconds = min(_timed(layer, rows, dtype, device) for _ in range(CALLS))
+        seconds = _timed(layer, rows, dtype, device)
+        if seconds < 10 * LEAST_SECONDS:
+            seconds = min(seconds, *(_timed(layer, rows, dtype, device) for _ in range(CALLS - 1)))
         rate = 6 * rows * weights / seconds
         if seconds >= LEAST_SECONDS or 2 * rows > MOST_ROWS[device.type] or 12 * rows * weights > most:
             return rate
@@ -147,12 +160,12 @@ def _timed(layer: nn.Module, rows: int, dtype: torch.dtype, device: torch.device
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_(True)
     layer(x)  # the first call of a shape prepares
-    _wait(device)
-    began = time.perf_counter()
-    out: Tensor = layer(x)
-    torch.autograd.grad(out, [x, *layer.parameters()], out.detach(), allow_unused=True)
-    _wait(device)
-    return time.perf_counter() - began
+
+    def step() -> None:
+        out: Tensor = layer(x)
+        torch.autograd.grad(out, [x, *layer.parameters()], out.detach(), allow_unused=True)
+
+    return _seconds(step, device)
 
 
 def _input(layer: nn.Module, rows: int) -> tuple[int, ...]:
@@ -166,9 +179,14 @@ def _input(layer: nn.Module, rows: int) -> tuple[int, ...]:
     return (rows, weight.shape[1])
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call."""
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
 
 
 def _path() -> Path:

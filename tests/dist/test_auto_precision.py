@@ -30,6 +30,7 @@ def machine(folder: Path, bf16: float) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(precision, "_rate", lambda layer, dtype, device: 100e9 if dtype == torch.float32 else bf16 * 100e9)
+        patch.setattr(precision, "_probe", lambda dtype, device: 1.0)
         precision.matrix_rates([Net(8, 16)], torch.device("cpu"))
     return {**environment(), "XDG_CACHE_HOME": str(folder)}
 
@@ -50,7 +51,7 @@ def test_a_run_keeps_what_auto_became(toy_data: dict[str, str], tmp_path: Path) 
     folders = {name: tmp_path / name for name in ("auto", "bf16", "fp32", "slow_auto")}
     auto, whole = [config, f"run={folders['auto']}"], [config, "engine.dtype=bf16", f"run={folders['bf16']}"]
     told = train([[*auto, "updates=4"], whole], tmp_path, fast)
-    assert told.count("engine.dtype: auto is bf16 here: 300 GFLOP/s, fp32 100 (3.0 x)") == 1
+    assert told.count("engine.dtype: auto is bf16 here: 300 GFLOP/s, fp32 100 (3.00 x)") == 1
     [checkpoint] = resume.committed(folders["auto"])
     assert checkpoint.config["engine"]["dtype"] == "bf16"
     text = (folders["auto"] / "config.yaml").read_text()
@@ -59,7 +60,7 @@ def test_a_run_keeps_what_auto_became(toy_data: dict[str, str], tmp_path: Path) 
     other = [config, f"run={folders['slow_auto']}"], [config, "engine.dtype=fp32", f"run={folders['fp32']}"]
     told = train([[*auto, "updates=8"], *other], tmp_path, slow)
     assert "engine.dtype: auto stays bf16, as the run began; here it would be fp32: bf16 has 120 GFLOP/s" in told
-    assert "engine.dtype: auto is fp32 here: bf16 has 120 GFLOP/s, fp32 100 (1.2 x)" in told
+    assert "engine.dtype: auto is fp32 here: bf16 has 120 GFLOP/s, fp32 100 (1.20 x)" in told
     for one, two in (("auto", "bf16"), ("slow_auto", "fp32")):
         assert metrics(folders[one]) == metrics(folders[two])
         got, want = (load_file(folders[name] / "export" / "model.safetensors") for name in (one, two))

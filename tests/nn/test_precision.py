@@ -33,6 +33,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         return 1e9 if dtype == torch.float32 else 2e9
 
     monkeypatch.setattr(precision, "_rate", rate)
+    monkeypatch.setattr(precision, "_probe", lambda dtype, device: 1.0)
     return found
 
 
@@ -53,6 +54,7 @@ def test_every_net_can_be_timed(path: Path, file: Path) -> None:
 
 def test_each_layer_counts_by_its_weights(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_rate", lambda layer, dtype, device: float(layer.out_features))
+    monkeypatch.setattr(precision, "_probe", lambda dtype, device: 1.0)
     nets = [nn.Sequential(nn.Linear(9, 4), nn.Linear(9, 4)), nn.Linear(19, 8)]
     assert precision.matrix_rates(nets, CPU)["fp32"] == pytest.approx((80 + 160) / (80 / 4 + 160 / 8))
 
@@ -82,6 +84,13 @@ def test_kept_for_the_machine(file: Path, timed: list[torch.dtype], monkeypatch:
     assert len(timed) == 16
 
 
+def test_an_emulated_type_is_not_timed(file: Path, timed: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers would take seconds."""
+    monkeypatch.setattr(precision, "_probe", lambda dtype, device: 1.0 if dtype == torch.float32 else 100.0)
+    assert precision.matrix_rates([nn.Linear(3, 4)], CPU) == pytest.approx({"fp32": 1e9, "bf16": 1e7})
+    assert timed == [torch.float32] and precision.choose([nn.Linear(3, 4)], CPU).dtype == "fp32"
+
+
 @pytest.mark.parametrize(
     "damage", ["", "{", "[1]", '{"KEY": 3}', '{"KEY": {"fp32": 1}}', '{"KEY": {"fp32": 0, "bf16": "x"}}']
 )
@@ -105,9 +114,9 @@ def test_without_a_place_to_keep_it(tmp_path: Path, timed: list[torch.dtype], mo
 @pytest.mark.parametrize(
     ("fp32", "bf16", "chosen", "why"),
     [
-        (100e9, 150e9, "bf16", "150 GFLOP/s, fp32 100 (1.5 x)"),
-        (100e9, 149e9, "fp32", "bf16 has 149 GFLOP/s, fp32 100 (1.5 x)"),
-        (120e9, 0.9e9, "fp32", "bf16 has 1 GFLOP/s, fp32 120 (0.0 x)"),
+        (100e9, 150e9, "bf16", "150 GFLOP/s, fp32 100 (1.50 x)"),
+        (100e9, 149e9, "fp32", "bf16 has 149 GFLOP/s, fp32 100 (1.49 x)"),
+        (120e9, 0.9e9, "fp32", "bf16 has 1 GFLOP/s, fp32 120 (0.01 x)"),
     ],
 )
 def test_choice(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float, chosen: str, why: str) -> None:
