@@ -36,7 +36,7 @@ TREE = {
     "optim": {
         "model": {"lr": 1e-3, "betas": [0.9, 0.96], "weight_decay": 0.045, "clip_norm": 4.0, "schedule": SCHEDULE}
     },
-    "engine": {"zero": 3, "machines": 2},
+    "engine": {"zero": 3, "machines": 2, "dtype": "fp32"},
 }
 
 

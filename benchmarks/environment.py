@@ -14,6 +14,8 @@ from pathlib import Path
 from dalle_scale.steps import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of the vectors and matrices that a processor computes with; the last four are ARM's
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "svebf16")
 PACKAGES = ("torch", "deepspeed", "numpy", "open-clip-torch", "sentencepiece")
 
 
@@ -22,7 +24,8 @@ def describe() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": Programs(ROOT).typed(["python", *sys.argv]),
-        "hardware": f"{os.cpu_count()} x {_processor()}",
+        "hardware": f"{os.cpu_count()} x {processor()[0]}",
+        "processor_flags": processor()[1],
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "commit": commit.stdout.strip(),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -46,8 +49,9 @@ def peer(name: str, *requirements: str) -> Path:
     return python.absolute()
 
 
-def _processor() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def processor() -> tuple[str, list[str]]:
+    """Name of the processor, and those of FLAGS that it has."""
+    from dalle_scale.nn import precision
+
+    name, flags = precision.processor()
+    return name, [flag for flag in FLAGS if flag in flags]

@@ -7,8 +7,9 @@ For each seed all cases see the same batches (captions and 8x8 colours of the to
 a folder for each class) from the same initial weights, and the learning rate ends at 0. Two equal runs that differ in
 the last place of one number drift apart, so a control shows how far: fp32 again, from weights that were rounded to bf16
 once. The rules are those of the program, `engine.adam16.AdamW16` and `engine.scaling.Scaling` on
-`nn.transformer.Transformer`, in one process without DeepSpeed. CPUs have no fast products of 16-bit matrices, so these
-are computed in fp32 and rounded, which is what tensor cores do.
+`nn.transformer.Transformer`, in one process without DeepSpeed. Few CPUs have products of 16-bit matrices, so these are
+computed in fp32 and rounded, which is what tensor cores do. "fp32 masters" is otherwise: DeepSpeed's engine as
+`engine.dtype: bf16` builds it, with AdamW and the processor's own products.
 
 The fp16 runs have two hardships that small models do not have by themselves: the loss is divided by 256, as by
 accumulation over 256 micro-batches, and in every 60th update the gradient of one block overflows (the paper skips 5 %
@@ -24,6 +25,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_tokens import SIZES, photographs, scenes
 from tqdm import tqdm
 
-from dalle_scale.config import OptimConfig
+from dalle_scale.config import DataConfig, EngineConfig, OptimConfig, RunConfig
 from dalle_scale.engine import optim
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.nn.branch_scale import SHORT, branches_of, cast, in_16_bits
@@ -46,6 +48,7 @@ from dalle_scale.nn.transformer import Transformer
 UPDATES, SEEDS, BATCH = 2_000, 4, 8
 PICTURES, HELD_OUT = 8_192, 256
 MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
+ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.96), "weight_decay": 0.045, "clip_norm": 1.0}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -59,6 +62,7 @@ class Case:
     rounding: str = "stochastic"
     one_scale: bool = False
     start_rounded: bool = False
+    engine: bool = False  # DeepSpeed's, with fp32 masters
 
 
 CASES = (
@@ -71,6 +75,7 @@ CASES = (
     Case("fp16, a scale a branch, stochastic", "fp16"),
     Case("fp16, a scale a branch, compensated", "fp16", rounding="compensated"),
     Case("fp16, one scale", "fp16", one_scale=True),
+    Case("bf16, fp32 masters", "bf16", engine=True),
 )
 
 
@@ -132,11 +137,12 @@ def run(job: tuple[Case, int, int, Path | None]) -> dict[str, Any]:
     if case.start_rounded:
         for parameter in in_16_bits(net):
             parameter.data = parameter.data.bfloat16().float()
-    if case.dtype != "fp32":
+    if case.dtype != "fp32" and not case.engine:
         cast(net, case.dtype)
     began = time.perf_counter()
-    curve, skipped = train(net, case, seed, updates, text[HELD_OUT:], codes[HELD_OUT:])
-    with torch.no_grad(), ProductsInFp32():
+    way = train_in_engine if case.engine else train
+    curve, skipped = way(net, case, seed, updates, text[HELD_OUT:], codes[HELD_OUT:])
+    with torch.no_grad(), nullcontext() if case.engine else ProductsInFp32():
         held_out = loss_of(net, text[:HELD_OUT], codes[:HELD_OUT]).item()
     return {
         "held_out_nats": round(held_out, 5),
@@ -152,9 +158,7 @@ def train(
     """Losses in nats a token, and how many updates were skipped."""
     short = case.dtype != "fp32"
     rules: dict[str, Any] = {"states": case.states, "rounding": case.rounding} if short else {}
-    config = OptimConfig(
-        kind="adamw16" if short else "adamw", lr=1e-3, betas=(0.9, 0.96), weight_decay=0.045, clip_norm=1.0, **rules
-    )
+    config = OptimConfig(kind="adamw16" if short else "adamw", **ADAM, **rules)
     optimizer = optim.build(net, config)
     flats = flattened(optimizer) if short else []
     hard = case.dtype == "fp16"
@@ -163,7 +167,7 @@ def train(
     overflow = Overflow(net.blocks[OVERFLOWING_BLOCK]) if hard else None
     order, curve, skipped = torch.Generator().manual_seed(seed), [], 0
     for update in range(updates):
-        optim.set_lr(optimizer, min(1.0, (update + 1) / 100) * (1 + np.cos(np.pi * update / updates)) / 2)
+        optim.set_lr(optimizer, lr_factor(update, updates))
         rows = torch.randint(0, len(text), (BATCH,), generator=order)
         if overflow is not None:
             overflow.now = update % OVERFLOW_EVERY == OVERFLOW_EVERY - 1
@@ -183,6 +187,40 @@ def train(
         skipped += not taken
         net.zero_grad()
     return curve, skipped
+
+
+def train_in_engine(
+    net: Transformer, case: Case, seed: int, updates: int, text: Tensor, codes: Tensor
+) -> tuple[list[float], int]:
+    """The same batches and learning rates through the engine that a run has."""
+    from dalle_scale.engine import build  # imports deepspeed
+
+    build.start()
+    torch.set_num_threads(1)
+    config = RunConfig(
+        stage="dalle",
+        run="",
+        updates=updates,
+        batch_samples=BATCH,
+        data=DataConfig(train=""),
+        optim={"model": OptimConfig(**ADAM)},
+        engine=EngineConfig(dtype=case.dtype),  # type: ignore[arg-type]
+    )
+    engine = build.build(config, {"model": net})["model"].engine
+    order, curve = torch.Generator().manual_seed(seed), []
+    for update in range(updates):
+        optim.set_lr(engine.optimizer, lr_factor(update, updates))
+        rows = torch.randint(0, len(text), (BATCH,), generator=order)
+        loss = loss_of(engine, text[rows], codes[rows])
+        engine.backward(loss)
+        engine.step()
+        curve.append(loss.item())
+    return curve, 0
+
+
+def lr_factor(update: int, updates: int) -> float:
+    """Of the peak, at an update counted from 0: linear over the first 100, then down to 0."""
+    return min(1.0, (update + 1) / 100) * (1 + float(np.cos(np.pi * update / updates))) / 2
 
 
 def flattened(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, list[Tensor]]]:
@@ -278,7 +316,7 @@ def fresh_net(seed: int) -> Transformer:
     return Transformer(**SIZES, width=64, heads=4, kinds=kinds)  # type: ignore[arg-type]
 
 
-def loss_of(net: Transformer, text: Tensor, codes: Tensor) -> Tensor:
+def loss_of(net: Any, text: Tensor, codes: Tensor) -> Tensor:
     """Mean cross entropy of words (1/8) and codes (7/8), nats."""
     parts = zip(net(text, codes), (text, codes), (1 / 8, 7 / 8), strict=True)
     return sum(w * nn.functional.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y, w in parts)  # type: ignore

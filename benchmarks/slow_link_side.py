@@ -35,7 +35,7 @@ TREE = {
     "model": MODEL,
     "data": {"train": "none"},
     "optim": {"model": {"lr": 1e-4, "betas": [0.9, 0.96], "eps": 1e-6, "weight_decay": 0.045, "clip_norm": 4.0}},
-    "engine": {"zero": 1, "machines": 2},
+    "engine": {"zero": 1, "machines": 2, "dtype": "fp32"},
 }
 TOLERANCE = 0.1  # of the rate that the link should have; headers take 5 %
 PROBE_SECONDS, PROBE_BYTES = 1.0, 256 * 2**20  # of the bare connection: at a rate, without one

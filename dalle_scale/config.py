@@ -82,7 +82,8 @@ class EngineConfig(StrictModel):
     """How the work is spread and in which precision."""
 
     zero: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO stage
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # auto: bf16 where the matrices of these nets multiply 1.5 times as fast in it as in fp32, else fp32
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     micro_batch_samples: int | None = Field(default=None, gt=0)  # per rank and backward; None = batch / world size
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     # ZeRO spans the ranks of one of so many machines of equal size; gradients are averaged between machines on top
@@ -181,9 +182,10 @@ def parse(model: type[Model], tree: dict[str, Any], where: str) -> Model:
         raise UserError(f"{where}: {key} = {problem['input']!r}: {problem['msg']}") from None
 
 
-def dump(config: BaseModel, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load` reads back."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+def dump(config: BaseModel, path: str | Path, note: str = "") -> None:
+    """Write the resolved configuration as YAML that `load` reads back, below a note as a comment."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    Path(path).write_text(f"# {note}\n{text}" if note else text, encoding="utf-8")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

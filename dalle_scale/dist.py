@@ -77,7 +77,7 @@ def barrier() -> None:
 
 def join() -> None:
     """Join the ranks of a program that does not train, if there are several. They may wait for the slowest for days."""
-    if world_size() > 1:
+    if world_size() > 1 and not is_joined():
         import torch.distributed
 
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

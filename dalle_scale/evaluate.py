@@ -36,6 +36,7 @@ from dalle_scale.types import Batch, ImageTokenizer, Needs, UserError
 Row = dict[str, Any]
 
 COLUMNS = {  # what is measured of an export: name -> (title, format)
+    "dtype": ("computed in", "s"),
     "image_size": ("picture side (pixels)", ",d"),
     "codes": ("codes a picture", ",d"),
     "vocab": ("K", ",d"),
@@ -57,6 +58,7 @@ COLUMNS = {  # what is measured of an export: name -> (title, format)
     "samples_lost": ("samples lost", ",d"),
 }
 DEFINITIONS = {
+    "dtype": "precision of the export's weights and activations, as --dtype says; some parts are always fp32",
     "image_size": "each export sees the pictures at its own size; at another size PSNR and SSIM are of other pictures",
     "vocab": "size of the vocabulary of codes",
     "psnr_db": "10 log10(255^2 / MSE); MSE is the mean over all values of all decoded uint8 pictures",
@@ -106,20 +108,25 @@ class Example:
 
 
 def open_subjects(
-    folders: Sequence[Path], device: torch.device, priors: Sequence[Path] = (), text_tokenizer: str | None = None
+    folders: Sequence[Path],
+    device: torch.device,
+    priors: Sequence[Path] = (),
+    text_tokenizer: str | None = None,
+    dtype: str = "fp32",
 ) -> list[Subject]:
     """Open exports and the priors of their codes.
 
     Args:
         priors: exports, in any order; each finds its tokenizer among `folders`.
         text_tokenizer: of the priors' captions: file, folder or name; None = the priors' own.
+        dtype: of the exports, as `export.load` takes it; priors are fp32.
 
     Raises:
         UserError: one is named twice, is no export, is not an image tokenizer, or its pictures are too small for SSIM;
             a prior is that of none of them, or of a level beside another that is missing.
     """
     names = short_names(folders)
-    subjects = [_open_subject(name, folder, device) for name, folder in zip(names, folders, strict=True)]
+    subjects = [_open_subject(name, folder, device, dtype) for name, folder in zip(names, folders, strict=True)]
     tokenizers = {subject.name: (subject.export, subject.tokenizer) for subject in subjects if subject.tokenizer}
     found = open_priors(priors, tokenizers, device, text_tokenizer)
     return [replace(subject, prior=found.get(subject.name)) for subject in subjects]
@@ -142,8 +149,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return next(names for names in tries if len(set(names)) == len(names))
 
 
-def _open_subject(name: str, folder: Path, device: torch.device) -> Subject:
-    opened = export.load(folder, device)
+def _open_subject(name: str, folder: Path, device: torch.device, dtype: str) -> Subject:
+    opened = export.load(folder, device, dtype)
     make = getattr(opened.stage, "tokenizer", None)
     if make is None:
         if not hasattr(opened.stage, "evaluate") or "image" not in opened.stage.needs.keys:
@@ -335,7 +342,12 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
     own: dict[str, float] = evaluate(subject.export.nets, batches) if evaluate else {}
     for _ in batches:  # what the stage did not ask for
         pass
-    about = {"name": subject.name, "export": str(subject.export.folder), "stage": subject.export.name}
+    about = {
+        "name": subject.name,
+        "export": str(subject.export.folder),
+        "stage": subject.export.name,
+        "dtype": subject.export.dtype,
+    }
     row = {**about, **tally.numbers(subject.image_size)}
     for name, value in own.items():
         if name == "elbo_bits_per_dim" and _codes_bytes(subject):

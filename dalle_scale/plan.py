@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import nn
 
 from dalle_scale.config import RunConfig
-from dalle_scale.engine import ds_config, memory, optim, powersgd
+from dalle_scale.engine import ds_config, memory, optim, powersgd, precision
 from dalle_scale.plan_activations import activations, open_stage
 from dalle_scale.types import Nets, StrictModel, UserError
 
@@ -223,6 +223,7 @@ def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     Raises:
         UserError: a config that these ranks or the engine cannot run, or a stage that needs its tokenizer in the step.
     """
+    was_open, config = config.engine.dtype == "auto", precision.assumed(config)
     ds_config.check(config, cluster.world_size, None)
     stage = open_stage(config)
     with torch.device("meta"):
@@ -237,6 +238,7 @@ def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     fits = rows[config.engine.zero]["fits"]
     return {
         "config": config.model_dump(mode="json"),
+        "assumes_bf16": was_open,
         "cluster": {**cluster.model_dump(), "ranks": cluster.world_size, "usable_share": USABLE_SHARE},
         "parameters": {name: _parameters(net) for name, net in nets.items()},
         "micro_batch_samples": config.micro_batch_samples(cluster.world_size),

@@ -108,6 +108,8 @@ def notes(numbers: dict[str, Any]) -> list[str]:
         f"assumed: {cluster['utilisation']:.0%} of {cluster['flops']:.3g} operations a second reached, "
         f"{cluster['usable_share']:.0%} of {cluster['memory_gib']:g} GiB usable"
     )
+    if numbers["assumes_bf16"]:
+        lines.append("assumed: engine.dtype: auto becomes bf16, as GPUs multiply faster in it than in fp32")
     return [*lines, _verdict(numbers)]
 
 

@@ -18,14 +18,14 @@ from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
-from dalle_scale.nn import branch_scale, diffusion_samplers
+from dalle_scale.nn import branch_scale, diffusion_samplers, precision
 from dalle_scale.nn.diffusion import Variance
 from dalle_scale.nn.transformer import Transformer
 from dalle_scale.stages import dalle, ddpm, vqvae2_prior
 from dalle_scale.types import ImageTokenizer, PictureSource, UserError
 
 FIXED_BATCH_SAMPLES = 256  # drawn at a time by stages whose memory nobody counts
-DTYPES = ("fp32", *branch_scale.SHORT)
+DTYPES = ("fp32", *branch_scale.SHORT, "auto")
 DIFFUSION_OPTIONS = ("method", "steps", "spacing", "eta", "variance", "clip")
 
 
@@ -104,8 +104,9 @@ class Sampler:
         """
         Args:
             text_tokenizer: file, folder or name; None = the export's own.
-            dtype: of a transformer's matrices, fp32, bf16 or fp16; the rest and all other models are fp32. None = bf16
-                on a GPU, where products and caches take half of the time and memory, else fp32.
+            dtype: of a transformer's matrices, fp32, bf16, fp16 or auto (see nn/precision.py); the rest and all other
+                models are fp32. None = bf16 on a GPU, where products and caches take half of the time and memory, else
+                fp32.
 
         Raises:
             UserError: these exports do not draw pictures (together), a tokenizer is missing or does not fit, or dtype
@@ -133,11 +134,11 @@ class Sampler:
     def _cast(self, dtype: str | None) -> str:
         takes_short = isinstance(self.stage, dalle.Stage)
         dtype = dtype or ("bf16" if takes_short and self.device.type == "cuda" else "fp32")
+        if dtype == "auto" and not takes_short:
+            return "fp32"
         if dtype != "fp32" and not takes_short:
             raise UserError(f"dtype: {dtype}, but only models of the stage 'dalle' take 16 bits; leave it out")
-        if dtype != "fp32":
-            branch_scale.cast(self.models[0].nets["model"], dtype)
-        return dtype
+        return precision.cast(self.models[0].nets, self.device, dtype)
 
     def _open_text(self, name: str | Path | None) -> None:
         for model in self.models:

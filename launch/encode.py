@@ -20,6 +20,7 @@ from dalle_scale import dist, log
 from dalle_scale.checkpoint import export
 from dalle_scale.data import codes, manifest, shards
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.nn import precision
 from dalle_scale.types import UserError
 
 
@@ -27,7 +28,10 @@ def main() -> None:
     """Check, encode this rank's shards, then let rank 0 write the manifest."""
     args = parse_args()
     source = Manifest.open(args.shards)
-    tokenizer = export.open_tokenizer(args.tokenizer, dist.device())
+    there = begun(args.out)
+    dtype = there.get("dtype", "fp32") if args.dtype == "auto" and there else args.dtype  # work goes on as it began
+    opened = export.load(args.tokenizer, dist.device(), dtype)
+    tokenizer = export.tokenizer_of(opened)
     if not source.holds_images:
         raise UserError(f"{args.shards}: no images in this data set; it holds: {', '.join(source.members)}")
     if tokenizer.vocab > codes.MAX_VOCAB:
@@ -39,6 +43,7 @@ def main() -> None:
         "image_size": tokenizer.image_size,
         "source": source.digest,
         "tokenizer": digest_of(args.tokenizer),
+        **({"dtype": opened.dtype} if opened.dtype != "fp32" else {}),
     }
     if is_done(args.out, info):
         plan_path(args.out).unlink(missing_ok=True)  # a run that was stopped between its last two lines
@@ -77,6 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, required=True, help="folder of a data set with images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set of codes")
     parser.add_argument("--batch", type=int, default=256, help="pictures at once")
+    parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the tokenizer")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -86,17 +92,18 @@ def plan_path(out: Path) -> Path:
     return out / "unfinished.json"
 
 
+def begun(out: Path) -> Any:
+    """What `out` holds or began to hold codes of; None if nothing."""
+    if (out / manifest.NAME).exists():
+        return Manifest.open(out).info
+    return json.loads(plan_path(out).read_text(encoding="utf-8")) if plan_path(out).exists() else None
+
+
 def is_done(out: Path, info: dict[str, Any]) -> bool:
     """Whether `out` holds the finished result. Raises UserError if it holds anything else than this work."""
-    finished = (out / manifest.NAME).exists()
-    there = info
-    if finished:
-        there = Manifest.open(out).info
-    elif plan_path(out).exists():
-        there = json.loads(plan_path(out).read_text(encoding="utf-8"))
-    if there != info:
+    if begun(out) not in (None, info):
         raise UserError(f"{out}: holds codes of other images or another tokenizer; delete it or choose another --out")
-    return finished
+    return (out / manifest.NAME).exists()
 
 
 def digest_of(folder: Path) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dalle_scale import dist, evaluate, evaluate_page, log
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.nn import precision
 from dalle_scale.types import UserError
 
 SHOWN = 16  # pictures on the page
@@ -30,7 +31,7 @@ def main() -> None:
     args = parse_args()
     check(args)
     ledger, device = args.out / "ledger.jsonl", dist.device()
-    subjects = evaluate.open_subjects(args.exports, device, args.prior, args.text_tokenizer)
+    subjects = evaluate.open_subjects(args.exports, device, args.prior, args.text_tokenizer, args.dtype)
     data = [
         evaluate.open_pictures(args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior)
         for subject in subjects
@@ -79,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text-tokenizer", help="of the priors' captions: file, folder or name (default: their own)")
     parser.add_argument("--samples", type=int, help="evaluate at most so many pictures (default: all)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at once on each rank")
+    parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the exports, not of their priors")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 

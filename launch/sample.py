@@ -100,7 +100,11 @@ def parse_args() -> argparse.Namespace:
     add("--clip", action=argparse.BooleanOptionalAction, help="predicted pictures to [-1, 1]; default: ancestral only")
     add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
     add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
-    add("--dtype", choices=DTYPES, help="of a transformer's matrices; default: bf16 on a GPU, else fp32")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of a transformer's matrices; default: bf16 on a GPU, else fp32; auto: what is faster",
+    )
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
     add("--rerank", metavar="CLIP", help="score and rank as launch/rerank.py --clip, into <out>/reranked")

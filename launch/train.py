@@ -21,7 +21,7 @@ from dalle_scale import dist, log, ranklog, stages
 from dalle_scale.checkpoint import export, resume
 from dalle_scale.config import DataSource, RunConfig
 from dalle_scale.data.pipeline import Stream, open_stream
-from dalle_scale.engine import ds_config, memory
+from dalle_scale.engine import ds_config, memory, precision
 from dalle_scale.types import Batch, Stage
 
 
@@ -35,6 +35,7 @@ def main() -> None:
         shapes = stage.nets()
     ds_config.check_nets(config, shapes)
     if args.dry_run:
+        config, _ = precision.resolve(config, shapes)
         log.say(memory.report(config, shapes, stage.flops_per_sample(), dist.world_size()))
         return
     train = open_data(config, stage, config.data.train, train=True)
@@ -45,14 +46,15 @@ def main() -> None:
         resume.check(checkpoint, config, dist.world_size())
         train.check(checkpoint.stream)
     ranklog.start(folder)
-    if dist.is_main():
-        configs.dump(config, folder / "config.yaml")
 
     from dalle_scale.engine import build  # imports deepspeed
     from dalle_scale.train import Trainer
 
     build.start()
     ranklog.watch()
+    config, note = precision.resolve(config, shapes, checkpoint.config["engine"]["dtype"] if checkpoint else None)
+    if dist.is_main():
+        configs.dump(config, folder / "config.yaml", note)
     dist.seed_everything(config.seed, step=-1)
     nets = stage.nets()
     if checkpoint is None and dist.is_main():

@@ -183,6 +183,7 @@ def toy_run(data: dict[str, str], run: Path, **changes: Any) -> dict[str, Any]:
         "batch_samples": 8,
         "data": data,
         "optim": {"model": {"lr": 0.003, "weight_decay": 0.1, "clip_norm": 0.5, "ema_decay": 0.8}},
+        "engine": {"dtype": "fp32"},  # not what this machine is fastest with
         "log": {"every": 1},
     }
     return {**tree, **changes}

@@ -73,7 +73,7 @@ def main() -> int:
         return 0
     before = code()
     outcome = run(ROWS[args.row], args.workers, args.seed, args.part == "numerics")
-    print(json.dumps({key: value for key, value in outcome.items() if key != "flags"}, indent=1))
+    print(json.dumps(outcome, indent=1))
     if args.part != "all" or before is None or code() != before:
         print("not stored: " + ("a part of the row" if args.part != "all" else "files differ from the commit"))
         return int(outcome["exit_code"])
@@ -100,7 +100,7 @@ def run(row: Row, workers: int, seed: int, numerics: bool) -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-m", *line, f"--junitxml={report}"], cwd=ROOT, env=environment)
         found = counts(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
     took = {"exit_code": done.returncode, "seconds": round(time.monotonic() - began)}
-    return {**describe(), **processor(), "command": command, **found, **took}
+    return {**describe(), "processor": processor(), "command": command, **found, **took}
 
 
 def counts(report: Path) -> dict[str, Any]:
@@ -115,14 +115,13 @@ def counts(report: Path) -> dict[str, Any]:
     return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": sorted(failures)}
 
 
-def processor() -> dict[str, str]:
-    """Name with family, model and stepping, and instruction sets, as the kernel tells them."""
+def processor() -> str:
+    """Name with family, model and stepping, as the kernel tells them."""
     info = Path("/proc/cpuinfo")
     pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
     told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
     keys = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")  # the last two are ARM's
-    name = " ".join(told[key] for key in keys if key in told) or platform.processor()
-    return {"processor": name, "flags": told.get("flags") or told.get("Features", "")}
+    return " ".join(told[key] for key in keys if key in told) or platform.processor()
 
 
 def code() -> str | None:
@@ -141,7 +140,7 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def table() -> None:
     """Print each row's outcome on this processor and on others that have some, and what is missing on this one."""
-    now, here, outcomes = code(), processor()["processor"], stored()
+    now, here, outcomes = code(), processor(), stored()
     missing = []
     for place in dict.fromkeys([here, *outcomes]):
         print(f"{place}{' (this one)' if place == here else ''}")

@@ -30,6 +30,7 @@ from dalle_scale.data.manifest import Manifest, manifest_table
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.shards import ShardWriter
 from dalle_scale.data.transforms import square
+from dalle_scale.nn import precision
 from dalle_scale.nn.ssim import ssim
 from dalle_scale.types import UserError
 
@@ -91,6 +92,15 @@ def test_numbers_are_those_of_a_plain_computation(work, done, name, size):
     assert (row["codes"], row["vocab"], row["bits"], row["image_size"]) == (per_picture, 64, per_picture * 6, size)
     assert (row["samples"], row["samples_lost"], row["stage"]) == (44, 1, "dvae")
     assert "dvae_psnr_db" not in row, "measured by the table itself"
+
+
+def test_precision_is_recorded(work, done, monkeypatch):
+    monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice("bf16", ""))
+    out, options = work / "short", ("--batch", 16, "--dtype", "auto", work / "dvae/export")
+    assert run("--data", work / "valid", "--out", out, *options)[0] == 0
+    exact, short = numbers(done)["dvae"], numbers(out)["dvae"]
+    assert (exact["dtype"], short["dtype"]) == ("fp32", "bf16")
+    assert short["psnr_db"] == pytest.approx(exact["psnr_db"], rel=0.01) and short["psnr_db"] != exact["psnr_db"]
 
 
 def test_damaged_sample_is_in_the_ledger_once(done):

@@ -19,7 +19,7 @@ from dalle_scale import sample_memory, stages
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.digest import digest
 from dalle_scale.fidelity_result import MADE_BY
-from dalle_scale.nn import branch_scale, diffusion_samplers
+from dalle_scale.nn import branch_scale, diffusion_samplers, precision
 from dalle_scale.sample import Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
@@ -102,8 +102,17 @@ def test_16_bits_draw_nearly_the_same(folder, dtype):
     assert len(next(short.draw(PROMPTS, 2, 0)).images) == 6
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_auto_is_recorded(folder, monkeypatch, dtype):
+    monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice(dtype, ""))
+    auto = Sampler([folder], dtype="auto")
+    assert auto.record(Options())["dtype"] == dtype
+    assert auto.models[0].nets["model"].blocks[0].expand.weight.dtype == precision.TYPES[dtype]
+
+
 def test_16_bits_are_for_transformers(tmp_path):
     vae = export_stage(tmp_path / "vae", "vae", {}, image_size=16, n_hid=8, multipliers=(1, 1))
+    assert Sampler([vae], dtype="auto").dtype == "fp32"
     with pytest.raises(UserError, match="dtype: bf16, but only"):
         Sampler([vae], dtype="bf16")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dalle_scale import stages
 from dalle_scale.checkpoint.atomic import replacing
 from dalle_scale.config import parse
+from dalle_scale.nn import precision
 from dalle_scale.types import ImageTokenizer, Nets, Stage, StrictModel, UserError
 
 FORMAT = "dalle_scale export 1"
@@ -42,6 +43,7 @@ class Export:
     nets: Nets
     parts: dict[str, Path]
     trained: dict[str, Any]  # as `save` got it; {} where nothing is known
+    dtype: str = "fp32"  # of the nets
 
     def part(self, name: str) -> Path | None:
         """Where the part `name` lies, None if the export has no such part."""
@@ -92,8 +94,11 @@ def save(
         (temporary / "config.yaml").write_text(yaml.safe_dump(header, sort_keys=False), encoding="utf-8")
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Export:
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: str = "fp32") -> Export:
     """Open an export: the stage, its nets with the saved weights, the paths of its parts.
+
+    Args:
+        dtype: fp32, bf16, or "auto": what `nn.precision.cast` makes of the nets. Of parts fp32 all the same.
 
     Raises:
         UserError: the folder is no export, or its weights do not fit the architecture that its config describes.
@@ -112,7 +117,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Export:
     for name, net in nets.items():
         _load_weights(net, folder / f"{name}.safetensors")
         net.to(device).eval().requires_grad_(False)
-    return Export(folder, header["stage"], config, stage, nets, parts, header.get("trained", {}))
+    dtype = precision.cast(nets, torch.device(device), dtype)
+    return Export(folder, header["stage"], config, stage, nets, parts, header.get("trained", {}), dtype)
 
 
 def open_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
@@ -121,10 +127,16 @@ def open_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Im
     Raises:
         UserError: no export, or its stage is not an image tokenizer.
     """
-    export = load(folder, device)
+    return tokenizer_of(load(folder, device))
+
+
+def tokenizer_of(export: Export) -> ImageTokenizer:
+    """The image tokenizer in an opened export. Raises UserError if its stage is none."""
     make = getattr(export.stage, "tokenizer", None)
     if make is None:
-        raise UserError(f"{folder}: stage '{export.name}' is not an image tokenizer; give the export of one (dvae)")
+        raise UserError(
+            f"{export.folder}: stage '{export.name}' is not an image tokenizer; give the export of one (dvae)"
+        )
     tokenizer: ImageTokenizer = make(export.nets)
     return tokenizer
 

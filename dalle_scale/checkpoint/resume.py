@@ -172,6 +172,8 @@ def check(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
             ranks in a machine or ZeRO stage.
     """
     for key, saved, wanted in _differences(checkpoint.config, config.model_dump(mode="json")):
+        if (key, wanted) == ("engine.dtype", "auto"):
+            continue  # it stays what it was
         if not any(key == free or key.startswith(free + ".") for free in FREE):
             raise UserError(
                 f"{checkpoint.folder}: saved with {key}={_shown(saved)}, this run has {_shown(wanted)}; "

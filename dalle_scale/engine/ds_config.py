@@ -25,6 +25,7 @@ def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
     scaling.py).
     """
     engine, optim = config.engine, config.optim[net]
+    assert engine.dtype != "auto", "precision.resolve comes first"
     mixed = optim.kind == "adamw16"
     needs_norm = not mixed and (optim.clip_norm > 0 or engine.dtype != "fp32")
     # At ZeRO 3 gradients pass through this type on their way to where they are kept
@@ -77,7 +78,7 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
     engine = config.engine
     global_scale = engine.dtype == "fp16" and any(optim.kind != "adamw16" for optim in config.optim.values())
     if global_scale and device is not None and device.type == "cpu":
-        raise UserError("engine.dtype: fp16 needs a GPU; on a CPU take fp32")
+        raise UserError("engine.dtype: fp16 needs a GPU; on a CPU take auto, fp32 or bf16")
     if engine.dtype == "fp16" and engine.zero == 0:
         # DeepSpeed 0.19 unscales the gradients at ZeRO 0 without having scaled the loss
         raise UserError("engine.dtype: fp16 needs engine.zero=1, 2 or 3 (also with a single process)")
@@ -90,7 +91,9 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
         raise UserError("engine.compression_rank: goes with engine.dtype=fp16 only where optim kind is adamw16")
     for net, optim in config.optim.items():
         if optim.kind == "adamw16" and (engine.dtype == "fp32" or engine.zero == 0):
-            raise UserError(f"optim.{net}.kind: adamw16 is for engine.dtype=bf16 or fp16 and engine.zero=1, 2 or 3")
+            raise UserError(
+                f"optim.{net}.kind: adamw16 is for engine.dtype=auto, bf16 or fp16 and engine.zero=1, 2 or 3"
+            )
         if optim.kind == "muon" and engine.zero > 0:
             raise UserError(
                 f"optim.{net}.kind: muon needs whole matrices, ZeRO {engine.zero} cuts them; "

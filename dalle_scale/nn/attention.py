@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dalle_scale.nn import flex_attention
 from dalle_scale.nn.attention_cache import Cache
 from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.nn.half_on_cpu import attend_all
 from dalle_scale.nn.sparse_attention import attend_blocks
 
 
@@ -31,7 +32,7 @@ def _bias(kind: Kind, layout: Layout, dtype: torch.dtype, device: torch.device) 
 def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout) -> Tensor:
     """Attention of whole sequences: query, key, value [B, H, L, width of a head] -> the same shape."""
     if kind == "full":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return attend_all(query, key, value, is_causal=True)
     if query.device.type == "cpu":
         return attend_blocks(query, key, value, kind, layout)
     if query.device.type == "cuda" and flex_attention.works(query, key, value, kind, layout):

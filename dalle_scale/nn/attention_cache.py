@@ -7,10 +7,10 @@ looks back (near_states.py).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_scale.nn.attention_mask import Kind, Layout
+from dalle_scale.nn.half_on_cpu import attend_all
 from dalle_scale.nn.near_states import near_states
 
 
@@ -42,7 +42,7 @@ class Cache:
         self._prefix_keys = key.transpose(-1, -2).contiguous().view(captions * heads, width, prefix)
         self._prefix_values = value.contiguous().view(captions * heads, prefix, width)
         self.near.begin(len(self.owners) * heads, key)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return attend_all(query, key, value, is_causal=True)
 
     def step(self, states: Tensor, index: int | Tensor) -> Tensor:
         """Attention of image state `index` of each sample: query, key and value, [N, 3, H, D], the query already

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale.nn.blocks import initialised
+from dalle_scale.nn.half_on_cpu import GroupNorm
 from dalle_scale.types import StrictModel
 
 GanLoss = Literal["hinge", "non_saturating"]
@@ -56,7 +57,7 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [_conv(3, widths[0], stride=2), nn.LeakyReLU(0.2)]
         for level in range(1, config.layers + 1):
             layers.append(_conv(widths[level - 1], widths[level], stride=2 if level < config.layers else 1))
-            layers += [nn.GroupNorm(config.norm_groups, widths[level])] if config.norm == "group" else []
+            layers += [GroupNorm(config.norm_groups, widths[level])] if config.norm == "group" else []
             layers.append(nn.LeakyReLU(0.2))
         self.trunk = nn.Sequential(*layers)
         self.head = _conv(widths[-1], 1, stride=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale.nn.blocks import conv, run
+from dalle_scale.nn.half_on_cpu import GroupNorm, attend_all
 
 
 class Residual(nn.Module):
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)  # [B, h w, C] each
-        seen = F.scaled_dot_product_attention(query, key, value)  # the softmax is fp32 inside
+        seen = attend_all(query, key, value)  # the softmax is fp32 inside
         total: Tensor = x + self.output(seen.mT.reshape(x.shape))
         return total
 
@@ -112,7 +113,7 @@ class GanDecoder(nn.Module):
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
     """GroupNorm with the paper's eps."""
-    return nn.GroupNorm(groups, width, eps=1e-6)
+    return GroupNorm(groups, width, eps=1e-6)
 
 
 def _level(n_in: int, width: int, blocks: int, groups: int, attends: bool) -> list[nn.Module]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_scale.nn.blocks import initialised
+from dalle_scale.nn.half_on_cpu import attend_all
 from dalle_scale.nn.noise import uniform_noise
 
 _BLOCKS_MAX = 1 << 16  # of one net: the noise of update u and block b is number u * _BLOCKS_MAX + b
@@ -194,7 +195,7 @@ class CausalAttention(nn.Module):
 
         query, key, value = split(self.query(state)), split(self.key(content)), split(self.value(content))
         key, value = (F.pad(rows[:, :, :-1], (0, 0, 1, 0)) for rows in (key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = attend_all(query, key, value, is_causal=True)
         out: Tensor = self.merge(x, mixed.transpose(1, 2).reshape(x.shape))
         return out
 

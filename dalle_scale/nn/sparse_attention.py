@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dalle_scale.nn.attention_mask import Kind, Layout, conv_offsets, visible
+from dalle_scale.nn.half_on_cpu import widened
 
 CONV_BLOCK = 16  # queries; more meet more keys that they do not see, fewer are slow
 GROUP_BYTES = 1 << 23  # of keys copied at a time; glibc uses blocks below 32 MiB again, but maps larger ones anew
@@ -92,12 +93,13 @@ class Group:
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout) -> Tensor:
     """Attention of whole sequences on a CPU: query, key, value [B, H, L, width of a head] -> the same shape.
 
-    Nothing is copied if they are contiguous as [B, L, H, width of a head], as projections leave them; so is the result.
+    Nothing is copied if they are contiguous as [B, L, H, width of a head], as projections leave them, and not of 16
+    bits; so is the result.
     """
-    cut = blocks(kind, layout, query.dtype, query.device)
-    inside = (states.transpose(1, 2) for states in (query, key, value))
-    out: Tensor = _Attention.apply(*inside, cut, layout.prefix)
-    return out.transpose(1, 2)
+    states = widened(query, key, value)
+    cut = blocks(kind, layout, states[0].dtype, query.device)
+    out: Tensor = _Attention.apply(*(state.transpose(1, 2) for state in states), cut, layout.prefix)
+    return out.transpose(1, 2).to(query.dtype)
 
 
 @lru_cache(maxsize=32)

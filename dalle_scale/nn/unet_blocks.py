@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from dalle_scale.nn.half_on_cpu import GroupNorm, attend_all, widened
 from dalle_scale.nn.noise import uniform_noise
 from dalle_scale.nn.winograd import conv3x3
 
@@ -103,7 +104,9 @@ class _NormSwish(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, dropout: Dropout | None, block: int
     ) -> Tensor:
         count, width, height, columns = x.shape
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, count, width, height * columns, groups, EPS)
+        sizes = (count, width, height * columns, groups)
+        y, mean, rstd = torch.native_group_norm(*widened(x, weight, bias), *sizes, EPS)
+        y = y.to(x.dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.dropout, ctx.block = groups, dropout, block
         y = F.silu(y, inplace=True)
@@ -123,7 +126,9 @@ class _NormSwish(torch.autograd.Function):
         y = torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, scale.to(x.dtype)[:, :, None, None])
         grad = torch.ops.aten.silu_backward(grad, y)
         sizes, wanted = (count, width, height * columns, ctx.groups), list(ctx.needs_input_grad[:3])
-        found = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, wanted)
+        wide = widened(grad, x, mean, rstd, weight)
+        found = torch.ops.aten.native_group_norm_backward(*wide, *sizes, wanted)
+        found = [part if part is None else part.to(x.dtype) for part in found]
         return (*found, None, None, None)
 
 
@@ -197,7 +202,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=EPS)
+        self.norm = GroupNorm(groups, width, eps=EPS)
         self.query_key_value = linear(width, width, width, width)
         self.output = linear(width, width, zero=True)
         self.activation_checkpointing = False  # set from outside: recompute the branch in the backward pass
@@ -213,7 +218,7 @@ class Attention(nn.Module):
     def _branch(self, x: Tensor) -> Tensor:
         rows = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C]
         query, key, value = self.query_key_value(rows)[:, None].chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        mixed = attend_all(query, key, value)[:, 0]
         out: Tensor = self.output(mixed)
         return out.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dalle_scale import dist, types
+from dalle_scale.nn.half_on_cpu import attention_kernel
 from dalle_scale.nn.torchvision_ops import import_open_clip
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
@@ -127,7 +128,9 @@ class Stage(types.Stage):
     def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """`contrastive_loss` or, where there is a bias, `sigmoid_loss`, in nats. On rank r of W it covers r's rows of
         the global logits; its mean over the ranks is the loss of the joint batch, and so is its gradient."""
-        images, texts, scale, *bias = nets["model"](self._pixels(nets, batch["image"]), batch["text"])
+        pixels = self._pixels(nets, batch["image"])
+        with attention_kernel(pixels):
+            images, texts, scale, *bias = nets["model"](pixels, batch["text"])
         scale = _CappedScale.apply(scale.float().squeeze(), self.config.logit_scale_max)  # type: ignore[no-untyped-call]
         features = images.float(), texts.float()
         if bias:

@@ -41,6 +41,7 @@ def make(run: Path, **changes: Any) -> RunConfig:
         "model": {"vocab": 64, "multipliers": [1, 2]},
         "data": {"train": "x"},
         "optim": {"model": {"lr": 0.1, "schedule": {"kind": "plateau"}}},
+        "engine": {"dtype": "fp32"},
     }
     for key, value in changes.items():
         node = tree

@@ -21,6 +21,7 @@ from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
+from dalle_scale.nn import precision
 
 PROGRAM = ROOT / "launch" / "encode.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(work: Path, out: str, tokenizer: str = "dvae") -> tuple[int, str]:
+def run(work: Path, out: str, tokenizer: str = "dvae", *more: str) -> tuple[int, str]:
     """The program in this process: exit code, everything it printed."""
     options = [f"--tokenizer={work / tokenizer}", f"--shards={work / 'images'}", f"--out={work / out}", "--batch=8"]
     printed = io.StringIO()
@@ -61,7 +62,7 @@ def run(work: Path, out: str, tokenizer: str = "dvae") -> tuple[int, str]:
         redirect_stderr(printed),
         pytest.raises(SystemExit) as end,
     ):
-        patch.setattr(sys, "argv", [str(PROGRAM), *options])
+        patch.setattr(sys, "argv", [str(PROGRAM), *options, *more])
         runpy.run_path(str(PROGRAM), run_name="__main__")
     return int(end.value.code or 0), printed.getvalue()
 
@@ -94,6 +95,22 @@ def test_codes_are_the_tokenizers_and_captions_stay(work, done):
         assert code_reader.read(row, "txt") == image_reader.read(sample, "txt")
     rows = [json.loads(line) for line in (done / "ledger.jsonl").read_text().splitlines()]
     assert [(row["key"], row["reason"]) for row in rows] == [("00025", "checksum of 'png' is wrong")]
+
+
+def test_precision_is_recorded(work, done, monkeypatch):
+    """What auto became; the same command goes on in it, where the machine would choose otherwise too."""
+    assert "dtype" not in Manifest.open(done).info
+    chosen = iter(("bf16", "fp32"))
+    monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice(next(chosen), ""))
+    assert run(work, "auto", "dvae", "--dtype=auto")[0] == 0
+    assert Manifest.open(work / "auto").info == {**Manifest.open(done).info, "dtype": "bf16"}
+    exact, short = (Reader(Manifest.open(folder)) for folder in (done, work / "auto"))
+    pairs = [[np.frombuffer(reader.read(row, "codes"), "<u2") for row in range(44)] for reader in (exact, short)]
+    assert (np.stack(pairs[0]) == np.stack(pairs[1])).mean() > 0.8, "logits of random weights are close together"
+    assert "complete already" in run(work, "auto", "dvae", "--dtype=auto")[1]
+    assert run(work, "auto", "dvae", "--dtype=fp32")[0] == 2
+    assert run(work, "auto_32", "dvae", "--dtype=auto")[0] == 0
+    assert content(work / "auto_32") == content(done)
 
 
 def test_two_ranks_write_the_same_files(work, done, launch: Launch):

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 30), ("valid", 13)):
         write_images(folder / "shards" / split, count, size=32, seed=count)
     text = (ROOT / "configs" / "tiny" / "vae.yaml").read_text().replace("runs/tiny/", f"{folder}/")
-    tree = yaml.safe_load(text) | {"updates": UPDATES, "engine": {"zero": 2}}
+    tree = yaml.safe_load(text) | {"updates": UPDATES, "engine": {"zero": 2, "dtype": "fp32"}}
     tree["log"] = {"every": 1, "valid_every": UPDATES, "valid_samples": 13, "save_every": SAVE_EVERY}
     write_config(folder / "vae.yaml", tree)
     return folder

@@ -98,6 +98,7 @@ def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
                 if processes == 2 or (stage, zero) in RESHARDED:
                     todo.append([*arguments, f"run={folder / name}_resumed", "--resume", third])
         tokenizer = folder / "dvae_zero0_2" / "export"
+        todo += [[config, "engine.dtype=bf16", f"run={folder}/{stage}_bf16_{processes}"] for stage, config in tiny.items()]
         in_step = [tiny["dalle"], f"tokenizer={tokenizer}", "model.encode_in_step=true", "engine.zero=3"]
         data = {split: f"data.{split}={tiny['dvae'].parent}/shards/{split}" for split in ("train", "valid")}
         todo.append([*in_step, *data.values(), f"run={folder}/in_step_{processes}"])
@@ -132,6 +133,15 @@ def test_same_export_everywhere(runs: Path, stage: str) -> None:
             assert opened.trained["update"] == UPDATES and opened.trained["weights"]["model"] == "ema 0.8"
             for name, tensor in opened.nets["model"].state_dict().items():
                 torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", COMPARED)
+def test_bf16_trains_anywhere(runs: Path, stage: str, processes: int) -> None:
+    """Near fp32 on processors without products of bf16 too; weights are rounded to 8 bits, some losses are sums."""
+    for line, reference in zip(metrics(runs / f"{stage}_bf16_{processes}"), metrics(runs / f"{stage}_zero0_1"), strict=True):
+        for name in (name for name in reference if name.endswith("/loss")):
+            assert line[name] == pytest.approx(reference[name], rel=0.1, abs=0.05), (name, line["update"])
 
 
 @pytest.mark.parametrize("zero", ZEROS)

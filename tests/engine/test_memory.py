@@ -16,7 +16,7 @@ from dalle_scale.nn.transformer import Transformer
 def make(kind: str = "adamw", ema_decay: float = 0.9, **engine: Any) -> RunConfig:
     section = {"lr": 0.1, "kind": kind, "ema_decay": ema_decay}
     tree = {"stage": "toy", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
-    return parse(RunConfig, {**tree, "engine": engine, "optim": {"model": section}}, "test")
+    return parse(RunConfig, {**tree, "engine": {"dtype": "fp32", **engine}, "optim": {"model": section}}, "test")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
