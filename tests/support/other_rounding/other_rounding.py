@@ -25,12 +25,10 @@ from torch import Tensor
 # Sums of products or of values: what rounding may change is a share of the same sum over absolute values.
 SUMS = """mm addmm bmm baddbmm addmv dot vdot convolution convolution_backward _slow_conv2d_forward
     sum.dim_IntList sum mean mean.dim cumsum avg_pool2d avg_pool2d_backward upsample_bilinear2d upsample_bicubic2d"""
-# Else a share of the result: functions of one value, and what holds sums inside.
-RELATIVE = """exp log log1p log2 tanh sigmoid sin cos erf erfinv gelu gelu_backward silu silu_backward softplus
-    softplus_backward log_sigmoid_forward sqrt rsqrt pow.Tensor_Scalar expm1 logsumexp linalg_vector_norm
+# Else a share of the result. Functions of one value alone are left out: they are one kernel for all places.
+RELATIVE = """logsumexp linalg_vector_norm var.correction std.correction nll_loss_forward
     _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data native_layer_norm native_layer_norm_backward
     native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward
-    var.correction std.correction addcmul addcdiv lerp.Scalar lerp.Tensor prod nll_loss_forward
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"""
 PROCESSOR = os.environ.get("OTHER_ROUNDING", "1")
 SHORT = (torch.bfloat16, torch.float16)
@@ -75,8 +73,9 @@ def rounded_otherwise(name: str, of_sums: bool) -> Callable[..., Any]:
         found = kernel.call_boxed(keys, *given, **named)
         results = [found] if isinstance(found, Tensor) else found
         exact = found
-        if any(isinstance(one, Tensor) and one.dtype in SHORT for one in results):  # these round once, at the end
-            given = each(Tensor.float, given)
+        if any(isinstance(one, Tensor) and one.dtype in SHORT for one in results):  # rounds once, at the end
+            given, named = (each(Tensor.float, part) for part in (given, list(named.items())))
+            named = dict(named)
             exact = kernel.call_boxed(keys, *given, **named)
         size = kernel.call_boxed(keys, *each(Tensor.abs, given), **named) if of_sums else exact
         exacts, sizes = ([one] if isinstance(one, Tensor) else one for one in (exact, size))
@@ -84,7 +83,10 @@ def rounded_otherwise(name: str, of_sums: bool) -> Callable[..., Any]:
         for index, (result, value, scale) in enumerate(zip(results, exacts, sizes, strict=True)):
             if isinstance(result, Tensor) and result.is_floating_point():
                 eps = torch.finfo(value.dtype).eps * (1 if of_sums else 2)
-                change = scale.abs() * shares(f"{key} {index}", tuple(value.shape)).to(value.dtype) * eps
+                scale, exactly = scale.abs(), value.abs()
+                if of_sums:
+                    scale = torch.where(scale == exactly, 0, scale)  # nothing cancels: perhaps a sum of one number
+                change = scale * shares(f"{key} {index}", tuple(value.shape)).to(value.dtype) * eps
                 result.copy_(value + change.nan_to_num(0.0, 0.0, 0.0))
         return found
 
