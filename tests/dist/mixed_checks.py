@@ -109,10 +109,27 @@ def check_equals_plain_torch(zero: int) -> None:
 
 
 def check_stages_agree(zero: int) -> None:
-    """Bit for bit: fp32 gradients are not rounded to 16 bits on their way at any stage, nor are weights."""
+    """To one rounding to 16 bits of each loss. Not bit for bit: ZeRO 3 gathers weights at other addresses, and sums the
+    norm for clipping over other slices, so that other kernels, or the same in another order, round otherwise."""
     if zero > 1:
-        for dtype in HALF:
-            assert train(player_of(zero, dtype)) == train(player_of(1, dtype)), dtype
+        for dtype, half in HALF.items():
+            losses, want = train(player_of(zero, dtype)), train(player_of(1, dtype))
+            torch.testing.assert_close(losses, want, rtol=torch.finfo(half).eps, atol=0.0)
+
+
+def check_fp32_stays_fp32(zero: int) -> None:
+    """No fp32 gradient is rounded to 16 bits on its way at any stage, nor is a weight: they use their last 6 bits, as
+    63 of 64 numbers do by chance, and none that was rounded to 16 bits and then added to another of its size."""
+    if zero == 0:
+        return
+    for dtype in HALF:
+        player = player_of(zero, dtype)
+        train(player, stop=2)
+        backward(player, 2)
+        for found in ([gradient for gradient, _, _ in shards(player.engine)], masters.owned(player.engine)):
+            numbers = torch.cat([tensor.flatten() for tensor in found if tensor.dtype == torch.float32])
+            numbers = numbers[numbers != 0]
+            assert (numbers.view(torch.int32) & 63 != 0).float().mean() > 0.8, dtype
 
 
 def check_types_and_no_second_copy(zero: int) -> None:
