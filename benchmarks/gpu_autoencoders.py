@@ -66,7 +66,7 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
 def dvaes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Sides by name, as gpu_side.py asks for them."""
     shape = {**sizes.dvae["shape"], "samples": sizes.samples}
-    common = {"kind": "dvae", "sizes": {}, "shape": shape, "optimizer": "adam"}
+    common = {"kind": "dvae", "sizes": {}, "shape": shape, "optimizer": "adam", "dtype": "fp32"}
     rows = {name: {**common, "side": "ours", "model": sizes.dvae[name]} for name in ("ours", "paper's stem")}
     rows["dalle-pytorch"] = {**common, "side": "dalle-pytorch", "model": sizes.dvae["dalle-pytorch"]}
     if sizes.recipe:

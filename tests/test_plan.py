@@ -167,14 +167,15 @@ def toy(**engine: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("zero", "want", "sent"),
     [
-        (0, {"all_reduce": 40_200}, 1.5 * 40_200),
+        (0, {"all_reduce": 80_400}, 1.5 * 80_400),
         (1, {"all_reduce": 40_200, "all_gather": 40_200}, 2.25 * 40_200),
         (2, {"all_reduce": 80_400, "all_gather": 40_200}, 3.75 * 40_200),
         (3, {"all_gather": 80_200, "reduce_scatter": 80_400}, 0.75 * 160_600),
     ],
 )
 def test_bytes_of_collectives(zero: int, want: dict[str, int], sent: float) -> None:
-    """A matrix of 20,000 bf16 numbers and a bias of 100, two micro-batches, four ranks: counted by hand."""
+    """A matrix of 20,000 bf16 numbers and a bias of 100, two micro-batches, four ranks: counted by hand. ZeRO 0
+    sums in fp32."""
     found = plan.collective_bytes(toy(zero=zero), linear((200, 100)), "model", world_size=4)
     assert found == want and plan.sent_bytes(found, ranks=4) == pytest.approx(sent)
 

@@ -285,7 +285,7 @@ def reference_muon(config: RunConfig) -> tuple[nn.Module, list[float], dict[str,
         optim._orthogonalise_shared = shared
 
 
-def _orthogonalise_alone(matrices: Any) -> list[Tensor]:
+def _orthogonalise_alone(matrices: Any, flat: Tensor) -> list[Tensor]:
     return [optim.orthogonalise(matrix[None])[0] for matrix in matrices]
 
 

@@ -98,6 +98,7 @@ def built(config: RunConfig, kind: type[nn.Module]) -> tuple[nn.Module, build.Pl
 
 
 def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
+    dist.use_shared_memory(None)  # what goes through it is not sent
     shapes, players = built(config, kind)
     for step in range(UPDATES):
         sent.clear()
