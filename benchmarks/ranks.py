@@ -28,6 +28,7 @@ from environment import describe
 
 from dalle_scale import log
 from dalle_scale.steps import Programs
+from dalle_scale.types import UserError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -64,9 +65,11 @@ def prepare(folder: Path) -> None:
     sys.path.insert(0, str(ROOT / "launch"))
     import demo
 
+    before = Path.cwd()
     os.chdir(folder)  # the demo writes below the current folder
     steps = demo.steps(demo.Size(train_samples=TRAIN_SAMPLES, prompts=4, dvae_updates=1))
     PROGRAMS.run({name: steps[name] for name in ("shards", "text_tokenizer", "dvae", "encode", "encode_valid")})
+    os.chdir(before)
 
 
 def measure(folder: Path, net: str, rounds: int) -> dict[str, list[float]]:
@@ -78,7 +81,7 @@ def measure(folder: Path, net: str, rounds: int) -> dict[str, list[float]]:
             for index in range(count):
                 settings = [f"updates={(rounds + 1) * STEPS[net]}", f"batch_samples={batch // count}"]
                 place = folder / net / f"{side} {index}"
-                sides[side].append(stack.enter_context(Training(net, place, processes, threads, settings)))
+                sides[side].append(stack.enter_context(Training(folder, net, place, processes, threads, settings)))
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in log.progress(range(rounds + 1), net, "rounds", rounds + 1):
             for side, trainings in sides.items():
@@ -89,9 +92,9 @@ def measure(folder: Path, net: str, rounds: int) -> dict[str, list[float]]:
 
 
 class Training:
-    """A training that waits for its turns, in a folder of its own."""
+    """A training on what lies below `data` that waits for its turns, with a folder of its own, `place`."""
 
-    def __init__(self, net: str, place: Path, processes: int, threads: int, settings: list[str]) -> None:
+    def __init__(self, data: Path, net: str, place: Path, processes: int, threads: int, settings: list[str]) -> None:
         place.mkdir(parents=True)
         address = str(place / "turns")
         with socket.socket() as probe:
@@ -102,8 +105,9 @@ class Training:
         settings = [f"run={place / 'run'}", "log.preview_every=0", "log.valid_every=0", *settings]
         line = [*launcher, f"--master_port={port}", *program, *settings]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-        with Listener(address) as listener, (place / "output").open("wb") as output:
-            self._process = subprocess.Popen(line, env=environment, stdout=output, stderr=output)
+        self._output = place / "output"
+        with Listener(address) as listener, self._output.open("wb") as output:
+            self._process = subprocess.Popen(line, cwd=data, env=environment, stdout=output, stderr=output)
             self._ranks = [listener.accept() for _ in range(processes)]
 
     def __enter__(self) -> Training:
@@ -114,9 +118,16 @@ class Training:
         self._process.wait()
 
     def begin(self) -> None:
-        """Let it take a turn."""
-        for rank in self._ranks:
-            rank.send(None)
+        """Let it take a turn.
+
+        Raises:
+            UserError: it has ended.
+        """
+        try:
+            for rank in self._ranks:
+                rank.send(None)
+        except OSError:
+            raise UserError(f"a training has ended: {self._output.read_text(errors='replace')[-2000:]}") from None
 
     def seconds(self) -> float:
         """Of the turn that it takes, once it is over."""
