@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dalle_scale.nn import winograd_tiles
+from dalle_scale.nn.winograd_transforms import keep_where_positive
 
 _FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
@@ -87,7 +88,14 @@ class _Convolution(torch.autograd.Function):
         way = winograd_tiles.forward if weight.shape[2] == 3 else _rows_forward
         shape = (len(x), len(weight), *x.shape[2:])
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
-        way(_rows(x), weight, bias, relu, None if residual is None else _rows(residual), out.permute(0, 2, 3, 1))
+        way(
+            _rows(x),
+            weight,
+            bias.contiguous(),
+            relu,
+            None if residual is None else _rows(residual),
+            out.permute(0, 2, 3, 1),
+        )
         return out
 
     @staticmethod
@@ -141,7 +149,7 @@ def _rows_backward(
             total.addmm_(*((slope.t(), values) if outputs < channels else (values.t(), slope)))
         if slopes is not None:
             sums = torch.mm(slope, matrix)[:, :channels]
-            winograd_tiles.keep_where_positive(sums, part, into) if relu else into.copy_(sums)
+            keep_where_positive(sums, part, into) if relu else into.copy_(sums)
     if total is None:
         return slopes, None
     return slopes, (total if outputs < channels else total.t()).reshape(weight.shape)
