@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dalle_scale.nn import winograd_tiles
-from dalle_scale.nn.winograd_transforms import keep_where_positive
+from dalle_scale.nn.winograd_transforms import put_rows, relu_of, workspace
 
 _FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
@@ -129,10 +129,8 @@ def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual:
     count = len(weight)
     matrix = F.pad(weight.flatten(1).t(), (0, winograd_tiles.padded(count) - count))
     for part, into, add in _parts(x, out, out if residual is None else residual):
-        sums = torch.mm(part.clamp_min(0) if relu else part, matrix)[:, :count]
-        torch.add(sums, bias, out=into)
-        if residual is not None:
-            into.add_(add)
+        values = relu_of(part, "apart") if relu else part
+        put_rows(_multiplied(values, matrix), into, bias, None if residual is None else add)
 
 
 def _rows_backward(
@@ -145,14 +143,17 @@ def _rows_backward(
     total = x.new_zeros(min(outputs, channels), max(outputs, channels)) if of_weight else None
     for part, slope, into in _parts(x, grad, x if slopes is None else slopes):
         if total is not None:
-            values = part.clamp_min(0) if relu else part
+            values = relu_of(part, "apart") if relu else part
             total.addmm_(*((slope.t(), values) if outputs < channels else (values.t(), slope)))
         if slopes is not None:
-            sums = torch.mm(slope, matrix)[:, :channels]
-            keep_where_positive(sums, part, into) if relu else into.copy_(sums)
+            put_rows(_multiplied(slope, matrix), into, where_positive=part if relu else None)
     if total is None:
         return slopes, None
     return slopes, (total if outputs < channels else total.t()).reshape(weight.shape)
+
+
+def _multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    return torch.mm(rows, matrix, out=workspace("products", (len(rows), matrix.shape[1]), rows))
 
 
 def _parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -20,6 +20,7 @@ typedef struct {
 
 #define In const REAL *restrict
 #define Out REAL *restrict
+#define RELU(value) ((value) < 0 ? 0 : (value)) /* keeps NaN */
 #define EACH_CHANNEL(count) _Pragma("omp simd") for (ptrdiff_t c = 0; c < (count); c++)
 #define EACH_ROW(b)                                             \
     _Pragma("omp parallel for num_threads((b)->threads) collapse(2) if ((b)->threads > 1)") \
@@ -41,29 +42,18 @@ static ptrdiff_t number(const Block *b, ptrdiff_t s, ptrdiff_t y, ptrdiff_t x) {
 #include "winograd_transforms.c"
 #else
 
-static inline void NAME(windows_line)(In v0, In v1, In v2, In v3, In v4, In v5, Out o, ptrdiff_t step, ptrdiff_t n) {
+static inline void NAME(windows_line)(const REAL *const *v, Out o, ptrdiff_t step, ptrdiff_t n, int relu) {
+    In p0 = v[0]; In p1 = v[1]; In p2 = v[2]; In p3 = v[3]; In p4 = v[4]; In p5 = v[5];
     EACH_CHANNEL(n) {
-        REAL even = v4[c] - 4 * v2[c], odd = v3[c] - 4 * v1[c], less = v4[c] - v2[c], twice = 2 * (v3[c] - v1[c]);
-        o[c] = 4 * v0[c] - 5 * v2[c] + v4[c];
+        REAL v0 = p0[c], v1 = p1[c], v2 = p2[c], v3 = p3[c], v4 = p4[c], v5 = p5[c];
+        if (relu) v0 = RELU(v0), v1 = RELU(v1), v2 = RELU(v2), v3 = RELU(v3), v4 = RELU(v4), v5 = RELU(v5);
+        REAL even = v4 - 4 * v2, odd = v3 - 4 * v1, less = v4 - v2, twice = 2 * (v3 - v1);
+        o[c] = 4 * v0 - 5 * v2 + v4;
         o[c + step] = even + odd;
         o[c + 2 * step] = even - odd;
         o[c + 3 * step] = less + twice;
         o[c + 4 * step] = less - twice;
-        o[c + 5 * step] = 4 * v1[c] - 5 * v3[c] + v5[c];
-    }
-}
-
-static inline void NAME(windows_relu_line)(In v0, In v1, In v2, In v3, In v4, In v5, Out o, ptrdiff_t step, ptrdiff_t n) {
-#define RELU(v) ((v)[c] < 0 ? 0 : (v)[c]) /* keeps NaN */
-    EACH_CHANNEL(n) {
-        REAL r0 = RELU(v0), r1 = RELU(v1), r2 = RELU(v2), r3 = RELU(v3), r4 = RELU(v4), r5 = RELU(v5);
-        REAL even = r4 - 4 * r2, odd = r3 - 4 * r1, less = r4 - r2, twice = 2 * (r3 - r1);
-        o[c] = 4 * r0 - 5 * r2 + r4;
-        o[c + step] = even + odd;
-        o[c + 2 * step] = even - odd;
-        o[c + 3 * step] = less + twice;
-        o[c + 4 * step] = less - twice;
-        o[c + 5 * step] = 4 * r1 - 5 * r3 + r5;
+        o[c + 5 * step] = 4 * v1 - 5 * v3 + v5;
     }
 }
 
@@ -74,21 +64,22 @@ void NAME(take_windows)(In maps, Out places, Out scratch, const Block *b, int re
     memset(nothing, 0, sizeof(REAL) * line);
     EACH_ROW(b) {
         Out half = scratch + THREAD * 6 * framed;
-        In rows[6];
+        const REAL *rows[6];
         for (ptrdiff_t k = 0; k < 6; k++) {
             ptrdiff_t row = 4 * y - 1 + k;
             rows[k] = row < 0 || row >= b->height ? nothing : maps + (s * b->height + row) * line;
             memset(half + k * framed, 0, sizeof(REAL) * channels);
             memset(half + (k + 1) * framed - channels, 0, sizeof(REAL) * channels);
         }
-        (relu ? NAME(windows_relu_line) : NAME(windows_line))(
-            rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], half + channels, framed, line);
+        if (relu)
+            NAME(windows_line)(rows, half + channels, framed, line, 1);
+        else
+            NAME(windows_line)(rows, half + channels, framed, line, 0);
         for (ptrdiff_t x = 0; x < b->columns; x++)
             for (ptrdiff_t i = 0; i < 6; i++) {
-                In in = half + i * framed + 4 * x * channels;
+                for (ptrdiff_t k = 0; k < 6; k++) rows[k] = half + i * framed + (4 * x + k) * channels;
                 Out to = places + i * all + number(b, s, y, x) * width;
-                NAME(windows_line)(in, in + channels, in + 2 * channels, in + 3 * channels, in + 4 * channels,
-                                   in + 5 * channels, to, 6 * all, channels);
+                NAME(windows_line)(rows, to, 6 * all, channels, 0);
                 for (ptrdiff_t j = 0; j < 6 && channels < width; j++)
                     memset(to + 6 * j * all + channels, 0, sizeof(REAL) * (width - channels));
             }
@@ -98,7 +89,7 @@ void NAME(take_windows)(In maps, Out places, Out scratch, const Block *b, int re
 static inline void NAME(tiles_line)(In v0, In v1, In v2, In v3, Out o, ptrdiff_t step, ptrdiff_t n, int relu) {
     EACH_CHANNEL(n) {
         REAL t0 = v0[c], t1 = v1[c], t2 = v2[c], t3 = v3[c];
-        if (relu) t0 = t0 < 0 ? 0 : t0, t1 = t1 < 0 ? 0 : t1, t2 = t2 < 0 ? 0 : t2, t3 = t3 < 0 ? 0 : t3;
+        if (relu) t0 = RELU(t0), t1 = RELU(t1), t2 = RELU(t2), t3 = RELU(t3);
         REAL even = t0 + t2, odd = t1 + t3, even4 = t0 + 4 * t2, odd4 = 2 * t1 + 8 * t3;
         o[c] = t0;
         o[c + step] = even + odd;
@@ -214,6 +205,16 @@ void NAME(put_windows)(In places, Out out, Out scratch, const Block *b, Out belo
             NAME(finish)(out, offset, NULL, NULL, positive, line);
         }
         memcpy(below + (s - b->first) * line, half + (6 * rows - 1) * line, sizeof(REAL) * line);
+    }
+}
+
+/* out [count, channels] = sums [count, width] with bias and sum, or 0 where `positive` is not */
+void NAME(put_rows)(In sums, Out out, ptrdiff_t count, ptrdiff_t channels, ptrdiff_t width, ptrdiff_t threads, In bias,
+                    In add, In positive) {
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1)")
+    for (ptrdiff_t row = 0; row < count; row++) {
+        memcpy(out + row * channels, sums + row * width, sizeof(REAL) * channels);
+        NAME(finish)(out, row * channels, bias, add, positive, channels);
     }
 }
 #endif

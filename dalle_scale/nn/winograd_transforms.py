@@ -56,6 +56,11 @@ def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return memory[:values].view(shape)
 
 
+def relu_of(values: Tensor, name: str) -> Tensor:
+    """Its relu, in the workspace `name`."""
+    return torch.clamp_min(values, 0, out=workspace(name, values.shape, values))
+
+
 def take_windows(maps: Tensor, block: Block, width: int, relu: bool, name: str) -> Tensor:
     """B^T of the windows of a block of [B, H, W, C], or of its relu, with zeros up to `width` channels.
 
@@ -124,6 +129,29 @@ def put_windows(
     function(_pointer(products), _pointer(out), _pointer(scratch), shape, _pointer(below), *ends)
 
 
+def put_rows(
+    products: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    where_positive: Tensor | None = None,
+) -> None:
+    """Writes products [rows, at least O] into `out` [rows, O]; the others as in `put_tiles`, with one bias."""
+    function = _function("put_rows", out.dtype)
+    if function is not None:
+        sizes = *out.shape, products.shape[1], torch.get_num_threads()
+        return function(_pointer(products), _pointer(out), *sizes, *map(_pointer, (bias, add, where_positive)))
+    products = products[:, : out.shape[1]]
+    if bias is not None:
+        products = torch.add(products, bias, out=out)
+    if add is not None:
+        products = torch.add(products, add, out=out)
+    if where_positive is not None:
+        keep_where_positive(products, where_positive, out)
+    elif products is not out:
+        out.copy_(products)
+
+
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +171,15 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
         return None
     function = library[f"{name}_{'float' if dtype == torch.float32 else 'double'}"]
     pointer, block = ctypes.c_void_p, ctypes.POINTER(_Block)
-    last = [ctypes.c_int] if name.startswith("take") else [pointer, ctypes.c_ssize_t, pointer, pointer]
-    function.argtypes = [pointer, pointer, pointer, block, *([pointer] if name == "put_windows" else []), *last]
+    count = ctypes.c_ssize_t
+    last = [pointer, count, pointer, pointer]
+    function.argtypes = {
+        "take_windows": [pointer, pointer, pointer, block, ctypes.c_int],
+        "take_tiles": [pointer, pointer, pointer, block, ctypes.c_int],
+        "put_tiles": [pointer, pointer, pointer, block, *last],
+        "put_windows": [pointer, pointer, pointer, block, pointer, *last],
+        "put_rows": [pointer, pointer, count, count, count, count, pointer, pointer, pointer],
+    }[name]
     function.restype = None
     return function
 
