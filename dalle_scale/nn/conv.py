@@ -129,7 +129,7 @@ def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual:
     count = len(weight)
     matrix = F.pad(weight.flatten(1).t(), (0, winograd_tiles.padded(count) - count))
     for part, into, add in _parts(x, out, out if residual is None else residual):
-        values = relu_of(part, "apart") if relu else part
+        values = relu_of(part, "first") if relu else part
         put_rows(_multiplied(values, matrix), into, bias, None if residual is None else add)
 
 
@@ -143,7 +143,7 @@ def _rows_backward(
     total = x.new_zeros(min(outputs, channels), max(outputs, channels)) if of_weight else None
     for part, slope, into in _parts(x, grad, x if slopes is None else slopes):
         if total is not None:
-            values = relu_of(part, "apart") if relu else part
+            values = relu_of(part, "second") if relu else part
             total.addmm_(*((slope.t(), values) if outputs < channels else (values.t(), slope)))
         if slopes is not None:
             put_rows(_multiplied(slope, matrix), into, where_positive=part if relu else None)
@@ -153,7 +153,7 @@ def _rows_backward(
 
 
 def _multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
-    return torch.mm(rows, matrix, out=workspace("products", (len(rows), matrix.shape[1]), rows))
+    return torch.mm(rows, matrix, out=workspace("second", (len(rows), matrix.shape[1]), rows))
 
 
 def _parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -58,7 +58,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tenso
     filters = _filters(weight.transpose(0, 1), flipped=not by_windows)  # [36, C, O]
     take = take_windows if by_windows else take_tiles
     for block in _blocks(x, filters):
-        products = _multiplied(take(x, block, filters.shape[1], relu, "apart"), filters)
+        products = _multiplied(take(x, block, filters.shape[1], relu, "first"), filters)
         if by_windows:
             put_tiles(products, out, block, bias, add=residual)
         else:
@@ -75,9 +75,9 @@ def backward(
     total: Tensor | None = None  # [36, O, C]
     take, take_spread = (take_windows, take_tiles) if by_windows else (take_tiles, take_windows)
     for block in _blocks(x, filters):
-        spread = take_spread(grad, block, filters.shape[1], False, "spread")
+        spread = take_spread(grad, block, filters.shape[1], False, "first")
         if of_weight:
-            factors = spread.transpose(1, 2), take(x, block, filters.shape[2], relu, "apart")
+            factors = spread.transpose(1, 2), take(x, block, filters.shape[2], relu, "second")
             total = torch.bmm(*factors) if total is None else total.baddbmm_(*factors)
         if slopes is None:
             continue
@@ -90,8 +90,8 @@ def backward(
 
 
 def _multiplied(places: Tensor, filters: Tensor) -> Tensor:
-    """Their matrix products, in the workspace."""
-    return torch.bmm(places, filters, out=workspace("products", (*places.shape[:2], filters.shape[2]), places))
+    """Their matrix products, in the workspace "second"."""
+    return torch.bmm(places, filters, out=workspace("second", (*places.shape[:2], filters.shape[2]), places))
 
 
 def _below(maps: Tensor, block: Block) -> Tensor:

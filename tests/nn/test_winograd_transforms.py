@@ -44,7 +44,7 @@ def in_torch(call: Callable[[], object], absolute: bool = False) -> None:
 
 
 def compare(run: Callable[..., Tensor], tensors: dict[str, Tensor | None], masks: dict[str, Tensor | None]) -> None:
-    """The compiled form in fp64 and in fp32 against the one in torch in fp64, within the rounding errors that the absolute
+    """The compiled form in fp64 and fp32 against the one in torch in fp64, within the rounding errors that the absolute
     values of all terms allow."""
     found: list[Tensor] = []
 
@@ -84,7 +84,7 @@ def test_taking_apart(
 ) -> None:
     block = Block(slice(*samples), slice(*rows))
     maps = random(*shape[:4])
-    compare(lambda maps: take(maps, block, shape[4], relu, "apart"), {"maps": maps}, {})
+    compare(lambda maps: take(maps, block, shape[4], relu, "first"), {"maps": maps}, {})
 
 
 @pytest.mark.parametrize("ends", ["nothing", "all", "each", "mask"])
@@ -144,7 +144,7 @@ def test_what_is_no_number_stays_none(take: Callable[..., Tensor]) -> None:
     """Through relu, in its own channel: those that fill up stay 0."""
     maps, block = random(1, 8, 8, 5), Block(slice(0, 1), slice(0, 2))
     maps[0, 3, 3, 4], maps[0, 7, 7, 0] = torch.nan, torch.inf
-    found = take(maps, block, 8, True, "apart")
+    found = take(maps, block, 8, True, "first")
     assert torch.equal(found[..., 5:], torch.zeros_like(found[..., 5:]))
     assert bool(found[..., 4].isnan().any()) and not bool(found[..., 1:4].isnan().any())
 
