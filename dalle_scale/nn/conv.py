@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dalle_scale.nn import winograd_tiles
+from dalle_scale.nn.winograd_transforms import put_rows, relu_of, workspace
 
 _FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
 _ROW_VALUES = 2**18  # of a map at a time in 1x1 convolutions: they should stay in the cache
@@ -87,7 +88,14 @@ class _Convolution(torch.autograd.Function):
         way = winograd_tiles.forward if weight.shape[2] == 3 else _rows_forward
         shape = (len(x), len(weight), *x.shape[2:])
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
-        way(_rows(x), weight, bias, relu, None if residual is None else _rows(residual), out.permute(0, 2, 3, 1))
+        way(
+            _rows(x),
+            weight,
+            bias.contiguous(),
+            relu,
+            None if residual is None else _rows(residual),
+            out.permute(0, 2, 3, 1),
+        )
         return out
 
     @staticmethod
@@ -121,10 +129,8 @@ def _rows_forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual:
     count = len(weight)
     matrix = F.pad(weight.flatten(1).t(), (0, winograd_tiles.padded(count) - count))
     for part, into, add in _parts(x, out, out if residual is None else residual):
-        sums = torch.mm(part.clamp_min(0) if relu else part, matrix)[:, :count]
-        torch.add(sums, bias, out=into)
-        if residual is not None:
-            into.add_(add)
+        values = relu_of(part, "first") if relu else part
+        put_rows(_multiplied(values, matrix), into, bias, None if residual is None else add)
 
 
 def _rows_backward(
@@ -137,14 +143,17 @@ def _rows_backward(
     total = x.new_zeros(min(outputs, channels), max(outputs, channels)) if of_weight else None
     for part, slope, into in _parts(x, grad, x if slopes is None else slopes):
         if total is not None:
-            values = part.clamp_min(0) if relu else part
+            values = relu_of(part, "second") if relu else part
             total.addmm_(*((slope.t(), values) if outputs < channels else (values.t(), slope)))
         if slopes is not None:
-            sums = torch.mm(slope, matrix)[:, :channels]
-            winograd_tiles.keep_where_positive(sums, part, into) if relu else into.copy_(sums)
+            put_rows(_multiplied(slope, matrix), into, where_positive=part if relu else None)
     if total is None:
         return slopes, None
     return slopes, (total if outputs < channels else total.t()).reshape(weight.shape)
+
+
+def _multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    return torch.mm(rows, matrix, out=workspace("second", (len(rows), matrix.shape[1]), rows))
 
 
 def _parts(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
