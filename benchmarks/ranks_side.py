@@ -39,8 +39,7 @@ class Trainer(train.Trainer):
 
 def main() -> None:
     """Train as the command line says."""
-    # (the launcher adds --local_rank)
-    rest = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    rest = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]  # the launcher's
     Trainer.connection, Trainer.steps = Client(rest[0]), int(rest[1])
     train.Trainer = Trainer  # type: ignore[misc]  # launch/train.py takes it from there
     sys.argv = [str(PROGRAM), *rest[2:]]

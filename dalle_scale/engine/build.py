@@ -154,5 +154,5 @@ def _engine(
     engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=machines)
     optimizer.state.clear()
     if derived["zero_optimization"]["stage"] == 0:
-        engine.enable_backward_allreduce = False  # Player averages, in fp32 and in one collective where they are small
+        engine.enable_backward_allreduce = False  # machines.GradientMeans averages, in fp32
     return engine

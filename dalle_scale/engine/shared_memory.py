@@ -51,7 +51,8 @@ def share(rank: int, world_size: int) -> SharedMemory | None:
     with suppress(OSError):
         if rank > 0 and named[0]:
             file = os.open(named[0], os.O_RDWR)
-    memory = SharedMemory(file, rank, world_size) if file >= 0 and os.fstat(file).st_size else None
+    whole = file >= 0 and os.fstat(file).st_size >= size_bytes(world_size)
+    memory = SharedMemory(file, rank, world_size) if whole else None
     ready = torch.tensor(int(memory is not None))
     torch.distributed.all_reduce(ready)
     if path:
