@@ -10,7 +10,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["dalle_scale", "dalle_scale.*"]),
-    package_data={"dalle_scale.nn": ["*.c"]},
+    package_data={"dalle_scale.nn": ["*.c", "*.cpp"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

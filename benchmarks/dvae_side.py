@@ -42,8 +42,10 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Callable[[],
     """
     from dalle_scale.config import OptimConfig
     from dalle_scale.engine import optim
+    from dalle_scale.nn.kept_memory import keep_memory
     from dalle_scale.stages import dvae
 
+    keep_memory()  # as training does
     fields = {**asked["model"], "image_size": images.shape[-1], "vocab": asked["shape"]["vocab"], "augment": "none"}
     stage = dvae.Stage(dvae.Stage.Config.model_validate_json(json.dumps(fields)))
     masters = stage.nets()["model"]

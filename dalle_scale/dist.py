@@ -27,6 +27,11 @@ def use_shared_memory(memory: Any) -> None:
     _shared_memory = memory
 
 
+def shared_memory() -> Any:
+    """The `engine.shared_memory.SharedMemory` in use, or None."""
+    return _shared_memory
+
+
 def _joined() -> Any:
     """torch.distributed, if the process group exists."""
     module = sys.modules.get("torch.distributed")
@@ -97,13 +102,21 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     group = _joined()
     if group and world_size() > 1:
         if _shared_memory is not None and tensor.device.type == "cpu":
-            _shared_memory.all_reduce(tensor, "max" if op == "max" else "sum")
-        else:
-            ops = {"sum": group.ReduceOp.SUM, "mean": group.ReduceOp.SUM, "max": group.ReduceOp.MAX}
-            group.all_reduce(tensor, op=ops[op])
+            _shared_memory.all_reduce(tensor, op)
+            return tensor
+        group.all_reduce(tensor, op=group.ReduceOp.MAX if op == "max" else group.ReduceOp.SUM)
         if op == "mean":
             tensor /= world_size()
     return tensor
+
+
+def all_gather(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Write every rank's `tensor` into its row of `rows` [ranks, ...], both contiguous, and return these."""
+    if group := _joined():
+        group.all_gather_into_tensor(rows.view(-1), tensor.view(-1))
+    else:
+        rows.copy_(tensor)
+    return rows
 
 
 def broadcast(tensor: Tensor, source: int = 0) -> Tensor:

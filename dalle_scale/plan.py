@@ -147,7 +147,7 @@ def collective_bytes(config: RunConfig, net: nn.Module, name: str, world_size: i
 
     G gradients and W weights, in working precision, a micro-batches an update:
 
-        ZeRO 0    all-reduce G, in fp32
+        ZeRO 0    all-reduce G, in fp32; all-gather what Muon makes of it
         ZeRO 1    all-reduce G, all-gather W
         ZeRO 2    a times all-reduce G, all-gather W
         ZeRO 3    a times all-gather W, again what of W is needed again only later, and reduce-scatter G
@@ -160,8 +160,13 @@ def collective_bytes(config: RunConfig, net: nn.Module, name: str, world_size: i
     trained = [p for group in _groups(config, net, name) for p in group["params"]]
     gradients, weights = _size(trained, element), _size(net.parameters(), element)
     repeated = config.accumulation(world_size)
-    if zero["stage"] == 0:  # and the orthogonalised updates
-        return {"all_reduce": 4 * sum(p.numel() for p in [*trained, *groups.get("muon", ())])}
+    if zero["stage"] == 0:
+        reduced = {"all_reduce": 4.0 * sum(p.numel() for p in trained)}
+        if not (matrices := groups.get("muon", [])):
+            return reduced
+        dealt = optim.deal([matrix.shape for matrix in matrices], world_size)
+        most = max(sum(matrices[index].numel() for index in indices) for indices in dealt)  # of one rank
+        return {**reduced, "all_gather": 4.0 * most * world_size}
     if zero["stage"] < 3:
         return {"all_reduce": gradients * (repeated if zero["stage"] == 2 else 1), "all_gather": weights}
     cut, whole = _cut_and_whole(net, zero)

@@ -25,6 +25,7 @@ from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.nn import branch_scale
+from dalle_scale.nn.kept_memory import keep_memory
 from dalle_scale.types import Nets
 
 
@@ -44,6 +45,8 @@ def start() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.device().type == "cuda":
         torch.cuda.set_device(dist.device())
+    else:
+        keep_memory()
     deepspeed.init_distributed(verbose=False)
     if dist.device().type == "cpu" and dist.world_size() > 1:
         dist.use_shared_memory(shared_memory.share(dist.rank(), dist.world_size()))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.engine.powersgd import PowerSGD, pays
+from dalle_scale.engine.shared_memory import room
 
 BUCKET_ELEMENTS = 16 * 1024 * 1024  # of gradients that travel together
 
@@ -148,23 +149,24 @@ class GradientMeans:
 
     def __init__(self, module: nn.Module) -> None:
         self._buckets = list(_buckets(parameter for parameter in module.parameters() if parameter.requires_grad))
-        sizes = [[parameter.numel() for parameter in bucket] for bucket in self._buckets]
-        # kept, because memory that is new in every step costs more than the sums
-        self._flat = torch.empty(max(map(sum, sizes), default=0), device=dist.device())
-        self._parts = [self._flat[: sum(each)].split(each) for each in sizes]
+        self._sizes = [[parameter.numel() for parameter in bucket] for bucket in self._buckets]
+        self._room = room(max(map(sum, self._sizes), default=0))
 
     @torch.no_grad()
     def average(self) -> None:
         """Replace the gradients by their means; zeros where no rank's loss has reached a parameter. Collective."""
-        for bucket, parts in zip(self._buckets, self._parts, strict=True):
+        for bucket, sizes in zip(self._buckets, self._sizes, strict=True):
             for parameter in bucket:
                 if parameter.grad is None:  # the other ranks may have one
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in bucket]
-            views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-            torch._foreach_copy_(views, gradients)
-            dist.all_reduce(self._flat[: sum(map(len, parts))], "mean")
-            torch._foreach_copy_(gradients, views)
+            torch._foreach_copy_(_views(self._room.mine(sum(sizes)), sizes, gradients), gradients)
+            with self._room.mean(sum(sizes)) as mean:
+                torch._foreach_copy_(gradients, _views(mean, sizes, gradients))
+
+
+def _views(flat: Tensor, sizes: list[int], like: list[Tensor]) -> list[Tensor]:
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), like, strict=True)]
 
 
 def shards(engine: Any) -> Iterator[tuple[Tensor, dict[str, Any], int]]:

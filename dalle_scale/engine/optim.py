@@ -8,7 +8,8 @@ learning rate at schedule factor 1.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine.adam16 import AdamW16
+from dalle_scale.engine.shared_memory import Room, room
 from dalle_scale.nn.branch_scale import branches_of
 
 # Quintic whose iteration pulls every singular value in (0, 1] into about [0.7, 1.2] within five steps; the values of
@@ -76,8 +78,7 @@ class Muon(torch.optim.AdamW):
 
     The same update as torch.optim.Muon, which works in bf16 (about 100 times slower than fp32 on a CPU), one matrix
     at a time and identically on every rank. Here matrices of one shape share a batched product in fp32, each rank
-    orthogonalises its part of them, and one collective distributes the result, so all ranks hold identical weights
-    whatever their number.
+    orthogonalises its part of them, and one collective distributes the result, so all ranks hold identical weights.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:  # now: what DeepSpeed puts in the place of 16-bit weights has no such mark
             group["transposed"] = [getattr(parameter, "is_transposed", False) for parameter in group["params"]]
         self.momentum = momentum
-        self._flat: dict[int, Tensor] = {}  # number of elements -> room for a group's orthogonalised matrices
+        self._room: Room | None = None  # for the orthogonalised matrices, where there are several ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -118,20 +119,48 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # unused; AdamW reads back only states that have one
             buffers.append(state["momentum"])
         torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-        nesterov = torch._foreach_lerp(gradients, buffers, self.momentum)
-        updates = _orthogonalise_shared(nesterov, self._room_for(nesterov))
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for index, parameter, update in zip(chosen, matrices, updates, strict=True):
-            outputs, inputs = reversed(parameter.shape) if group["transposed"][index] else parameter.shape
-            parameter.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
-            parameter.grad = None
+        with self._updates(gradients, buffers) as updates:
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            for index, parameter, update in zip(chosen, matrices, updates, strict=True):
+                outputs, inputs = reversed(parameter.shape) if group["transposed"][index] else parameter.shape
+                parameter.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
+                parameter.grad = None
 
-    def _room_for(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Zeros [elements], in memory that is kept: new one in every step costs more than the rest of the sum."""
-        elements = sum(matrix.numel() for matrix in matrices)
-        if elements not in self._flat:
-            self._flat[elements] = torch.empty(elements, device=matrices[0].device)
-        return self._flat[elements].zero_()
+    @contextmanager
+    def _updates(self, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Orthogonalised Nesterov momentum of each matrix, to be read in the block; the ranks share the work."""
+        dealt = deal([gradient.shape for gradient in gradients], dist.world_size())
+        sizes = [[gradients[index].numel() for index in indices] for indices in dealt]
+        mine, elements = dealt[dist.rank()], max(map(sum, sizes))
+        updates = []
+        if mine:
+            lerp = torch._foreach_lerp([gradients[i] for i in mine], [momenta[i] for i in mine], self.momentum)
+            updates = _orthogonalise_each(lerp)
+        if len(dealt) == 1:
+            yield updates
+            return
+        if self._room is None:
+            self._room = room(elements)
+        own = self._room.mine(sum(sizes[dist.rank()])).split(sizes[dist.rank()])
+        for part, update in zip(own, updates, strict=True):
+            part.view_as(update).copy_(update)
+        with self._room.gathered(elements) as rows:
+            found: dict[int, Tensor] = {}
+            for row, indices, numels in zip(rows, dealt, sizes, strict=True):
+                found |= dict(zip(indices, row[: sum(numels)].split(numels), strict=True))
+            yield [found[index].view_as(gradient) for index, gradient in enumerate(gradients)]
+
+
+def deal(shapes: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
+    """Which matrices each rank orthogonalises: the most work first, each to the rank that has the least so far."""
+    work = [max(shape) * min(shape) ** 2 for shape in shapes]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    sums = [0] * ranks
+    for index in sorted(range(len(shapes)), key=lambda index: -work[index]):
+        rank = sums.index(min(sums))
+        dealt[rank].append(index)
+        sums[rank] += work[index]
+    return [sorted(indices) for indices in dealt]
 
 
 def orthogonalise(batch: Tensor) -> Tensor:
@@ -152,24 +181,12 @@ def orthogonalise(batch: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def _orthogonalise_shared(matrices: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
-    """`orthogonalise` for a list of 2-D tensors, the same list on every rank; the ranks share the work.
-
-    Args:
-        flat: fp32 zeros, as many as the tensors have elements; the results are views of it.
-    """
+def _orthogonalise_each(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalise` for a list of 2-D tensors: those of one shape in one batch."""
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         by_shape[tuple(matrix.shape)].append(index)
-    rank, world_size = dist.rank(), dist.world_size()
-    parts = flat.split([matrix.numel() for matrix in matrices])
-    results = [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]
-    dealt = 0  # matrices go to the ranks in turn, across shapes, so that none gets the remainder of every shape
+    found: dict[int, Tensor] = {}
     for indices in by_shape.values():
-        mine = [index for position, index in enumerate(indices) if (dealt + position) % world_size == rank]
-        dealt += len(indices)
-        if mine:
-            for index, result in zip(mine, orthogonalise(torch.stack([matrices[i] for i in mine])), strict=True):
-                results[index].copy_(result)
-    dist.all_reduce(flat)  # zeros elsewhere: the sum is a copy, exactly
-    return results
+        found |= dict(zip(indices, orthogonalise(torch.stack([matrices[i] for i in indices])), strict=True))
+    return [found[index] for index in range(len(matrices))]

@@ -1,9 +1,9 @@
-"""Sums over the ranks of one host through memory that they share, for CPUs.
+"""Memory of all ranks together: each writes its values, and reads their mean or what all have written.
 
-gloo sends them through sockets, which takes milliseconds for the gradients of a net whose step takes 30. Here each rank
-copies its values into a part of its own, all wait for each other, each sums one section over all parts, in the order of
-the ranks, and after another wait all read the result. Operations use two buffers in turn: who writes into one again has
-met every rank at the operation between, so nobody reads there any more.
+Ranks that compute on the CPUs of one host share it. gloo sends through sockets, which takes milliseconds for the
+gradients of a net whose step takes 30; here each rank writes into a part of its own, all wait for each other, each sums
+one section over all parts, in the order of the ranks, and after another wait all read the result. Elsewhere it is an
+ordinary tensor that the process group works on.
 
 Counters are plain 64-bit stores and loads, which only processors of the x86 family keep in order with the values.
 """
@@ -17,15 +17,18 @@ import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from dalle_scale import dist
+
 _SHM = "/dev/shm"
-_PART_BYTES = 1 << 20  # of one rank in one buffer
+_PART_BYTES = 1 << 20  # of one rank, for tensors of any size, which go through it piece by piece
 _SMALL_BYTES = 1 << 12  # up to here every rank sums everything, which saves a wait
 _LINE = 8  # counters lie a cache line apart, in 64-bit numbers
 _EAGER_SECONDS = 0.002  # of waiting without sleeping: a rank that is computing is soon there
@@ -33,26 +36,73 @@ _PAUSE_SECONDS = 0.0001
 _LOOK_SECONDS = 1.0  # between looks whether who is waited for is alive
 
 
-def size_bytes(world_size: int) -> int:
+class Room(Protocol):
+    """Kept fp32 memory. One collective after the other: all ranks write into `mine`, then read in a `with` block."""
+
+    def mine(self, elements: int) -> Tensor:
+        """[elements] to write into; holds anything."""
+
+    def mean(self, elements: int) -> AbstractContextManager[Tensor]:
+        """The mean of what the ranks have written, [elements], equal to the bit on all of them."""
+
+    def gathered(self, elements: int) -> AbstractContextManager[Tensor]:
+        """What each rank has written, [ranks, elements]."""
+
+
+def room(elements: int) -> Room:
+    """A room for up to so many numbers of each rank, where this rank computes. Collective."""
+    shares = dist.shared_memory() is not None
+    return (share(dist.rank(), dist.world_size(), 4 * elements) if shares else None) or GroupRoom(elements)
+
+
+class GroupRoom:
+    """A room whose collectives are the process group's."""
+
+    def __init__(self, elements: int) -> None:
+        self._mine = torch.empty(elements, device=dist.device())
+        self._gathered = self._mine.new_empty(0)
+
+    def mine(self, elements: int) -> Tensor:
+        """See Room."""
+        return self._mine[:elements]
+
+    @contextmanager
+    def mean(self, elements: int) -> Iterator[Tensor]:
+        """See Room."""
+        yield dist.all_reduce(self._mine[:elements], "mean")
+
+    @contextmanager
+    def gathered(self, elements: int) -> Iterator[Tensor]:
+        """See Room."""
+        self._gathered.resize_(dist.world_size(), elements)
+        yield dist.all_gather(self._gathered, self._mine[:elements])
+
+
+def size_bytes(world_size: int, part_bytes: int = _PART_BYTES) -> int:
     """Bytes that all ranks together share."""
-    return world_size * (_LINE * 8 + 2 * _PART_BYTES)
+    return world_size * (_LINE * 8 + _whole_lines(part_bytes))
 
 
-def share(rank: int, world_size: int) -> SharedMemory | None:
-    """The memory of all ranks; None where they are not all on one host of the x86 family with room for it. Collective,
-    over torch's process group."""
-    path, file = "", -1
+def _whole_lines(part_bytes: int) -> int:
+    line_bytes = _LINE * 8
+    return -(-part_bytes // line_bytes) * line_bytes
+
+
+def share(rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> SharedMemory | None:
+    """Memory of all ranks, `part_bytes` each; None where they are not all on one host of the x86 family with room for
+    it. Collective, over torch's process group."""
+    path, file, size = "", -1, size_bytes(world_size, part_bytes)
     with suppress(OSError):
         if rank == 0 and platform.machine() in ("x86_64", "AMD64"):
             file, path = tempfile.mkstemp(prefix=f"dalle_scale_{secrets.token_hex(8)}_", dir=_SHM)
-            os.posix_fallocate(file, 0, size_bytes(world_size))  # else a full file system kills whoever writes
+            os.posix_fallocate(file, 0, size)  # else a full file system kills whoever writes
     named = [path]
     torch.distributed.broadcast_object_list(named)
     with suppress(OSError):
         if rank > 0 and named[0]:
             file = os.open(named[0], os.O_RDWR)
-    whole = file >= 0 and os.fstat(file).st_size >= size_bytes(world_size)
-    memory = SharedMemory(file, rank, world_size) if whole else None
+    whole = file >= 0 and os.fstat(file).st_size >= size
+    memory = SharedMemory(file, rank, world_size, part_bytes) if whole else None
     ready = torch.tensor(int(memory is not None))
     torch.distributed.all_reduce(ready)
     if path:
@@ -61,49 +111,73 @@ def share(rank: int, world_size: int) -> SharedMemory | None:
 
 
 class SharedMemory:
-    """All-reduce over all ranks, which are on one host."""
+    """A room of ranks that are on one host, and all-reduce of their tensors through it.
 
-    def __init__(self, file: int, rank: int, world_size: int) -> None:
-        """file: descriptor of the shared file, of `size_bytes(world_size)`; kept open."""
-        self.rank, self.world_size = rank, world_size
+    Every method raises RuntimeError where another rank has ended.
+    """
+
+    def __init__(self, file: int, rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> None:
+        """file: descriptor of the shared file, of `size_bytes(world_size, part_bytes)`; kept open."""
+        self.rank, self.world_size, self.part_bytes = rank, world_size, part_bytes
         self._file = file
         fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # held as long as this process lives
-        memory = torch.frombuffer(mmap.mmap(file, size_bytes(world_size)), dtype=torch.uint8)
-        counters, parts = memory.split([world_size * _LINE * 8, 2 * world_size * _PART_BYTES])
+        size = size_bytes(world_size, part_bytes)
+        memory = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+        counters, parts = memory.split([world_size * _LINE * 8, size - world_size * _LINE * 8])
         self._arrived = counters.view(torch.int64).view(world_size, _LINE)[:, 0].numpy()
-        self._buffers = parts.view(2, world_size, _PART_BYTES)
-        self._operations = 0
+        self._parts = parts.view(world_size, -1)
+
+    def mine(self, elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See Room. Waits while another rank reads what was there."""
+        self._wait()
+        return self._parts.view(dtype)[self.rank, :elements]
+
+    def mean(self, elements: int) -> AbstractContextManager[Tensor]:
+        """See Room."""
+        return self._reduced(elements, "mean", torch.float32)
+
+    @contextmanager
+    def gathered(self, elements: int) -> Iterator[Tensor]:
+        """See Room."""
+        self._meet()
+        yield self._parts.view(torch.float32)[:, :elements]
+        self._arrive()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> None:
-        """Replace `tensor` by its "sum" or "max" over the ranks, equal to the bit on all of them.
-
-        Raises:
-            RuntimeError: another rank has ended.
-        """
+        """Replace `tensor` by its "sum", "mean" or "max" over the ranks, equal to the bit on all of them."""
         flat = tensor.detach().contiguous().view(-1)
-        for chunk in flat.split(_PART_BYTES // tensor.element_size()):
-            self._reduce(chunk, torch.add if op == "sum" else torch.maximum)
+        for chunk in flat.split(self.part_bytes // tensor.element_size()):
+            self.mine(len(chunk), chunk.dtype).copy_(chunk)
+            with self._reduced(len(chunk), op, chunk.dtype) as result:
+                chunk.copy_(result)
         if flat.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(flat.view_as(tensor))
 
-    def _reduce(self, chunk: Tensor, combine: Callable[..., Tensor]) -> None:
-        """All-reduce of at most a part's bytes."""
-        parts = self._buffers[self._operations % 2].view(chunk.dtype)[:, : len(chunk)]
-        self._operations += 1
-        parts[self.rank].copy_(chunk)
+    @contextmanager
+    def _reduced(self, elements: int, op: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """What all have written, reduced."""
+        parts = self._parts.view(dtype)[:, :elements]
         self._meet()
-        if chunk.nbytes <= _SMALL_BYTES:
-            _combined(parts, combine, out=chunk)
-            return
-        own = parts.chunk(self.world_size, dim=1)
-        if self.rank < len(own):
-            _combined(own[self.rank], combine, out=own[self.rank][0])
-        self._meet()
-        chunk.copy_(parts[0])
+        if elements * dtype.itemsize <= _SMALL_BYTES:
+            yield _combined(parts, op, out=torch.empty(elements, dtype=dtype))
+        else:
+            sections = parts.chunk(self.world_size, dim=1)
+            if self.rank < len(sections):
+                _combined(sections[self.rank], op, out=sections[self.rank][0])
+            self._meet()
+            yield parts[0]
+        self._arrive()
 
     def _meet(self) -> None:
         """Wait until every rank has come here."""
+        self._arrive()
+        self._wait()
+
+    def _arrive(self) -> None:
         self._arrived[self.rank] += 1
+
+    def _wait(self) -> None:
+        """Until every rank has arrived as often as this one."""
         mine, started = self._arrived[self.rank], time.monotonic()
         looked = started
         while (self._arrived < mine).any():
@@ -126,8 +200,10 @@ class SharedMemory:
             raise RuntimeError(f"rank {rank} has ended while rank {self.rank} waits for it")
 
 
-def _combined(parts: Tensor, combine: Callable[..., Tensor], out: Tensor) -> None:
+def _combined(parts: Tensor, op: str, out: Tensor) -> Tensor:
     """parts[0] (+) parts[1] (+) …, in this order."""
+    combine = torch.maximum if op == "max" else torch.add
     combine(parts[0], parts[1], out=out)
     for part in parts[2:]:
         combine(out, part, out=out)
+    return out.div_(len(parts)) if op == "mean" else out

@@ -1,8 +1,8 @@
-"""C files of this package, compiled once for the processor that runs them.
+"""C and C++ files of this package, compiled once for the processor that runs them.
 
 Compiled files lie in $XDG_CACHE_HOME/dalle_scale (~/.cache/dalle_scale), named by what they were made from: the source,
-the compiler and the processor's features. Who uses them has a slower form of the same in Python, for systems other than
-Linux, without a compiler or a folder to write to, and for DALLE_SCALE_COMPILE=0.
+the compiler, torch and the processor's features. Who uses them does without on systems other than Linux, without a
+compiler or a folder to write to, and for DALLE_SCALE_COMPILE=0.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-_OPTIONS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+import torch
+
+_TORCH = Path(torch.__file__).parent
+_WAYS = {  # compiler and options by the file's suffix; only C++ is compiled against torch
+    ".c": ("cc", "-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
+    ".cpp": ("c++", "-std=c++20", "-O2", f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}"),
+}
+_LIBRARIES: dict[str, tuple[str, ...]] = {".c": (), ".cpp": ("-lc10",)}  # come after the source
 _SECONDS = 120  # for a compiler that hangs
 _DIGEST_BYTES = 32
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The functions of the C file `name` beside this module, or None where they cannot be had.
+    """The functions of the file `name` beside this module, or None where they cannot be had.
 
     Several processes may ask at once: each compiles, and whole files replace each other.
     """
@@ -39,29 +46,25 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def _loaded(source: Path) -> ctypes.CDLL:
-    compiler = shutil.which("cc")
+    name, *options = _WAYS[source.suffix]
+    compiler = shutil.which(name)
     if compiler is None:
-        raise RuntimeError("no C compiler")
+        raise RuntimeError(f"no compiler {name}")
+    command = [compiler, *options, "-shared", "-fPIC"]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle_scale"
-    path = folder / f"{source.stem}-{_digest(source, compiler)}.so"
+    path = folder / f"{source.stem}-{_digest(source, command)}.so"
     if not _whole(path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(compiler, source, path)
+        _compile(command, source, path)
     return ctypes.CDLL(str(path))
 
 
-def _digest(source: Path, compiler: str) -> str:
+def _digest(source: Path, command: list[str]) -> str:
     """What a compiled file depends on, in 32 hexadecimal digits."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         processor = {line for line in file if line.split(":")[0].strip() in ("flags", "Features", "model name")}
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
-    parts = [
-        source.read_bytes(),
-        compiler.encode(),
-        version,
-        " ".join(_OPTIONS).encode(),
-        *map(str.encode, sorted(processor)),
-    ]
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
+    parts = [source.read_bytes(), version, *map(str.encode, [*command, torch.__version__, *sorted(processor)])]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
@@ -74,10 +77,10 @@ def _whole(path: Path) -> bool:
     return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(command: list[str], source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *_OPTIONS, "-o", str(built), str(source)]
+        command = [*command, str(source), *_LIBRARIES[source.suffix], "-o", str(built)]
         subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
         with built.open("r+b") as file:  # a loader ignores what follows the sections; one cut off would crash it
             digest = hashlib.sha256(file.read()).digest()

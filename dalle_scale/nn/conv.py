@@ -2,14 +2,15 @@
 
 On CPUs torch's own 1x1 convolution takes twice as long as the matrix product of the same rows, and its 3x3 convolution
 longer than nn/winograd_tiles.py, so those are the ways here for large channels-last maps in fp32. ReLU before and sum
-after are part of the convolution: what a backward pass needs is the input alone. Everything else, 16 bits above all, is
-left to torch.
+after are part of the convolution: what a backward pass needs is the input alone. Where that came out of a 1x1
+convolution it is not kept but computed again, which takes a hundredth of the time. Everything else, 16 bits above all,
+is left to torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,11 @@ def convolve(
         [B, O, H, W].
     """
     if _has_own_way(x, weight):
-        out: Tensor = _Convolution.apply(x, weight, bias, relu, residual, gain)  # type: ignore[no-untyped-call]
+        given = (x, weight, bias, relu, residual, gain)
+        out: Tensor = _Convolution.apply(*given, _origin(x))  # type: ignore[no-untyped-call]
+        if weight.shape[2] == 1 and torch.is_grad_enabled():
+            origins = (_origin(x), None if residual is None else _origin(residual))
+            out.origin = out._version, _Origin(given, origins)  # type: ignore[attr-defined]
         return out
     x, padding = F.relu(x) if relu else x, weight.shape[2] // 2
     if bias.ndim == 1:
@@ -75,34 +80,75 @@ def _has_own_way(x: Tensor, weight: Tensor) -> bool:
     return kernel == 3 and winograd_tiles.fits(x, weight)
 
 
+class _Origin(NamedTuple):
+    """How a map was made: the arguments of `convolve`, and how its input and residual were made, if by one too."""
+
+    given: tuple[Any, ...]
+    origins: tuple[_Origin | None, _Origin | None]
+
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What it takes to make it again."""
+        (x, weight, bias, _, residual, _), (of_x, of_residual) = self.given, self.origins
+        parts = [(maps,) if origin is None else origin.kept() for maps, origin in ((x, of_x), (residual, of_residual))]
+        return (weight, bias, *parts[0], *parts[1])
+
+    def again(self, kept: Iterator[Tensor | None]) -> Tensor:
+        """The map, made of what `kept` was."""
+        weight, bias = next(kept), next(kept)
+        x, residual = (next(kept) if origin is None else origin.again(kept) for origin in self.origins)
+        _, _, _, relu, _, gain = self.given
+        assert x is not None and weight is not None and bias is not None
+        return _convolved(x, weight, bias, relu, residual, gain)
+
+    def without_tensors(self) -> _Origin:
+        """For use after the tensors that `kept` has named."""
+        _, _, _, relu, _, gain = self.given
+        of_x, of_residual = (None if origin is None else origin.without_tensors() for origin in self.origins)
+        return _Origin((None, None, None, relu, None, gain), (of_x, of_residual))
+
+
+def _origin(x: Tensor) -> _Origin | None:
+    """How a map was made, if it has not been changed since."""
+    version, origin = getattr(x, "origin", (0, None))
+    return origin if origin is not None and version == x._version else None
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, gain: float) -> Tensor:
+    """`convolve` in its own way."""
+    if gain != 1:
+        weight, bias = gain * weight, gain * bias
+    way = winograd_tiles.forward if weight.shape[2] == 3 else _rows_forward
+    shape = (len(x), len(weight), *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
+    add = None if residual is None else _rows(residual)
+    way(_rows(x), weight, bias.contiguous(), relu, add, out.permute(0, 2, 3, 1))
+    return out
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, gain: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        relu: bool,
+        residual: Tensor | None,
+        gain: float,
+        origin: _Origin | None,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(weight, *((x,) if origin is None else origin.kept()))
+        ctx.origin = None if origin is None else origin.without_tensors()
         ctx.relu, ctx.gain, ctx.bias_dimensions = relu, gain, bias.ndim
-        if gain != 1:
-            weight, bias = gain * weight, gain * bias
-        way = winograd_tiles.forward if weight.shape[2] == 3 else _rows_forward
-        shape = (len(x), len(weight), *x.shape[2:])
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)  # and not a view of its rows
-        way(
-            _rows(x),
-            weight,
-            bias.contiguous(),
-            relu,
-            None if residual is None else _rows(residual),
-            out.permute(0, 2, 3, 1),
-        )
-        return out
+        return _convolved(x, weight, bias, relu, residual, gain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, _, of_residual, _ = ctx.needs_input_grad
+        weight, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.origin is None else ctx.origin.again(iter(kept))
+        of_x, of_weight, of_bias, _, of_residual, *_ = ctx.needs_input_grad
         grad = _rows(grads[0])
         way = winograd_tiles.backward if weight.shape[2] == 3 else _rows_backward
         scaled = weight if ctx.gain == 1 else ctx.gain * weight
@@ -112,7 +158,8 @@ class _Convolution(torch.autograd.Function):
             rises = rises.sum(0)
         if ctx.gain != 1:
             steps, rises = (None if found is None else found.mul_(ctx.gain) for found in (steps, rises))
-        return None if slopes is None else _planes(slopes), steps, rises, None, grads[0] if of_residual else None, None
+        of_maps = None if slopes is None else _planes(slopes)
+        return of_maps, steps, rises, None, grads[0] if of_residual else None, None, None
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -13,27 +13,26 @@ convolutions are 0.1e-6 to 1e-6, by CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_scale.nn.winograd import _G
 from dalle_scale.nn.winograd_transforms import (
     TILE,
     WINDOW,
     Block,
+    put_filters,
     put_tiles,
     put_windows,
+    take_filters,
     take_tiles,
     take_windows,
     workspace,
 )
 
 _FEWEST_CHANNELS = 20  # below, transforming maps does
-_ODD_WIDTHS = 64  # matrices narrower than this are multiplied much faster when their width is a multiple of 8
+_ODD_WIDTHS = 64  # results narrower than this are computed much faster when their width is a multiple of 8
 _BLOCK_VALUES = 2**19  # transformed values at a time: they should stay in the cache
 _BLOCK_TILES = 128  # but no fewer than make the products of a place worth while
 
@@ -55,14 +54,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tenso
         out: contiguous [B, H, W, O], written.
     """
     by_windows = len(weight) >= weight.shape[1]
-    filters = _filters(weight.transpose(0, 1), flipped=not by_windows)  # [36, C, O]
+    filters = take_filters(weight.transpose(0, 1), padded(len(weight)), flipped=not by_windows)  # [36, C, O]
     take = take_windows if by_windows else take_tiles
-    for block in _blocks(x, filters):
+    blocks = _blocks(x, filters)
+    below = _below(out, blocks)
+    for block in blocks:
         products = _multiplied(take(x, block, filters.shape[1], relu, "first"), filters)
         if by_windows:
             put_tiles(products, out, block, bias, add=residual)
         else:
-            put_windows(products, out, block, _below(out, block), bias, add=residual)
+            put_windows(products, out, block, below[: block.count], bias, add=residual)
 
 
 def backward(
@@ -70,11 +71,13 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight as in `forward`, given that of its result [B, H, W, O]."""
     by_windows = len(weight) >= weight.shape[1]
-    filters = _filters(weight, flipped=not by_windows)  # [36, O, C]
+    filters = take_filters(weight, padded(weight.shape[1]), flipped=not by_windows)  # [36, O, C]
     slopes = torch.empty_like(x) if of_x else None
     total: Tensor | None = None  # [36, O, C]
     take, take_spread = (take_windows, take_tiles) if by_windows else (take_tiles, take_windows)
-    for block in _blocks(x, filters):
+    blocks = _blocks(x, filters)
+    below = _below(x, blocks)
+    for block in blocks:
         spread = take_spread(grad, block, filters.shape[1], False, "first")
         if of_weight:
             factors = spread.transpose(1, 2), take(x, block, filters.shape[2], relu, "second")
@@ -83,10 +86,10 @@ def backward(
             continue
         products, where_positive = _multiplied(spread, filters), x if relu else None
         if by_windows:
-            put_windows(products, slopes, block, _below(slopes, block), where_positive=where_positive)
+            put_windows(products, slopes, block, below[: block.count], where_positive=where_positive)
         else:
             put_tiles(products, slopes, block, where_positive=where_positive)
-    return slopes, None if total is None else _weight_gradient(total, weight, flipped=not by_windows)
+    return slopes, None if total is None else put_filters(total, weight.shape[1], flipped=not by_windows)
 
 
 def _multiplied(places: Tensor, filters: Tensor) -> Tensor:
@@ -94,52 +97,22 @@ def _multiplied(places: Tensor, filters: Tensor) -> Tensor:
     return torch.bmm(places, filters, out=workspace("second", (*places.shape[:2], filters.shape[2]), places))
 
 
-def _below(maps: Tensor, block: Block) -> Tensor:
-    """What the block before adds to the row below it."""
-    return workspace("below", (block.count, *maps.shape[2:]), maps)
+def _below(maps: Tensor, blocks: list[Block]) -> Tensor:
+    """Room for what each block adds to the row below it; the first has the most samples."""
+    return maps.new_empty(blocks[0].count, *maps.shape[2:])
 
 
-def _blocks(maps: Tensor, filters: Tensor) -> Iterator[Block]:
+def _blocks(maps: Tensor, filters: Tensor) -> list[Block]:
     """Blocks of [B, H, W, C], in order, for transformed filters [36, ., .]."""
     count, rows, columns = len(maps), maps.shape[1] // TILE, maps.shape[2] // TILE
     tiles = max(_BLOCK_TILES, _BLOCK_VALUES // (WINDOW**2 * max(filters.shape[1:])))
     fitting = max(1, tiles // columns)
     samples, parts = max(1, fitting // rows), -(-rows // fitting)
     edges = [rows * part // parts for part in range(parts + 1)]
-    for first in range(0, count, samples):
-        for start, end in pairwise(edges):
-            yield Block(slice(first, min(first + samples, count)), slice(start, end))
-
-
-# --- filters and matrices ---------------------------------------------------------------------------------------------
-
-
-def _filters(weight: Tensor, flipped: bool) -> Tensor:
-    """[O, C, 3, 3] -> [36, O, C], with zeros up to widths that multiply fast. Flipped: turned by half a circle."""
-    shape = [padded(width) for width in weight.shape[:2]]
-    if shape != list(weight.shape[:2]):
-        weight = F.pad(weight, (0, 0, 0, 0, 0, shape[1] - weight.shape[1], 0, shape[0] - weight.shape[0]))
-    return (_filter_matrix(weight, flipped) @ weight.reshape(-1, 9).t()).view(WINDOW**2, *shape)
-
-
-def _weight_gradient(total: Tensor, weight: Tensor, flipped: bool) -> Tensor:
-    """The gradient of a weight [O, C, 3, 3], given that of `_filters`."""
-    rows = (_filter_matrix(weight, flipped).t() @ total.flatten(1)).view(9, *total.shape[1:])
-    return rows[:, : len(weight), : weight.shape[1]].permute(1, 2, 0).reshape(weight.shape)
-
-
-def _filter_matrix(like: Tensor, flipped: bool) -> Tensor:
-    """[36, 9]; places are numbered column by column, values of filters row by row."""
-    matrix = _matrix(_G, like)
-    matrix = matrix.flip(1) if flipped else matrix
-    both = torch.kron(matrix, matrix).view(-1, 3, 3)
-    return both.transpose(1, 2).reshape(-1, 9)
+    starts = range(0, count, samples)
+    return [Block(slice(at, min(at + samples, count)), slice(*part)) for at in starts for part in pairwise(edges)]
 
 
 def padded(width: int) -> int:
     """Columns that a matrix of so many should have."""
     return width if width >= _ODD_WIDTHS else -(-width // 8) * 8
-
-
-def _matrix(rows: tuple[tuple[float, ...], ...], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=like.dtype)

@@ -217,4 +217,69 @@ void NAME(put_rows)(In sums, Out out, ptrdiff_t count, ptrdiff_t channels, ptrdi
         NAME(finish)(out, row * channels, bias, add, positive, channels);
     }
 }
+
+static inline void NAME(filters_line)(In v0, In v1, In v2, Out o, ptrdiff_t step, ptrdiff_t n) {
+    const REAL sixth = (REAL)1 / 6;
+    EACH_CHANNEL(n) {
+        REAL even = -sixth * (v0[c] + v2[c]), odd = -sixth * v1[c];
+        REAL even4 = sixth * (v0[c] / 4 + v2[c]), odd4 = v1[c] / 12;
+        o[c] = v0[c] / 4;
+        o[c + step] = even + odd;
+        o[c + 2 * step] = even - odd;
+        o[c + 3 * step] = even4 + odd4;
+        o[c + 4 * step] = even4 - odd4;
+        o[c + 5 * step] = v2[c];
+    }
+}
+
+/* places [36, rows, width] of 3x3 filters: that of a row and a column begins at row * row_step + column * column_step. */
+void NAME(take_filters)(In weight, Out places, Out scratch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width,
+                        ptrdiff_t row_step, ptrdiff_t column_step, int flipped, ptrdiff_t threads) {
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1)")
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        Out values = scratch + THREAD * 27 * columns; /* [9, columns] */
+        Out half = values + 9 * columns;              /* [6, 3, columns] */
+        for (ptrdiff_t c = 0; c < columns; c++)
+            for (ptrdiff_t k = 0; k < 9; k++)
+                values[k * columns + c] = weight[r * row_step + c * column_step + (flipped ? 8 - k : k)];
+        for (ptrdiff_t x = 0; x < 3; x++)
+            NAME(filters_line)(values + x * columns, values + (3 + x) * columns, values + (6 + x) * columns,
+                               half + x * columns, 3 * columns, columns);
+        for (ptrdiff_t i = 0; i < 6; i++) {
+            In from = half + 3 * i * columns;
+            Out to = places + (i * rows + r) * width;
+            NAME(filters_line)(from, from + columns, from + 2 * columns, to, 6 * rows * width, columns);
+            for (ptrdiff_t j = 0; j < 6 && columns < width; j++)
+                memset(to + 6 * j * rows * width + columns, 0, sizeof(REAL) * (width - columns));
+        }
+    }
+}
+
+static inline void NAME(slopes_line)(In v, ptrdiff_t from, Out o, ptrdiff_t step, ptrdiff_t n) {
+    const REAL sixth = (REAL)1 / 6;
+    EACH_CHANNEL(n) {
+        REAL v1 = v[c + from], v2 = v[c + 2 * from], v3 = v[c + 3 * from], v4 = v[c + 4 * from];
+        REAL even = sixth * (v1 + v2), even4 = sixth * (v3 + v4);
+        o[c] = v[c] / 4 - even + even4 / 4;
+        o[c + step] = sixth * (v2 - v1) + sixth * (v3 - v4) / 2;
+        o[c + 2 * step] = even4 - even + v[c + 5 * from];
+    }
+}
+
+/* The gradient of contiguous filters [rows, columns, 9], given that of the places [36, rows, width]. */
+void NAME(put_filters)(In places, Out weight, Out scratch, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t width,
+                       int flipped, ptrdiff_t threads) {
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1)")
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        Out values = scratch + THREAD * 27 * columns; /* [9, columns] */
+        Out half = values + 9 * columns;              /* [3, 6, columns] */
+        for (ptrdiff_t i = 0; i < 6; i++)
+            NAME(slopes_line)(places + (i * rows + r) * width, 6 * rows * width, half + i * columns, 6 * columns, columns);
+        for (ptrdiff_t x = 0; x < 3; x++)
+            NAME(slopes_line)(half + 6 * x * columns, columns, values + x * columns, 3 * columns, columns);
+        for (ptrdiff_t c = 0; c < columns; c++)
+            for (ptrdiff_t k = 0; k < 9; k++)
+                weight[(r * columns + c) * 9 + (flipped ? 8 - k : k)] = values[k * columns + c];
+    }
+}
 #endif

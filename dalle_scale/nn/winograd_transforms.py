@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_scale.nn import compiled
-from dalle_scale.nn.winograd import _A, _B
+from dalle_scale.nn.winograd import _A, _B, _G
 
 TILE, WINDOW = 4, 6
 _SUM = 7  # the place of the 36 that adds alike to all 16 results of a tile
 _SOURCE = "winograd_transforms.c"
+_KEPT_VALUES = 2**20  # of a workspace
 _local = threading.local()
 
 
@@ -46,9 +49,12 @@ class Block(NamedTuple):
 
 
 def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory of this thread that is the same at each call with one name: unset, and lost at the next call."""
+    """Memory of this thread that is the same at each call with one name: unset, and lost at the next call. Large ones
+    are new, and not kept."""
     kept: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__
-    values = functools.reduce(int.__mul__, shape)
+    values = math.prod(shape)
+    if values > _KEPT_VALUES:
+        return like.new_empty(shape)
     memory = kept.get((name, like.dtype))
     if memory is None or memory.numel() < values:
         with torch.inference_mode(False):  # its tensors cannot be written outside it
@@ -79,6 +85,37 @@ def take_tiles(maps: Tensor, block: Block, width: int, relu: bool, name: str) ->
     if function is None:
         return _take_tiles(maps, block, width, relu)
     return _take(function, maps, block, width, relu, name, WINDOW * TILE * maps.shape[3], 0)
+
+
+def take_filters(weight: Tensor, width: int, flipped: bool) -> Tensor:
+    """G of filters [O, C, 3, 3], with zeros up to `width` for C. Flipped: of filters turned by half a circle.
+
+    Returns:
+        [36, O, width], new.
+    """
+    rows, columns, *_ = weight.shape
+    function = _function("take_filters", weight.dtype)
+    if function is None or weight.stride()[2:] != (3, 1):
+        return _take_filters(weight, width, flipped)
+    threads = torch.get_num_threads()
+    places = weight.new_empty(WINDOW**2, rows, width)
+    scratch = workspace("scratch", (threads * 27 * columns,), weight)
+    sizes = rows, columns, width, *weight.stride()[:2]
+    function(_pointer(weight), _pointer(places), _pointer(scratch), *sizes, flipped, threads)
+    return places
+
+
+def put_filters(places: Tensor, columns: int, flipped: bool) -> Tensor:
+    """The gradient of filters, [O, columns, 3, 3], given that of `take_filters`, [36, O, at least columns]."""
+    rows, width, threads = *places.shape[1:], torch.get_num_threads()
+    function = _function("put_filters", places.dtype)
+    if function is None:
+        found = (_filter_matrix(flipped, places).t() @ places.flatten(1)).view(9, rows, width)
+        return found[..., :columns].permute(1, 2, 0).reshape(rows, columns, 3, 3)
+    weight = places.new_empty(rows, columns, 3, 3)
+    scratch = workspace("scratch", (threads * 27 * columns,), places)
+    function(_pointer(places), _pointer(weight), _pointer(scratch), rows, columns, width, flipped, threads)
+    return weight
 
 
 def put_tiles(
@@ -176,6 +213,8 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     function.argtypes = {
         "take_windows": [pointer, pointer, pointer, block, ctypes.c_int],
         "take_tiles": [pointer, pointer, pointer, block, ctypes.c_int],
+        "take_filters": [pointer, pointer, pointer, *[count] * 5, ctypes.c_int, count],
+        "put_filters": [pointer, pointer, pointer, *[count] * 3, ctypes.c_int, count],
         "put_tiles": [pointer, pointer, pointer, block, *last],
         "put_windows": [pointer, pointer, pointer, block, pointer, *last],
         "put_rows": [pointer, pointer, count, count, count, count, pointer, pointer, pointer],
@@ -238,6 +277,21 @@ def _take_windows(maps: Tensor, block: Block, width: int, relu: bool) -> Tensor:
     columns = (matrix @ rows.reshape(WINDOW, -1)).view(rows.shape)
     windows = columns.unfold(3, WINDOW, TILE).permute(5, 0, 1, 2, 3, 4)
     return (matrix @ windows.reshape(WINDOW, -1)).view(WINDOW**2, -1, width)
+
+
+def _take_filters(weight: Tensor, width: int, flipped: bool) -> Tensor:
+    if width != weight.shape[1]:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, width - weight.shape[1]))
+    matrix = _filter_matrix(flipped, weight)
+    return (matrix @ weight.reshape(-1, 9).t()).view(WINDOW**2, *weight.shape[:2])
+
+
+def _filter_matrix(flipped: bool, like: Tensor) -> Tensor:
+    """[36, 9]: G both ways; values of filters are numbered row by row."""
+    matrix = _matrix(_G, like)
+    matrix = matrix.flip(1) if flipped else matrix
+    both = torch.kron(matrix, matrix).view(-1, 3, 3)
+    return both.transpose(1, 2).reshape(-1, 9)
 
 
 def _take_tiles(maps: Tensor, block: Block, width: int, relu: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020): one space for pictures and captions, used to rank samples by how well they fit.
 
-The model and the loss's logits are open_clip's (`CustomTextCLIP`, `ClipLoss`), so the weights of an export load into
-open_clip with the configuration that `architecture` gives.
+The model is open_clip's (`CustomTextCLIP`), so the weights of an export load into open_clip with the configuration that
+`architecture` gives.
 
 Captions keep this project's tokens: below `text_vocab` words, at `text_vocab + position` empty places. The text tower
 attends causally and is read at its last position. That place sees the whole caption whatever its length; open_clip's
@@ -17,7 +17,6 @@ is in the batch, unlike in other stages.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -243,15 +242,14 @@ class _Pairs:
 
 def _compare(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tensor, weight: Tensor) -> _Pairs:
     """Logits of this rank's rows; arguments as in `contrastive_loss`. Gradients reach the vectors of all ranks."""
-    ranks, rank, slots = dist.world_size(), dist.rank(), len(weight)
-    clip_loss = import_open_clip().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
-    with warnings.catch_warnings():  # open_clip gathers by a function that torch has deprecated
-        warnings.simplefilter("ignore", FutureWarning)
-        both = clip_loss.get_logits(images, texts, scale)
-    labels = clip_loss.get_ground_truth(images.device, slots)  # columns of this rank's own partners
+    ranks, slots, size = dist.world_size(), len(weight), images.shape[1]
+    features: Tensor = _Gather.apply(torch.cat([images, texts], dim=1))  # type: ignore[no-untyped-call]
+    all_images, all_texts = features[:, :size], features[:, size:]
+    both = scale * images @ all_texts.T, scale * texts @ all_images.T
+    labels = slots * dist.rank() + torch.arange(slots, device=weight.device)  # columns of this rank's own partners
 
-    all_tokens = _gather(tokens)
     empty = _gather((weight == 0).long()).bool()
+    all_tokens = _gather(tokens)
     own = torch.arange(slots * ranks, device=weight.device) == labels[:, None]
     hidden = empty & ~own  # an empty row keeps its own column: all hidden would be 0/0
     image_logits, text_logits = (logits.masked_fill(hidden, float("-inf")) for logits in both)
@@ -283,8 +281,22 @@ class _CappedScale(torch.autograd.Function):
         return torch.where(at_cap, gradients[0].clamp(min=0), gradients[0]), None
 
 
+class _Gather(torch.autograd.Function):
+    """`_gather` whose gradient is the sum of what all ranks have for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = dist.all_reduce(gradients[0].clone(memory_format=torch.contiguous_format))
+        own: Tensor = summed.chunk(dist.world_size())[dist.rank()]
+        return own
+
+
 def _gather(values: Tensor) -> Tensor:
-    """int64 [B, ...] of every rank, joined in rank order. No gradient."""
+    """[B, ...] of every rank, joined in rank order. No gradient."""
     joined = values.new_zeros(dist.world_size(), *values.shape)
     joined[dist.rank()] = values
     return dist.all_reduce(joined).flatten(0, 1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import checks
 import torch
@@ -278,15 +279,14 @@ def check_muon(zero: int) -> None:
 
 def reference_muon(config: RunConfig) -> tuple[nn.Module, list[float], dict[str, Tensor]]:
     """`reference`, with every rank doing all of the orthogonalisation."""
-    shared, optim._orthogonalise_shared = optim._orthogonalise_shared, _orthogonalise_alone
-    try:
+    with mock.patch.object(optim.Muon, "_updates", _updates_alone):
         return reference(config)
-    finally:
-        optim._orthogonalise_shared = shared
 
 
-def _orthogonalise_alone(matrices: Any, flat: Tensor) -> list[Tensor]:
-    return [optim.orthogonalise(matrix[None])[0] for matrix in matrices]
+@contextmanager
+def _updates_alone(muon: optim.Muon, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
+    pairs = zip(gradients, momenta, strict=True)
+    yield [optim.orthogonalise(gradient.lerp(momentum, muon.momentum)[None])[0] for gradient, momentum in pairs]
 
 
 def check_not_finite_is_noticed(zero: int) -> None:

@@ -3,6 +3,8 @@ through shared memory and where there is none."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import checks
 import torch
 from torch import nn
@@ -28,21 +30,42 @@ def check_through_shared_memory(zero: int) -> None:
 def check_without(zero: int) -> None:
     """As on two hosts: what rank 0 has made, another rank does not find; nor is there room, nor a known processor."""
     memory = dist._shared_memory
-    cases = {"_SHM": "/nowhere"} if zero % 2 else {"_PART_BYTES": 1 << 60}
-    before = {name: getattr(shared_memory, name) for name in cases}
-    try:
-        if dist.rank() == 0:
-            vars(shared_memory).update(cases)
-        found = shared_memory.share(dist.rank(), dist.world_size())
-    finally:
-        vars(shared_memory).update(before)
-    assert found is None
+    part_bytes = 1000 if zero % 2 else 1 << 60
+    folder = "/nowhere" if zero % 2 and dist.rank() == 0 else shared_memory._SHM
+    with mock.patch.object(shared_memory, "_SHM", folder):
+        assert shared_memory.share(dist.rank(), dist.world_size(), part_bytes) is None
     dist.use_shared_memory(None)
     assert_collectives_are_right()
     dist.use_shared_memory(memory)
 
 
 def check_gradients(zero: int) -> None:
+    assert isinstance(shared_memory.room(10), shared_memory.SharedMemory)
+    assert_means_are_right()
+    assert_rows_are_right()
+
+
+def check_gradients_without(zero: int) -> None:
+    """Through the process group."""
+    memory = dist.shared_memory()
+    dist.use_shared_memory(None)
+    assert isinstance(shared_memory.room(10), shared_memory.GroupRoom)
+    assert_means_are_right()
+    assert_rows_are_right()
+    dist.use_shared_memory(memory)
+
+
+def assert_rows_are_right() -> None:
+    """Of fewer elements than there is room for."""
+    room = shared_memory.room(10)
+    for turn in range(3):
+        room.mine(7 - turn).fill_(dist.rank() + 10 * turn)
+        with room.gathered(7 - turn) as rows:
+            want = torch.arange(dist.world_size())[:, None].expand(-1, 7 - turn) + 10.0 * turn
+            assert torch.equal(rows, want)
+
+
+def assert_means_are_right() -> None:
     """Means of gradients of both types; of a parameter that the loss has reached on one rank alone, or on none."""
     net = nn.ModuleDict({"all": nn.Linear(3, 2), "one": nn.Linear(2, 2, dtype=torch.bfloat16), "none": nn.Linear(1, 1)})
     means = GradientMeans(net)

@@ -23,16 +23,16 @@ SMALL = shared_memory._SMALL_BYTES
 
 
 @contextmanager
-def shared_file(world_size: int) -> Iterator[int]:
+def shared_file(world_size: int, part_bytes: int = PART) -> Iterator[int]:
     with tempfile.TemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, shared_memory.size_bytes(world_size))
+        os.posix_fallocate(file.fileno(), 0, shared_memory.size_bytes(world_size, part_bytes))
         yield file.fileno()
 
 
-def on_all_ranks(world_size: int, work: Callable[[SharedMemory], Tensor]) -> list[Tensor]:
+def on_all_ranks(world_size: int, work: Callable[[SharedMemory], Tensor], part_bytes: int = PART) -> list[Tensor]:
     """What `work` returns on each rank."""
-    with shared_file(world_size) as file, ThreadPoolExecutor(world_size) as pool:
-        ranks = [SharedMemory(file, rank, world_size) for rank in range(world_size)]
+    with shared_file(world_size, part_bytes) as file, ThreadPoolExecutor(world_size) as pool:
+        ranks = [SharedMemory(file, rank, world_size, part_bytes) for rank in range(world_size)]
         return list(pool.map(work, ranks))
 
 
@@ -42,19 +42,23 @@ def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-@pytest.mark.parametrize("op", ["sum", "max"])
+@pytest.mark.parametrize("op", ["sum", "mean", "max"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
 @pytest.mark.parametrize("count", [0, 1, 7, SMALL // 8, SMALL // 4 + 1, PART // 8 + 3, PART // 2 + 1])
 def test_against_numpy(world_size: int, op: str, dtype: torch.dtype, count: int) -> None:
     """Whole numbers, so that sums are exact in any order; counts on both sides of each border."""
+    if op == "mean" and not dtype.is_floating_point:
+        pytest.skip("means are of real numbers")
 
     def work(memory: SharedMemory) -> Tensor:
         tensor = values(memory.rank, (count,), dtype)
         memory.all_reduce(tensor, op)
         return tensor
 
-    combine = {"sum": np.add, "max": np.maximum}[op]
+    combine = np.maximum if op == "max" else np.add
     want = combine.reduce([values(rank, (count,), dtype).numpy() for rank in range(world_size)])
+    if op == "mean":
+        want = want / want.dtype.type(world_size)
     for tensor in on_all_ranks(world_size, work):
         assert tensor.dtype == dtype and np.array_equal(tensor.numpy(), want)
 
@@ -92,6 +96,28 @@ def test_many_operations_in_a_row_do_not_meet() -> None:
     ]
     for result in on_all_ranks(3, work):
         assert torch.equal(result, torch.cat(want))
+
+
+@pytest.mark.parametrize("elements", [5, 3000, 100_003])
+def test_a_room_is_read_before_it_is_written_again(elements: int) -> None:
+    """Ranks that read slowly, or write early, see what belongs to their turn."""
+
+    def part(rank: int, turn: int) -> Tensor:
+        return values(rank, (elements,), torch.float32, seed=turn)
+
+    def work(memory: SharedMemory) -> Tensor:
+        right = []
+        for turn in range(40):
+            memory.mine(elements).copy_(part(memory.rank, turn))
+            collective = memory.gathered if turn % 2 else memory.mean
+            with collective(elements) as found:
+                if turn % 3 == memory.rank:
+                    torch.randn(200, 200) @ torch.randn(200, 200)  # late
+                parts = torch.stack([part(rank, turn) for rank in range(3)])
+                right.append(torch.equal(found, parts if turn % 2 else parts.sum(0) / 3))
+        return torch.tensor(right)
+
+    assert all(right.all() and len(right) == 40 for right in on_all_ranks(3, work, part_bytes=4 * elements))
 
 
 def test_tensors_that_are_not_contiguous() -> None:

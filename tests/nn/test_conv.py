@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -91,6 +92,51 @@ def test_the_input_alone_is_kept(kernel: int, always: None) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         convolve(x, weight, bias, relu=True, residual=residual, gain=0.5)
     assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in (x, weight)}
+
+
+def chain(convolve: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor:
+    """A 1x1 skip, a branch from 1x1 to 3x3 and back, then a 3x3 convolution: most inputs come out of a 1x1 one."""
+    t = tensors
+    skip = convolve(t["x"], t["skip"], t["bias"], False, None, 1.0)
+    inner = convolve(t["x"], t["down"], t["bias"], True, None, 1.0)
+    branch = convolve(inner, t["middle"], t["bias"], True, None, 1.0)
+    out = convolve(branch, t["up"], t["bias"], True, skip, 0.25)
+    return convolve(out, t["last"], t["bias"], True, out, 0.5)
+
+
+def chain_tensors() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {"x": torch.randn(2, 4, 8, 12, generator=draw).contiguous(memory_format=torch.channels_last)}
+    for name, kernel in (("skip", 1), ("down", 1), ("middle", 3), ("up", 1), ("last", 3)):
+        tensors[name] = torch.randn(4, 4, kernel, kernel, generator=draw)
+    tensors["bias"] = torch.randn(4, generator=draw)
+    return {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+
+
+def test_what_came_out_of_1x1_is_made_again(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits; only maps that nothing else makes again are kept: x, and what comes out of `middle`."""
+    tensors, kept = chain_tensors(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        out = chain(convolve, tensors)
+    maps = {t.untyped_storage().data_ptr() for t in kept if t.shape == out.shape}
+    assert len(maps) == 2 and tensors["x"].untyped_storage().data_ptr() in maps
+    ours = torch.autograd.grad(out.square().sum(), list(tensors.values()))
+    expected = torch.autograd.grad(chain(plain, tensors).square().sum(), list(tensors.values()))
+    torch.testing.assert_close(ours, expected)
+    monkeypatch.setattr(conv, "_origin", lambda x: None)
+    kept_all = torch.autograd.grad(chain(convolve, tensors).square().sum(), list(tensors.values()))
+    assert all(torch.equal(*pair) for pair in zip(ours, kept_all, strict=True))
+
+
+def test_what_was_changed_in_place_is_kept(always: None) -> None:
+    def changed(convolve: Callable[..., Tensor], t: dict[str, Tensor]) -> Tensor:
+        inner = convolve(t["x"], t["down"], t["bias"], False, None, 1.0)
+        return convolve(inner.mul_(-3), t["middle"], t["bias"], True, None, 1.0)
+
+    tensors = chain_tensors()
+    asked = [tensors[name] for name in ("x", "down", "middle")]
+    found = [torch.autograd.grad(changed(f, tensors).square().sum(), asked) for f in (convolve, plain)]
+    torch.testing.assert_close(*found)
 
 
 def test_what_is_left_to_torch(always: None) -> None:

@@ -37,7 +37,7 @@ def in_torch(call: Callable[[], object], absolute: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transforms, "_function", lambda name, dtype: None)
         if absolute:
-            for name in ("_A", "_B"):
+            for name in ("_A", "_B", "_G"):
                 matrix = getattr(transforms, name)
                 patch.setattr(transforms, name, tuple(tuple(map(abs, row)) for row in matrix))
         call()
@@ -123,6 +123,20 @@ def test_putting_together(
         return torch.cat([out.flatten(), below.flatten()])
 
     compare(put, tensors, {"mask": random(*map_shape, seed=6) if ends == "mask" else None})
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 8), (3, 41, 48), (20, 66, 66)])
+def test_filters(rows: int, columns: int, width: int, transposed: bool, flipped: bool, threads: None) -> None:
+    """And their gradient, which is the transposed matrix's."""
+    size = (columns, rows) if transposed else (rows, columns)
+
+    def take(weight: Tensor) -> Tensor:
+        return transforms.take_filters(weight.transpose(0, 1) if transposed else weight, width, flipped)
+
+    compare(take, {"weight": random(*size, 3, 3)}, {})
+    compare(lambda places: transforms.put_filters(places, columns, flipped), {"places": random(36, rows, width)}, {})
 
 
 @pytest.mark.parametrize("ends", [(False, False, False), (True, True, False), (False, False, True)])

@@ -36,6 +36,9 @@ SIZES = {
 }
 
 
+EPS = torch.finfo(torch.float32).eps
+
+
 def build(**changes: object) -> tuple[clip.Stage, Nets]:
     """A small model with fresh weights, the same each time."""
     stage = clip.Stage(configs.parse(clip.Stage.Config, SIZES | changes, "model"))
@@ -79,8 +82,10 @@ def test_siglip_loss_is_open_clips():
     torch.testing.assert_close(losses.total, expected)
     parameters = list(nets["model"].parameters())
     pairs = zip(*(torch.autograd.grad(total, parameters) for total in (losses.total, expected)), strict=True)
-    for got, want in pairs:
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for got, want in pairs:  # some hundred roundings, one after the other
+        assert float((got - want).norm()) <= 100 * EPS * float(
+            want.norm()
+        )
     assert torch.equal(losses.terms["loss"], losses.total.detach())
     assert float(losses.terms["logit_scale"]) == pytest.approx(10) and float(losses.terms["logit_bias"]) == -10
     assert all(term.shape == () for term in losses.terms.values())
