@@ -40,7 +40,7 @@ SIDES = {  # (trainings at once, processes of each, threads of each)
     "1 process, 2 threads": (1, 1, 2),
     "2 processes, apart": (2, 1, 1),
 }
-STEPS = {"dvae": 30, "dalle": 40, "clip": 10}  # of a turn: one to two seconds
+STEPS = {"dvae": 100, "dalle": 100, "clip": 30}  # of a turn: some four seconds, beside which waking up is short
 TRAIN_SAMPLES = 2048
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port, in_ranks, run_until
 from PIL import Image
-from test_rerank import clip_export
+from test_rerank import SCORE_ROUNDING, clip_export
 from test_sample import PROMPTS, export_stage
 from toys.programs import run_here, run_rank
 
@@ -151,7 +151,7 @@ def test_reranked_in_the_same_command(model: Path, clip: Path, whole: Path, tmp_
     for out in (drawn_at_once, gone_on):
         ours = [json.loads(line) for line in (out / "reranked" / "scores.jsonl").read_text().splitlines()]
         scores = [[row.pop("score") for row in rows] for rows in (ours, [dict(row) for row in theirs])]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+        assert scores[0] == pytest.approx(scores[1], abs=SCORE_ROUNDING)
         assert ours == [{key: value for key, value in row.items() if key != "score"} for row in theirs]
         assert files(out / "reranked" / "best") == files(expected / "best")
         assert (out / "reranked" / "gallery.html").exists()
@@ -177,7 +177,7 @@ def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path,
         [json.loads(line)["score"] for line in (out / "reranked/scores.jsonl").read_text().splitlines()]
         for out in (one, two)
     ]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0] == pytest.approx(scores[1], abs=SCORE_ROUNDING)
 
 
 def test_saving_that_fails_ends_the_program(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

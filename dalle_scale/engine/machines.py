@@ -90,7 +90,8 @@ class Machines:
         path = folder / self._errors_file
         if self.compressor and path.exists():
             saved = load_file(path, device=str(dist.device()))
-            self.compressor.errors = [saved[str(index)] for index in range(len(saved))]
+            # copies: kernels may choose by alignment, and the file's is not that of the run that did not stop
+            self.compressor.errors = [saved[str(index)].clone() for index in range(len(saved))]
 
     @property
     def _errors_file(self) -> str:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 BEGIN = """
@@ -94,7 +95,7 @@ def busy():
     while not stop.is_set():
         block(0.1)
 
-thread = threading.Thread(target=busy)
+thread = threading.Thread(target=busy, daemon=True)  # a failure ends the program
 thread.start()
 for number in range(30):
     child = os.fork()
@@ -112,12 +113,13 @@ with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], pr
 sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
 assert 2 * MIB in sizes and -2 * MIB in sizes
 """
-CASES = {name: text for name, text in globals().items() if name.isupper() and name not in ("ROOT", "BEGIN")}
+CASES = {name: text for name, text in globals().items() if name.isupper() and isinstance(text, str) and name != "BEGIN"}
 
 
 def run(program: str, **environment: str) -> None:
     line = [sys.executable, "-c", program]
-    done = subprocess.run(line, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    limits = {"capture_output": True, "text": True, "timeout": HANG_SECONDS}
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | environment, **limits)
     assert done.returncode == 0, done.stderr
 
 

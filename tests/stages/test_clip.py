@@ -83,9 +83,7 @@ def test_siglip_loss_is_open_clips():
     parameters = list(nets["model"].parameters())
     pairs = zip(*(torch.autograd.grad(total, parameters) for total in (losses.total, expected)), strict=True)
     for got, want in pairs:  # some hundred roundings, one after the other
-        assert float((got - want).norm()) <= 100 * EPS * float(
-            want.norm()
-        )
+        assert float((got - want).norm()) <= 100 * EPS * float(want.norm())
     assert torch.equal(losses.terms["loss"], losses.total.detach())
     assert float(losses.terms["logit_scale"]) == pytest.approx(10) and float(losses.terms["logit_bias"]) == -10
     assert all(term.shape == () for term in losses.terms.values())

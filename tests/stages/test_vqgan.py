@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import rows
+from batches import rows, same_codes
 from torch import Tensor, nn
 
 from dalle_scale import config as run_config
@@ -109,7 +109,9 @@ def test_losses_by_hand(lecam_weight: float) -> None:
     for got, grad in zip(
         gradients(nets, "model", losses), torch.autograd.grad(want, list(nets["model"].parameters())), strict=True
     ):
-        torch.testing.assert_close(got, grad, rtol=1e-3, atol=1e-6)
+        # sums over the places of 3 pictures, in any order, of numbers of the size of the largest gradient
+        rounding = 3 * 16 * 16 * torch.finfo(torch.float32).eps * float(grad.abs().max())
+        torch.testing.assert_close(got, grad, rtol=1e-3, atol=rounding)
     assert set(losses.terms) == {"rec", "perceptual", "commitment", "gan", "lambda"}
     assert float(losses.terms["lambda"]) == pytest.approx(1.5)
     assert float(losses.terms["gan"]) == pytest.approx(verdict.item(), rel=1e-4)
@@ -303,14 +305,16 @@ def test_tokenizer_takes_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None
     whole = stage.tokenizer(nets).encode(batch_of(5)["image"])
     monkeypatch.setattr("dalle_scale.stages.vqgan._PIXELS_AT_ONCE", 2 * 16 * 16 + 5)
     parts = stage.tokenizer(nets)
-    assert torch.equal(parts.encode(batch_of(5)["image"]), whole) and parts.decode(whole).shape == (5, 3, 16, 16)
+    assert same_codes(parts.encode(batch_of(5)["image"]), whole) and parts.decode(whole).shape == (5, 3, 16, 16)
 
 
 def test_evaluate_and_preview() -> None:
     stage, nets = make()
     batch = batch_of(10)
-    result = stage.evaluate(nets, [rows(batch, slice(0, 4)), rows(batch, slice(4, 10))])
-    pictures, _, _, codes = nets["model"](batch["image"])
+    parts = [rows(batch, slice(0, 4)), rows(batch, slice(4, 10))]
+    result = stage.evaluate(nets, parts)
+    outputs = [nets["model"](part["image"]) for part in parts]  # as evaluated: rounding may choose another code
+    pictures, codes = torch.cat([output[0] for output in outputs]), torch.cat([output[3] for output in outputs])
     pixels = ((pictures + 1) * 127.5).clamp(0, 255)
     mse = float((pixels - batch["image"]).square().mean())
     assert result["psnr_db"] == pytest.approx(10 * math.log10(255**2 / mse), rel=1e-4)
