@@ -41,8 +41,9 @@ def start() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # what DeepSpeed calls, on every rank
-    # An all-reduce for inference on CPUs that training does not use; compiling it takes half a minute
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What DeepSpeed could compile: nothing that training uses. Asking would try compilers and show what they miss, and
+    # an all-reduce for inference on CPUs takes half a minute
+    deepspeed.ops.__compatible_ops__ = {}
     if dist.device().type == "cuda":
         torch.cuda.set_device(dist.device())
     else:
