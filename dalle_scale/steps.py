@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -10,9 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dalle_scale.types import UserError
 
 Command = list[str]
+
+
+def processes() -> int:
+    """How many train a small net here: two where there are two GPUs or, without a GPU, two CPU cores.
+
+    On two cores they are faster than one process, also than one of two threads (benchmarks/ranks.py).
+    """
+    return min(2, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -26,9 +37,9 @@ class Programs:
         return [sys.executable, str(self.root / program), *arguments]
 
     def deepspeed(self, program: str, *arguments: str) -> Command:
-        """A command that runs it through the launcher, in two processes on this machine."""
+        """A command that runs it through the launcher, in `processes()` on this machine."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        return [launcher, "-q", "--num_gpus", "2", str(self.root / program), *arguments]
+        return [launcher, "-q", "--num_gpus", str(processes()), str(self.root / program), *arguments]
 
     def typed(self, command: Command) -> str:
         """The command as one would type it in the project's folder."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_scale import log
-from dalle_scale.steps import Command, Programs
+from dalle_scale.steps import Command, Programs, processes
 from dalle_scale.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +86,8 @@ def main() -> None:
     if RUN.exists():
         print(f"Removing {RUN} of an earlier run: the demo starts from scratch.")
         shutil.rmtree(RUN)
+    how = "2 processes, which is faster than one process of two threads" if processes() == 2 else "1 process"
+    print(f"Training in {how}.")
     seconds = PROGRAMS.run(steps(TINY if options.tiny else size_for(options.minutes)))
     path = RUN / "report.json"
     report = {**json.loads(path.read_text(encoding="utf-8")), "seconds": seconds}

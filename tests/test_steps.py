@@ -21,6 +21,9 @@ def test_order_times_and_failure(tmp_path, capfd):
     assert "never" not in capfd.readouterr().out.replace("'never'", "")
 
 
-def test_launcher_line(tmp_path):
+@pytest.mark.parametrize(("gpus", "cores", "expected"), [(0, 1, 1), (0, 2, 2), (0, 64, 2), (1, 64, 1), (8, 2, 2)])
+def test_launcher_line(tmp_path, monkeypatch, gpus, cores, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     line = Programs(tmp_path).typed(Programs(tmp_path).deepspeed("launch/train.py", "configs/x.yaml"))
-    assert line == "deepspeed -q --num_gpus 2 launch/train.py configs/x.yaml"
+    assert line == f"deepspeed -q --num_gpus {expected} launch/train.py configs/x.yaml"

@@ -187,7 +187,9 @@ def assert_equals_reference(config: RunConfig) -> tuple[Stage, build.Players]:
     for step, (line, expected) in enumerate(zip(got, want, strict=True)):
         for name, value in expected.items():
             label = f"update {step}, {name}: "
-            torch.testing.assert_close(line[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, at=label: at + m)
+            loose = 10.0 if step else 0.1  # from the second on of weights that a kink may have moved apart, see below
+            close = {"rtol": 1e-4 * loose, "atol": 1e-5 * loose}
+            torch.testing.assert_close(line[name], value, **close, msg=lambda m, at=label: at + m)
         assert ("model/gan" in line) == ("model/gan" in expected) and line.keys() >= expected.keys()
     compared = 0
     _, fresh = make_stage(config)
