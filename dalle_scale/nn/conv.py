@@ -54,9 +54,9 @@ def convolve(
     if _has_own_way(x, weight):
         given = (x, weight, bias, relu, residual, gain)
         out: Tensor = _Convolution.apply(*given, _origin(x))  # type: ignore[no-untyped-call]
-        if weight.shape[2] == 1 and torch.is_grad_enabled():
+        if weight.shape[2] == 1 and out.requires_grad:
             origins = (_origin(x), None if residual is None else _origin(residual))
-            out.origin = out._version, _Origin(given, origins)  # type: ignore[attr-defined]
+            out.origin = _Origin(given, origins, _versions(out, *given))  # type: ignore[attr-defined]
         return out
     x, padding = F.relu(x) if relu else x, weight.shape[2] // 2
     if bias.ndim == 1:
@@ -81,10 +81,19 @@ def _has_own_way(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Origin(NamedTuple):
-    """How a map was made: the arguments of `convolve`, and how its input and residual were made, if by one too."""
+    """How a map was made: the arguments of `convolve`, how its input and residual were made, if by one too, and the
+    versions of all these tensors."""
 
     given: tuple[Any, ...]
     origins: tuple[_Origin | None, _Origin | None]
+    versions: tuple[int, ...] = ()
+
+    def holds(self, maps: Tensor) -> bool:
+        """Whether neither these maps nor what they were made of have changed since."""
+        makers = zip((self.given[0], self.given[4]), self.origins, strict=True)
+        return self.versions == _versions(maps, *self.given) and all(
+            origin is None or origin.holds(made) for made, origin in makers
+        )
 
     def kept(self) -> tuple[Tensor | None, ...]:
         """What it takes to make it again."""
@@ -107,10 +116,15 @@ class _Origin(NamedTuple):
         return _Origin((None, None, None, relu, None, gain), (of_x, of_residual))
 
 
+def _versions(*values: Any) -> tuple[int, ...]:
+    """How often each tensor among these has been changed in place."""
+    return tuple(value._version for value in values if torch.is_tensor(value))
+
+
 def _origin(x: Tensor) -> _Origin | None:
-    """How a map was made, if it has not been changed since."""
-    version, origin = getattr(x, "origin", (0, None))
-    return origin if origin is not None and version == x._version else None
+    """How a map was made, if it can be made again."""
+    origin: _Origin | None = getattr(x, "origin", None)
+    return origin if origin is not None and origin.holds(x) else None
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, residual: Tensor | None, gain: float) -> Tensor:

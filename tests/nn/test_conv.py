@@ -139,6 +139,33 @@ def test_what_was_changed_in_place_is_kept(always: None) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["x", "down", "bias", "first"])
+def test_what_a_map_was_made_of_may_change(name: str, frozen: bool, always: None) -> None:
+    """Between two convolutions: the second still has the gradient of the map that it was given."""
+    tensors = chain_tensors()
+    tensors["first"] = torch.randn_like(tensors["down"]).requires_grad_()
+    for tensor in tensors.values():
+        tensor.requires_grad_(not frozen)
+    tensors["middle"].requires_grad_()
+    given = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+    def changed(convolve: Callable[..., Tensor]) -> Tensor:
+        inner = convolve(convolve(tensors["x"], tensors["first"], tensors["bias"], False, None, 1.0),
+                         tensors["down"], tensors["bias"], True, tensors["x"], 1.0)  # fmt: skip
+        with torch.no_grad():
+            tensors[name].mul_(-3)
+        return convolve(inner, tensors["middle"], given["bias"], True, None, 1.0)
+
+    found = []
+    for function in (convolve, plain):
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                tensor.copy_(given[key])
+        found.append(torch.autograd.grad(changed(function).square().sum(), tensors["middle"]))
+    torch.testing.assert_close(*found)
+
+
 def test_what_is_left_to_torch(always: None) -> None:
     x, weight, bias, _ = arguments(1, 4, 3, dtype=torch.float32)
     assert own_way(convolve(x, weight, bias))
