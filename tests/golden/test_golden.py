@@ -1,0 +1,100 @@
+"""Every tiny config trains to the losses of before, and a record tells where two differ.
+
+losses.json is of one machine. Where another rounds otherwise, what is computed before the first update differs by
+rounding alone, and later by what Adam makes of it: its first updates turn the sign of a small gradient into a whole
+step.
+
+To renew it after a change that should alter the mathematics:
+
+    python tests/golden/test_golden.py tests/golden/losses.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import golden
+import pytest
+from steps import data_steps, training_steps
+
+LOSSES = Path(__file__).with_name("losses.json")
+RTOL_BEFORE, RTOL_AFTER = 1e-4, 0.03  # of values before the first update, and of later ones
+
+
+def losses(work: Path) -> dict[str, list[dict[str, float]]]:
+    """What each tiny config logs, by update."""
+    golden.run(work, [*data_steps(), *training_steps(golden.ROOT)])
+    found = {}
+    for path in sorted(work.glob("runs/tiny/*/metrics.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[path.parent.name] = [{key: row[key] for key in row if "/" in key or key == "update"} for row in rows]
+    return found
+
+
+def test_losses(tmp_path: Path) -> None:
+    found, expected = losses(tmp_path / "work"), json.loads(LOSSES.read_text(encoding="utf-8"))
+    assert found.keys() == expected.keys()
+    for stage, rows in expected.items():
+        assert [row.keys() for row in found[stage]] == [row.keys() for row in rows], stage
+        for row, want in zip(found[stage], rows, strict=True):
+            rel = RTOL_BEFORE if want["update"] == 1 else RTOL_AFTER
+            assert row == pytest.approx(want, rel=rel, abs=1e-3), f"{stage}, update {want['update']}"
+
+
+RECORD: golden.Record = {
+    "train_dvae": {"metrics.jsonl: 0.train/loss": 0.5, "export/model.safetensors: a.weight": "float32 [1] abc"},
+    "evaluate_x": {"comparison.json: psnr_db": 20.0, "comparison.json: samples": 24},
+}
+
+
+def changed(step: str, name: str, value: golden.Value) -> golden.Record:
+    record = copy.deepcopy(RECORD)
+    record[step][name] = value
+    return record
+
+
+def test_equal_records() -> None:
+    assert not list(golden.differences(RECORD, copy.deepcopy(RECORD), None, 0.0))
+
+
+@pytest.mark.parametrize("name", list(RECORD["train_dvae"]))
+def test_what_differs_is_named(name: str) -> None:
+    for newer in (changed("train_dvae", name, 0.5 + 2**-53), changed("train_dvae", name, "float32 [1] abd")):
+        [line] = golden.differences(RECORD, newer, None, 1.0)
+        assert line.startswith(f"train_dvae: {name}: ")
+
+
+def test_what_one_record_lacks_is_named() -> None:
+    newer = changed("train_dvae", "new", 1.0)
+    del newer["evaluate_x"]
+    assert list(golden.differences(RECORD, newer, None, 0.0)) == [
+        "train_dvae: new: only in the newer record",
+        "evaluate_x: only in the older record",
+    ]
+
+
+def test_tolerances() -> None:
+    close = changed("evaluate_x", "comparison.json: psnr_db", 20.0 * (1 + 5e-7))
+    assert len(list(golden.differences(RECORD, close, None, 0.0))) == 1
+    assert not list(golden.differences(RECORD, close, None, 1e-6))
+    elsewhere = changed("train_dvae", "export/model.safetensors: a.weight", "float32 [1] abd")
+    elsewhere["train_dvae"]["metrics.jsonl: 0.train/loss"] = 0.5001
+    assert len(list(golden.differences(RECORD, elsewhere, 1e-5, 0.0))) == 1
+    assert not list(golden.differences(RECORD, elsewhere, 1e-3, 0.0))
+
+
+def test_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "renames.json").write_text(json.dumps({"train/": "training/", r"^evaluate_(.*)": r"\1_measured"}))
+    monkeypatch.setattr(golden, "RENAMES", tmp_path / "renames.json")
+    renamed = golden.renamed(RECORD)
+    assert list(renamed) == ["train_dvae", "x_measured"] and "metrics.jsonl: 0.training/loss" in renamed["train_dvae"]
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        text = json.dumps(losses(Path(folder) / "work"), indent=1)
+    Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
