@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 Value = str | float | int | bool | None
 SHOWN = ("gallery.png",)
-UNSTEADY = {"time_seconds", "samples_per_second"}  # names of what another run of the same code has otherwise
+UNSTEADY = {"time_seconds", "samples_per_second", "rows_per_second", "seconds"}  # what differs in every run of one code
 
 
 def of_output(output: Path) -> dict[str, Value]:
