@@ -93,6 +93,7 @@ class Muon(torch.optim.AdamW):
             group["transposed"] = [getattr(parameter, "is_transposed", False) for parameter in group["params"]]
         self.momentum = momentum
         self._room: Room | None = None  # for the orthogonalised matrices, where there are several ranks
+        self._room_elements = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -139,8 +140,8 @@ class Muon(torch.optim.AdamW):
         if len(dealt) == 1:
             yield updates
             return
-        if self._room is None:
-            self._room = room(elements)
+        if self._room is None or elements > self._room_elements:
+            self._room, self._room_elements = room(elements), elements
         own = self._room.mine(sum(sizes[dist.rank()])).split(sizes[dist.rank()])
         for part, update in zip(own, updates, strict=True):
             part.view_as(update).copy_(update)

@@ -17,6 +17,7 @@ import platform
 import secrets
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
@@ -96,17 +97,21 @@ def share(rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> SharedMe
         if rank == 0 and platform.machine() in ("x86_64", "AMD64"):
             file, path = tempfile.mkstemp(prefix=f"dalle_scale_{secrets.token_hex(8)}_", dir=_SHM)
             os.posix_fallocate(file, 0, size)  # else a full file system kills whoever writes
-    named = [path]
-    torch.distributed.broadcast_object_list(named)
-    with suppress(OSError):
-        if rank > 0 and named[0]:
-            file = os.open(named[0], os.O_RDWR)
-    whole = file >= 0 and os.fstat(file).st_size >= size
-    memory = SharedMemory(file, rank, world_size, part_bytes) if whole else None
-    ready = torch.tensor(int(memory is not None))
-    torch.distributed.all_reduce(ready)
-    if path:
-        os.unlink(path)
+    named, memory = [path], None
+    try:
+        torch.distributed.broadcast_object_list(named)
+        with suppress(OSError):
+            if rank > 0 and named[0]:
+                file = os.open(named[0], os.O_RDWR)
+        if file >= 0 and os.fstat(file).st_size >= size:
+            memory = SharedMemory(file, rank, world_size, part_bytes)
+        ready = torch.tensor(int(memory is not None))
+        torch.distributed.all_reduce(ready)
+    finally:
+        if path:
+            os.unlink(path)
+        if file >= 0 and memory is None:
+            os.close(file)
     return memory if ready == world_size else None
 
 
@@ -117,9 +122,10 @@ class SharedMemory:
     """
 
     def __init__(self, file: int, rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> None:
-        """file: descriptor of the shared file, of `size_bytes(world_size, part_bytes)`; kept open."""
+        """file: descriptor of the shared file, of `size_bytes(world_size, part_bytes)`; closed with this object."""
         self.rank, self.world_size, self.part_bytes = rank, world_size, part_bytes
         self._file = file
+        weakref.finalize(self, os.close, file)
         fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # held as long as this process lives
         size = size_bytes(world_size, part_bytes)
         memory = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)

@@ -9,13 +9,14 @@ is left to torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dalle_scale.nn import winograd_tiles
 from dalle_scale.nn.winograd_transforms import put_rows, relu_of, workspace
@@ -51,12 +52,12 @@ def convolve(
     Returns:
         [B, O, H, W].
     """
-    if _has_own_way(x, weight):
+    if _has_own_way(x, weight, bias, residual):
         given = (x, weight, bias, relu, residual, gain)
         out: Tensor = _Convolution.apply(*given, _origin(x))  # type: ignore[no-untyped-call]
-        if weight.shape[2] == 1 and out.requires_grad:
+        if weight.shape[2] == 1 and out.requires_grad and not any(t.is_inference() for t in _tensors(given)):
             origins = (_origin(x), None if residual is None else _origin(residual))
-            out.origin = _Origin(given, origins, _versions(out, *given))  # type: ignore[attr-defined]
+            _ORIGINS[out] = _Origin(given, origins, _versions(out, *given))
         return out
     x, padding = F.relu(x) if relu else x, weight.shape[2] // 2
     if bias.ndim == 1:
@@ -68,11 +69,17 @@ def convolve(
     return out if gain == 1 else gain * out
 
 
-def _has_own_way(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's is not the fastest."""
-    if x.device.type != "cpu" or not x.dtype == weight.dtype in (torch.float32, torch.float64):
+def _has_own_way(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:
+    """Whether torch's is not the fastest. Ours is compiled and looks at no types and sizes."""
+    tensors = _tensors((x, weight, bias, residual))
+    if not all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == x.dtype for t in tensors):
         return False
-    outputs, _, kernel, _ = weight.shape
+    outputs, channels, kernel, _ = weight.shape
+    fitting = [(outputs,)] if kernel == 1 else [(outputs,), (len(x), outputs)]
+    if channels != x.shape[1] or bias.shape not in fitting or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if residual is not None and residual.shape != (len(x), outputs, *x.shape[2:]):
+        return False
     if torch.is_autocast_enabled("cpu") or x.numel() * outputs < _FEWEST_PRODUCTS:
         return False
     if kernel == 1:
@@ -116,14 +123,21 @@ class _Origin(NamedTuple):
         return _Origin((None, None, None, relu, None, gain), (of_x, of_residual))
 
 
+_ORIGINS: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()  # of maps that came out of a 1x1 convolution
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if torch.is_tensor(value)]
+
+
 def _versions(*values: Any) -> tuple[int, ...]:
     """How often each tensor among these has been changed in place."""
-    return tuple(value._version for value in values if torch.is_tensor(value))
+    return tuple(tensor._version for tensor in _tensors(values))
 
 
 def _origin(x: Tensor) -> _Origin | None:
     """How a map was made, if it can be made again."""
-    origin: _Origin | None = getattr(x, "origin", None)
+    origin = _ORIGINS.get(x)
     return origin if origin is not None and origin.holds(x) else None
 
 
@@ -159,6 +173,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # which its caller may be in; torch's own knows nothing of it backwards
     def backward(ctx: Any, *grads: Tensor) -> Any:
         weight, *kept = ctx.saved_tensors
         x = kept[0] if ctx.origin is None else ctx.origin.again(iter(kept))

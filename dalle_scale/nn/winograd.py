@@ -66,7 +66,8 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
     count, _, height, width = x.shape
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == weight.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
         and height % _TILE == width % _TILE == 0
         and count * height * width >= _FEWEST_TILES * _TILE**2
         and min(weight.shape[:2]) >= _FEWEST_CHANNELS
@@ -82,6 +83,7 @@ class _Winograd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # which its caller may be in; torch's own knows nothing of it backwards
     def backward(ctx: Any, *grads: Tensor) -> Any:
         [grad] = grads
         x, weight = ctx.saved_tensors

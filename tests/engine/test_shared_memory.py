@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import HANG_SECONDS, environment
 from torch import Tensor
 
 from dalle_scale.engine import shared_memory
@@ -32,7 +35,7 @@ def shared_file(world_size: int, part_bytes: int = PART) -> Iterator[int]:
 def on_all_ranks(world_size: int, work: Callable[[SharedMemory], Tensor], part_bytes: int = PART) -> list[Tensor]:
     """What `work` returns on each rank."""
     with shared_file(world_size, part_bytes) as file, ThreadPoolExecutor(world_size) as pool:
-        ranks = [SharedMemory(file, rank, world_size, part_bytes) for rank in range(world_size)]
+        ranks = [SharedMemory(os.dup(file), rank, world_size, part_bytes) for rank in range(world_size)]
         return list(pool.map(work, ranks))
 
 
@@ -131,6 +134,37 @@ def test_tensors_that_are_not_contiguous() -> None:
     assert all(torch.equal(result, want) for result in on_all_ranks(2, work))
 
 
+def test_a_room_that_is_gone_holds_no_file() -> None:
+    with shared_file(1) as file:
+        before = len(os.listdir("/proc/self/fd"))
+        rows = SharedMemory(os.dup(file), 0, 1)._parts
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before + 1 and not rows.any()  # torch still reads what is mapped
+        del rows
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+ALONE = """
+import os, sys, torch.distributed
+from dalle_scale.engine import shared_memory
+shared_memory._SHM = sys.argv[1]
+torch.distributed.init_process_group("gloo", rank=int(sys.argv[2]), world_size=2, init_method=f"file://{sys.argv[1]}/store")
+if sys.argv[2] == "0":
+    shared_memory.share(0, 2)
+"""
+
+
+def test_no_file_stays_of_ranks_that_did_not_come(tmp_path: Path) -> None:
+    """One of them ends before it shares."""
+    line = [sys.executable, "-c", ALONE, str(tmp_path)]
+    ranks = [subprocess.Popen([*line, str(rank)], stderr=subprocess.PIPE, env=environment()) for rank in range(2)]
+    for rank in ranks:
+        rank.communicate(timeout=HANG_SECONDS)
+    assert [rank.returncode for rank in ranks] == [1, 0]
+    assert not list(tmp_path.glob("dalle_scale_*"))
+
+
 DIES = """
 import os, sys
 from dalle_scale.engine.shared_memory import SharedMemory
@@ -146,7 +180,7 @@ def test_who_waits_for_the_dead_is_told() -> None:
     with shared_file(2) as file:
         process = subprocess.Popen([sys.executable, "-c", DIES, str(file)], pass_fds=[file], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        memory = SharedMemory(file, 0, 2)
+        memory = SharedMemory(os.dup(file), 0, 2)
         tensor = torch.ones(3)
         memory.all_reduce(tensor)
         assert tensor.tolist() == [2, 2, 2]

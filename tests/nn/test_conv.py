@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +52,13 @@ def test_values_and_gradients(
     kernel: int, channels: int, outputs: int, relu: bool, always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bias_of, with_residual, gain, row_values in itertools.product(
-        ("all", "each") if kernel > 1 else ("all",), (False, True), (1.0, 0.25), (1, 100, 2**18)
+        ("all", "each"), (False, True), (1.0, 0.25), (1, 100, 2**18)
     ):
         monkeypatch.setattr(conv, "_ROW_VALUES", row_values)
         x, weight, bias, residual = arguments(kernel, channels, outputs, bias_of)
         added = residual if with_residual else None
         ours, expected = (f(x, weight, bias, relu, added, gain) for f in (convolve, plain))
-        assert own_way(ours) == (kernel < 7)
+        assert own_way(ours) == (kernel == 3 or (kernel == 1 and bias_of == "all"))
         torch.testing.assert_close(ours, expected)
         upstream, asked = torch.randn_like(expected), (x, weight, bias, *((residual,) if with_residual else ()))
         of_ours, of_plain = (torch.autograd.grad(y, asked, upstream) for y in (ours, expected))
@@ -166,6 +168,70 @@ def test_what_a_map_was_made_of_may_change(name: str, frozen: bool, always: None
     torch.testing.assert_close(*found)
 
 
+NOT_OURS = {  # argument -> one that torch adds or refuses
+    "double bias": (2, lambda bias, residual: bias.double()),
+    "bias of one": (2, lambda bias, residual: bias[:1]),
+    "bias of other samples": (2, lambda bias, residual: bias.expand(3, -1)),
+    "double residual": (4, lambda bias, residual: residual.double()),
+    "half residual": (4, lambda bias, residual: residual.bfloat16()),
+    "residual of one sample": (4, lambda bias, residual: residual[:1]),
+    "residual of one position": (4, lambda bias, residual: residual[:, :, :1, :1]),
+}
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_what_does_not_fit_is_not_ours(case: str, kernel: int, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code would read beyond its end, or other numbers."""
+    x, weight, bias, residual = (t.detach() for t in arguments(kernel, 4, 5, dtype=torch.float32))
+    given: list[Any] = [x, weight, bias, False, residual, 0.5]
+    place, change = NOT_OURS[case]
+    given[place] = change(bias, residual)
+    found = []
+    for fewest in (1, 2**60):
+        monkeypatch.setattr(conv, "_FEWEST_PRODUCTS", fewest)
+        try:
+            found.append(convolve(*given))
+        except RuntimeError as error:
+            found.append(str(error))
+    assert type(found[0]) is type(found[1])
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+    else:
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_backwards_within_autocast(layer: int, always: None) -> None:
+    x, weight, bias, residual = arguments(layer, 4, 5, dtype=torch.float32)
+    y = convolve(x, weight, bias, True, residual, 0.5).square().sum()
+    expected = torch.autograd.grad(y, (x, weight, bias, residual), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, (x, weight, bias, residual))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_result_is_saved_without_what_it_was_made_of(always: None) -> None:
+    x, weight, bias, residual = arguments(1, 4, 5)
+    y = convolve(x, weight, bias, False, residual)
+    file = io.BytesIO()
+    torch.save(y.detach(), file)
+    torch.save(y, whole := io.BytesIO())
+    assert whole.tell() - file.tell() < 1000
+    whole.seek(0)
+    assert torch.equal(torch.load(whole), y)
+
+
+def test_arguments_of_inference(always: None) -> None:
+    """As in torch: a residual is only added."""
+    x, weight, bias, _ = arguments(1, 4, 5)
+    with torch.inference_mode():
+        residual = arguments(1, 4, 5)[3].detach().clone()
+    y = convolve(x, weight, bias, False, residual)
+    torch.testing.assert_close(y, plain(x, weight, bias, False, residual, 1.0))
+    y.sum().backward()
+
+
 def test_what_is_left_to_torch(always: None) -> None:
     x, weight, bias, _ = arguments(1, 4, 3, dtype=torch.float32)
     assert own_way(convolve(x, weight, bias))
@@ -209,4 +275,5 @@ def test_where_its_own_way_is_taken(kernel: int, shape: tuple[int, ...], outputs
     x = torch.empty(shape, memory_format=torch.channels_last)
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.empty(outputs, shape[1], kernel, kernel, dtype=dtype)
-        assert conv._has_own_way(x.to(dtype), weight) == (taken and dtype == torch.float32)
+        given = x.to(dtype), weight, torch.empty(outputs, dtype=dtype), None
+        assert conv._has_own_way(*given) == (taken and dtype == torch.float32)

@@ -91,6 +91,17 @@ def test_rounding_errors() -> None:
     assert error < torch.finfo(torch.float32).eps / 2 * squares.sqrt()
 
 
+def test_autocast() -> None:
+    """Forwards torch's way, in its type; backwards as without."""
+    x, weight, bias = arguments((2, 64, 16, 16, 64), "all", torch.float32)
+    y = conv3x3(x, weight, bias).square().sum()
+    expected = torch.autograd.grad(y, (x, weight, bias), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv3x3(x, weight, bias).dtype == torch.bfloat16
+        found = torch.autograd.grad(y, (x, weight, bias))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "taken"),
     [
