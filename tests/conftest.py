@@ -45,7 +45,8 @@ LONGEST = (
     "dist/test_train.py", "dist/test_vqgan_engines.py", "dist/test_mixed.py", "test_gpu_benchmark.py",
     "dist/test_machines.py", "smoke/test_readme.py", "dist/test_killed_phases.py", "smoke/test_demo.py",
     "data/test_exactly_once.py", "dist/test_dead_rank.py", "data/test_build.py", "dist/test_doctor.py",
-    "dist/test_reshard.py", "dist/test_engine.py", "data/test_fetch.py", "data/test_scale.py", "dist/test_slurm.py",
+    "dist/test_reshard.py", "golden/test_golden.py", "dist/test_engine.py", "data/test_fetch.py", "data/test_scale.py",
+    "dist/test_slurm.py",
 )  # fmt: skip
 
 # Tests that compare numbers which processors, kernels and thread counts round otherwise: marked `numerics`

@@ -58,6 +58,8 @@ def main() -> int:
         return 1 if found else 0
     if args.work is None or args.out is None:
         parser.error("--work and --out, or --compare OLDER NEWER")
+    if args.work.exists() and any(args.work.iterdir()):
+        parser.error(f"--work: {args.work} is not empty")
     record = run(args.work, [step for step in all_steps(ROOT) if step.name.startswith(tuple(args.only))])
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{args.out}: {sum(map(len, record.values()))} values of {len(record)} steps")
@@ -65,9 +67,8 @@ def main() -> int:
 
 
 def run(work: Path, steps: list[Step]) -> Record:
-    """Run steps in the empty folder `work`; the values that each has left."""
+    """Run steps in `work`; the values that each has left."""
     work.mkdir(parents=True, exist_ok=True)
-    assert not any(work.iterdir()), f"{work} is not empty"
     make_folder(work / "folder")
     record: Record = {}
     bar = tqdm(steps, unit="step")
@@ -102,7 +103,7 @@ def execute(step: Step, work: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Captioned images as a user has them: two kinds of file, some too small, equal, or without a caption."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rng = random.Random(0)
     for index in range(40):
         side = 12 if index % 10 == 3 else 40 + index
