@@ -23,9 +23,11 @@ import torch
 from environment import ROOT, describe
 from torch import Tensor
 
-from dalle_scale import gallery, log, rerank
+from dalle_scale import log
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.steps import Command, Programs
+from dalle_scale.programs import Command, Programs
+from dalle_scale.report import gallery
+from dalle_scale.sampling import rerank
 from dalle_scale.types import UserError
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,8 @@ from torch import nn
 from toy_tokens import SIZES, photographs, scenes
 
 from dalle_scale import config as configs
-from dalle_scale import dist, log, plan
+from dalle_scale import dist, log
+from dalle_scale.cluster import plan
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import build
 from dalle_scale.types import Batch, Stage

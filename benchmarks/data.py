@@ -193,7 +193,7 @@ def imagefolder_pass(folder: Path) -> Callable[[], Iterator[Any]]:
     """torchvision over files."""
     import torch
 
-    from dalle_scale.nn.torchvision_ops import declare_missing_operators
+    from dalle_scale.nn.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()
     import torchvision
@@ -212,7 +212,7 @@ def mosaic_pass(folder: Path) -> Callable[[], Iterator[Any]]:
     """mosaicml-streaming over its own format."""
     from PIL import Image
 
-    from dalle_scale.nn.torchvision_ops import declare_missing_operators
+    from dalle_scale.nn.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()
     from streaming import MDSWriter, StreamingDataset
@@ -238,8 +238,8 @@ def mosaic_pass(folder: Path) -> Callable[[], Iterator[Any]]:
 def prepare(folder: Path, pictures: int) -> None:
     """Shards by this project's writer, and the same pictures as files; what is there stays."""
     from dalle_scale import log
+    from dalle_scale.curation.shard_writer import ShardWriter
     from dalle_scale.data.manifest import NAME, Manifest
-    from dalle_scale.data.shards import ShardWriter
 
     shards, files = folder / "shards", folder / "files" / "all"
     if (shards / NAME).exists() and Manifest.open(shards).num_samples == pictures:

@@ -127,8 +127,8 @@ def memory_mib() -> float:
 def write_codes(folder: Path, shards: int) -> None:
     """Shards of 10,000 samples of codes."""
     from dalle_scale import log
+    from dalle_scale.curation.shard_writer import Shard, commit
     from dalle_scale.data.codes import MEMBER, pack
-    from dalle_scale.data.shards import Shard, commit
 
     for number in log.progress(range(shards), f"write {folder.name}", "shards", shards):
         shard = Shard(folder, number)
@@ -141,8 +141,8 @@ def write_codes(folder: Path, shards: int) -> None:
 
 def write_copies(source: Path, folder: Path, shards: int) -> None:
     """A data set whose shards are all the one of `source`."""
+    from dalle_scale.curation.shard_writer import commit, shard_name
     from dalle_scale.data.manifest import index_path
-    from dalle_scale.data.shards import commit, shard_name
 
     (folder / "index").mkdir(parents=True)
     os.link(source / shard_name(0), folder / shard_name(0))
@@ -157,7 +157,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
     from PIL import Image
 
-    from dalle_scale.data.shards import ShardWriter
+    from dalle_scale.curation.shard_writer import ShardWriter
 
     with ShardWriter(folder) as writer:
         for number in range(count):

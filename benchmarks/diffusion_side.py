@@ -24,7 +24,7 @@ def main() -> None:
     """Serve the side that the command line describes."""
     answers = quiet()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in the environment of a peer
-    from dalle_scale.nn.torchvision_ops import declare_missing_operators
+    from dalle_scale.nn.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()  # the peers import torchvision
     asked = json.loads(sys.argv[1])
@@ -50,7 +50,7 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions]:
     """The stage `ddpm`, on what its loader delivers: bytes, channels-last in memory."""
     from dalle_scale.config import OptimConfig
     from dalle_scale.engine import optim
-    from dalle_scale.nn.diffusion_samplers import Options
+    from dalle_scale.models.diffusion.samplers import Options
     from dalle_scale.stages import ddpm
 
     fields = {"blocks": asked["blocks"], "attention_sizes": asked["attention_sizes"], **asked["net"]}

@@ -11,7 +11,7 @@ import sysconfig
 from datetime import datetime, timezone
 from pathlib import Path
 
-from dalle_scale.steps import Programs
+from dalle_scale.programs import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the vectors and matrices that a processor computes with; the last four are ARM's

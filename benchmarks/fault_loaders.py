@@ -99,7 +99,7 @@ def decode_with_pillow(picture: bytes) -> None:
 
 def write_dalle_scale(content: list[tuple[str, bytes, bytes]], out: Path, sentinel: str) -> None:
     """Tars with their manifest."""
-    from dalle_scale.data.shards import ShardWriter
+    from dalle_scale.curation.shard_writer import ShardWriter
 
     with ShardWriter(out, len(content) // SHARDS) as writer:
         for key, picture, caption in content:

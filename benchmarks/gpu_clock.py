@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from environment import PACKAGES, ROOT
 
-from dalle_scale import log
-from dalle_scale.checkpoint import atomic
-from dalle_scale.steps import Programs
+from dalle_scale import io, log
+from dalle_scale.programs import Programs
 from dalle_scale.types import UserError
 
 WARM_UP = 2  # calls that are not counted: they compile kernels and fill the allocator
@@ -129,7 +128,7 @@ class Report:
         """Write; print if it is the `last`. What is there before a time limit strikes is kept."""
         text = json.dumps({**result, **self._about}, indent=1)
         if self._path is not None:
-            atomic.write(self._path, text + "\n")
+            io.write(self._path, text + "\n")
         if last:
             log.say(text)
 

@@ -11,10 +11,11 @@ from environment import ROOT
 from torch import Tensor
 
 from dalle_scale import config as configs
-from dalle_scale import dist, plan
+from dalle_scale import dist
+from dalle_scale.cluster import plan
+from dalle_scale.cluster.activation_memory import open_stage
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import build, memory
-from dalle_scale.plan_activations import open_stage
 from dalle_scale.types import Batch, Stage
 
 TOY = "tiny/dalle"

@@ -16,9 +16,10 @@ from environment import ROOT
 from torch import Tensor, nn
 
 from dalle_scale import config as configs
-from dalle_scale import log, sample_memory
-from dalle_scale.nn.branch_scale import cast
-from dalle_scale.plan_activations import open_stage
+from dalle_scale import log
+from dalle_scale.cluster.activation_memory import open_stage
+from dalle_scale.nn.residual_scaling import cast
+from dalle_scale.sampling import batch_size
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     gpu_clock.release(device)
     generator = torch.Generator().manual_seed(0)
     caption = torch.randint(stage.config.text_vocab, (1, stage.config.text_length), generator=generator).to(device)
-    fitting = sizes.samples or sample_memory.batch_samples(model, False, 1, sizes.candidates, device)
-    batch = sample_memory.even(sizes.candidates, fitting)
+    fitting = sizes.samples or batch_size.batch_samples(model, False, 1, sizes.candidates, device)
+    batch = batch_size.even(sizes.candidates, fitting)
 
     def drawn(seeds: Tensor) -> Tensor:
         codes: Tensor = stage.sample(nets, caption.expand(len(seeds), -1), seeds)
@@ -78,9 +79,9 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
             "different_candidates": len(torch.unique(torch.cat(found), dim=0)),
             "memory_a_candidate": {
                 "measured_bytes": None if peak is None or before is None else round((peak - before) / batch),
-                "cache_bytes": sample_memory.cache_bytes(model),
+                "cache_bytes": batch_size.cache_bytes(model),
             },
-            "caption_bytes": sample_memory.caption_bytes(model),
+            "caption_bytes": batch_size.caption_bytes(model),
             "peak_bytes": peak,
         }
     )

@@ -94,7 +94,7 @@ def dvae(asked: dict[str, Any], device: torch.device) -> Side:
 
 def diffusion(asked: dict[str, Any], device: torch.device) -> Side:
     """asked: as diffusion_side.py."""
-    from dalle_scale.nn.torchvision_ops import declare_missing_operators
+    from dalle_scale.nn.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()  # the peers import torchvision
     sides = opened("diffusion_side", asked)

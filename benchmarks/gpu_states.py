@@ -20,8 +20,8 @@ import torch
 from gpu_tokens import Rule
 
 from dalle_scale import log
+from dalle_scale.cluster.activation_memory import open_stage
 from dalle_scale.config import RunConfig
-from dalle_scale.plan_activations import open_stage
 
 REFERENCE = "bf16, fp32 masters and states"
 CASES = {

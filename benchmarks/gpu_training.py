@@ -16,7 +16,7 @@ import torch
 import transformer_side
 from transformer import SIDES
 
-from dalle_scale.nn import flex_attention
+from dalle_scale.models.transformer import flex
 
 CHANGES = ("optim.model.kind=adamw16", "engine.dtype=bf16", "engine.activation_checkpointing=false")
 
@@ -65,7 +65,7 @@ def alone(sizes: Sizes, device: torch.device, rate: float) -> dict[str, Any]:
     gpu_clock.forget_peak(device)
     clock = gpu_clock.spread(gpu_clock.repeated(lambda: run.update(batches), device, sizes.repetitions))
     # which kinds of attention the GPU skips blocks of; the others are computed densely with a mask
-    skipped = {asked[0]: worked for asked, worked in flex_attention._tried.items()}
+    skipped = {asked[0]: worked for asked, worked in flex._tried.items()}
     result = {
         "config": sizes.config,
         "parameters": plan["parameters"],

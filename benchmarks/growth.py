@@ -23,8 +23,8 @@ import torch
 from environment import describe
 
 from dalle_scale import log
-from dalle_scale.nn.attention import attend
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.models.transformer.attention import attend
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
 from dalle_scale.stages import dalle
 
 RESULT = Path(__file__).parent / "results" / "growth.json"

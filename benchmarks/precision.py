@@ -28,8 +28,8 @@ from environment import ROOT, describe, processor
 from dalle_scale import config as configs
 from dalle_scale import dist, stages
 from dalle_scale.config import RunConfig
+from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.nn import precision
-from dalle_scale.nn.transformer import Transformer
 from dalle_scale.types import Batch, Needs, Stage
 
 SECONDS = 4.0  # of measuring a case, about

@@ -26,7 +26,7 @@ def main() -> None:
 def ours() -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
     """The quantizer of the stages `vqvae` and `vqgan`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+    from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
 
     quantizer = Quantizer(QuantizerConfig(vocab=VOCAB), WIDTH).train()
 

@@ -27,7 +27,7 @@ import yaml
 from environment import describe
 
 from dalle_scale import log
-from dalle_scale.steps import Programs
+from dalle_scale.programs import Programs
 from dalle_scale.types import UserError
 
 HERE = Path(__file__).resolve().parent

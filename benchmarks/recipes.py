@@ -25,7 +25,7 @@ from PIL import Image
 
 from dalle_scale import log
 from dalle_scale.config import RunConfig, load
-from dalle_scale.steps import Command, Programs
+from dalle_scale.programs import Command, Programs
 from dalle_scale.types import UserError
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,8 +21,8 @@ from dalle_scale import log
 from dalle_scale.checkpoint import export
 from dalle_scale.config import DataConfig
 from dalle_scale.data.pipeline import open_stream
+from dalle_scale.programs import Programs
 from dalle_scale.stages import dvae
-from dalle_scale.steps import Programs
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 12

@@ -42,8 +42,8 @@ from tqdm import tqdm
 from dalle_scale.config import DataConfig, EngineConfig, OptimConfig, RunConfig
 from dalle_scale.engine import optim
 from dalle_scale.engine.scaling import Scaling
-from dalle_scale.nn.branch_scale import SHORT, branches_of, cast, in_16_bits
-from dalle_scale.nn.transformer import Transformer
+from dalle_scale.models.transformer.model import Transformer
+from dalle_scale.nn.residual_scaling import SHORT, branches_of, cast, in_16_bits
 
 UPDATES, SEEDS, BATCH = 2_000, 4, 8
 PICTURES, HELD_OUT = 8_192, 256

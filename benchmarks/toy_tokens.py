@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_scale.data import toy_world
+from dalle_scale.curation.toy import world
 
 VOCABULARY, WORDS = 48, 24  # of captions
 SHADES, GRID = 64, 8  # of pictures: colours of 4x4 pixels
@@ -22,11 +22,11 @@ SIZES = {"text_vocab": VOCABULARY, "text_length": WORDS, "image_vocab": SHADES, 
 def scenes(count: int) -> tuple[Tensor, Tensor]:
     """Words int64 [count, WORDS], each empty place with its own pad, and shades int64 [count, GRID^2]. Seeded."""
     rng = random.Random(0)
-    drawn = [toy_world.sample_scene(rng, rng.choice((1, 2)), held_out=False) for _ in range(count)]
-    captions = [toy_world.caption(scene, rng).split()[:WORDS] for scene in drawn]
+    drawn = [world.sample_scene(rng, rng.choice((1, 2)), held_out=False) for _ in range(count)]
+    captions = [world.caption(scene, rng).split()[:WORDS] for scene in drawn]
     vocabulary = {word: index for index, word in enumerate(sorted({word for row in captions for word in row}))}
     assert len(vocabulary) <= VOCABULARY
-    pictures = np.stack([toy_world.render(scene, rng) for scene in drawn])
+    pictures = np.stack([world.render(scene, rng) for scene in drawn])
     return padded([[vocabulary[word] for word in row] for row in captions]), shades(pictures)
 
 

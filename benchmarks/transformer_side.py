@@ -69,7 +69,7 @@ def dalle_pytorch(asked: dict[str, Any], text: Tensor, codes: Tensor) -> Step:
 
 def gpt2(asked: dict[str, Any], text: Tensor, codes: Tensor) -> Step:
     """What one writes in a day: a GPT-2 of transformers over both vocabularies, dense, with PyTorch's attention."""
-    from dalle_scale.nn.torchvision_ops import declare_missing_operators
+    from dalle_scale.nn.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dalle_scale import dist, ranklog
+from dalle_scale import dist, rank_log
 from dalle_scale.types import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     """Run a program: a `UserError` becomes one line and exit code 2.
 
     Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
-    An exception because another rank has died becomes one that names that rank (`ranklog`).
+    An exception because another rank has died becomes one that names that rank (`rank_log`).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -63,10 +63,10 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             print(f"error on rank {dist.rank()}: {error}", file=sys.stderr, flush=True)
         exit_code = 2
     except Exception:
-        ranklog.blame()
+        rank_log.blame()
         traceback.print_exc()
         exit_code = 1
-    ranklog.close(exit_code)
+    rank_log.close(exit_code)
     sys.exit(exit_code)
 
 

@@ -100,7 +100,9 @@ class Stage(ABC):
     """
 
     Config: ClassVar[type[StrictModel]]
-    takes_latents: ClassVar[bool] = False  # whether `tokenizer:` is a net of continuous latents (nn/latents.py)
+    takes_latents: ClassVar[bool] = (
+        False  # whether `tokenizer:` is a net of continuous latents (models/latent_codec.py)
+    )
 
     def __init__(self, config: Any, upstream: ImageTokenizer | None = None) -> None:
         self.config = config

@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dalle_scale import log
-from dalle_scale.data.build import build
-from dalle_scale.data.chunks import Recipe
-from dalle_scale.data.filters import LANGUAGES, Filters
-from dalle_scale.data.items import CAPTION_COLUMNS, IMAGE_COLUMNS, Options
+from dalle_scale.curation.build import build
+from dalle_scale.curation.chunks import Recipe
+from dalle_scale.curation.filters import LANGUAGES, Filters
+from dalle_scale.curation.items import CAPTION_COLUMNS, IMAGE_COLUMNS, Options
 from dalle_scale.types import UserError
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from dalle_scale import log
-from dalle_scale.data import summary_page
+from dalle_scale.curation import statistics_page
+from dalle_scale.curation.shard_writer import atomic
+from dalle_scale.curation.statistics import LARGEST, PER_OCTAVE, Distribution, Options, Summary, blocks_of, summarise
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.shards import atomic
-from dalle_scale.data.summary import LARGEST, PER_OCTAVE, Distribution, Options, Summary, blocks_of, summarise
 from dalle_scale.types import UserError
 
 Bin = tuple[float, float, float]  # from, below, how many
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = document(manifest, summary)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in (
-        (out, summary_page.page(numbers)),
+        (out, statistics_page.page(numbers)),
         (out.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n"),
     ):
         with atomic(path) as temporary:

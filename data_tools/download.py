@@ -32,11 +32,11 @@ import pyarrow.parquet as pq
 from build_shards import add_filters, add_output, checked, make_recipe
 
 from dalle_scale import log
-from dalle_scale.data.build import build
-from dalle_scale.data.downloads import Downloads, rows_per_table
-from dalle_scale.data.fetch import FetchOptions
-from dalle_scale.data.items import CAPTION_COLUMNS, Options
-from dalle_scale.data.tables import TABLES, Records
+from dalle_scale.curation.build import build
+from dalle_scale.curation.download.client import FetchOptions
+from dalle_scale.curation.download.downloader import Downloads, rows_per_table
+from dalle_scale.curation.items import CAPTION_COLUMNS, Options
+from dalle_scale.curation.tables import TABLES, Records
 from dalle_scale.types import UserError
 
 URL_COLUMNS = ("url", "URL")

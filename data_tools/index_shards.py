@@ -40,12 +40,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dalle_scale import log
+from dalle_scale.curation.duplicate_keys import repeated
+from dalle_scale.curation.shard_writer import atomic, commit, write_table
+from dalle_scale.curation.webdataset_import import Row, Sample, scan, settle, to_rows
 from dalle_scale.data import manifest
 from dalle_scale.data.cache import PROTOCOLS, FetchError, open_remote, remote_size, retry
-from dalle_scale.data.duplicates import repeated
-from dalle_scale.data.grouping import Row, Sample, scan, settle, to_rows
 from dalle_scale.data.processes import in_processes
-from dalle_scale.data.shards import atomic, commit, write_table
 from dalle_scale.types import UserError
 
 KIND = "webdataset"  # in the manifest's info: tars that others wrote

@@ -25,13 +25,14 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageDraw
 
-from dalle_scale import gallery, log
+from dalle_scale import log
 from dalle_scale.checkpoint.export import open_tokenizer
+from dalle_scale.curation.shard_writer import atomic
 from dalle_scale.data import codes
 from dalle_scale.data.decode import Pixels, decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample, Reader
-from dalle_scale.data.shards import atomic
+from dalle_scale.report import gallery
 from dalle_scale.types import ImageTokenizer, UserError
 
 LONGEST_SIDE = 256  # pixels; a larger picture is shown smaller

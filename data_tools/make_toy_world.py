@@ -4,7 +4,7 @@
 
 Writes <out>/train and <out>/valid (tar shards with a manifest, through the same writer as real data) and
 <out>/prompts.jsonl: for each group of the report, captions with the scene they ask for and a true picture of it in
-<out>/truth/. Training shows no held-out combination (see dalle_scale/data/toy_world.py).
+<out>/truth/. Training shows no held-out combination (see dalle_scale/curation/toy/world.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from PIL import Image
 
 from dalle_scale import log
-from dalle_scale.data import toy_world as world
-from dalle_scale.data.shards import ShardWriter
+from dalle_scale.curation.shard_writer import ShardWriter
+from dalle_scale.curation.toy import world as world
 from dalle_scale.types import UserError
 
 GROUPS = {  # group of prompts: (objects, whether the combination is held out)

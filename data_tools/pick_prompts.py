@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dalle_scale import log
-from dalle_scale.checkpoint import atomic
+from dalle_scale import io, log
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import sample_seeds
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not rows:
         raise UserError(f"{args.shards}: none of its samples can be read")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    atomic.write(args.out / "prompts.jsonl", "".join(lines))
+    io.write(args.out / "prompts.jsonl", "".join(lines))
     log.say(f"{args.out / 'prompts.jsonl'}: {len(rows)} captions")
 
 

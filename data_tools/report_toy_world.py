@@ -3,7 +3,7 @@
     python data_tools/report_toy_world.py --run runs/demo
 
 Reads <run>/world/prompts.jsonl, <run>/samples, <run>/reranked and the dVAE's export; writes <run>/report.json,
-<run>/gallery.png and <run>/gallery.html. A picture counts as right when the judge (dalle_scale/data/toy_judge.py)
+<run>/gallery.png and <run>/gallery.html. A picture counts as right when the judge (dalle_scale/curation/toy/judge.py)
 reads every attribute of the caption's scene from it.
 """
 
@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_scale import gallery, log
+from dalle_scale import log
 from dalle_scale.checkpoint import export
 from dalle_scale.config import DataConfig
-from dalle_scale.data import toy_judge
+from dalle_scale.curation.toy import judge
+from dalle_scale.curation.toy.world import Scene, Thing
 from dalle_scale.data.pipeline import open_stream
-from dalle_scale.data.toy_world import Scene, Thing
+from dalle_scale.report import gallery
 from dalle_scale.stages import dvae
 from dalle_scale.types import UserError
 
@@ -62,7 +63,7 @@ def main() -> None:
     rows: list[gallery.Row] = []
     for group, title in TITLES.items():
         members = [index for index, prompt in enumerate(prompts) if prompt["group"] == group]
-        judged = [judge(run, prompts[index], candidates[index]) for index in members]
+        judged = [judged_prompt(run, prompts[index], candidates[index]) for index in members]
         objects, split = group.split("/")
         report[objects][split] = {
             "captions": len(members),
@@ -78,7 +79,7 @@ def main() -> None:
     gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
 
 
-def judge(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Shown, Shown, Shown]:
+def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Shown, Shown, Shown]:
     """The true picture, the first candidate and the one that CLIP ranks first."""
     fields = prompt["scene"]
     things = tuple(Thing(**thing) for thing in fields["things"])
@@ -86,7 +87,7 @@ def judge(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -
 
     def show(path: Path) -> Shown:
         image = np.asarray(Image.open(path).convert("RGB"))
-        return Shown(image, toy_judge.same(scene, toy_judge.read(image)))
+        return Shown(image, judge.same(scene, judge.read(image)))
 
     if len(candidates) != 16:
         raise UserError(f"{run}/reranked: '{prompt['prompt']}' has {len(candidates)} candidates, the report needs 16")

@@ -35,15 +35,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dalle_scale import log
+from dalle_scale.curation.duplicate_keys import repeated
+from dalle_scale.curation.shard_writer import atomic
+from dalle_scale.curation.tar import Member, Tar, TarError
 from dalle_scale.data import codes, ledger, manifest
 from dalle_scale.data.cache import FetchError, ShardCache
 from dalle_scale.data.decode import decode
-from dalle_scale.data.duplicates import repeated
 from dalle_scale.data.manifest import IMAGES, Index, Manifest, ShardFile, index_path
 from dalle_scale.data.processes import in_processes
 from dalle_scale.data.reader import BadSample
-from dalle_scale.data.shards import atomic
-from dalle_scale.data.tar import Member, Tar, TarError
 from dalle_scale.types import UserError
 
 REPORT, FAULTS = "verify.json", "verify.jsonl"

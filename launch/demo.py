@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_scale import log
-from dalle_scale.steps import Command, Programs, processes
+from dalle_scale.programs import Command, Programs, processes
 from dalle_scale.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

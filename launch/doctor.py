@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
-from dalle_scale import dist, doctor, log
+from dalle_scale import dist, log
+from dalle_scale.cluster import diagnostics
 from dalle_scale.types import UserError
 
 
 def main() -> None:
     """Examine, print, and end all ranks with the same exit code."""
     args = parse_args()
-    report = doctor.examine(args.run, args.timeout_seconds, args.slow_below)
+    report = diagnostics.examine(args.run, args.timeout_seconds, args.slow_below)
     num_defects = torch.zeros(1)
     if report:
-        log.say(doctor.table(report))
+        log.say(diagnostics.table(report))
         for defect in report.defects:
             print(f"error: {defect}", file=sys.stderr, flush=True)
         num_defects[0] = len(report.defects)

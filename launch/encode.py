@@ -18,7 +18,8 @@ from typing import Any
 
 from dalle_scale import dist, log
 from dalle_scale.checkpoint import export
-from dalle_scale.data import codes, manifest, shards
+from dalle_scale.curation import encode, shard_writer
+from dalle_scale.data import codes, manifest
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.nn import precision
 from dalle_scale.types import UserError
@@ -52,10 +53,10 @@ def main() -> None:
     dist.join()
     if dist.is_main():
         plan_path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        with shards.atomic(plan_path(args.out)) as temporary:
+        with shard_writer.atomic(plan_path(args.out)) as temporary:
             temporary.write_text(json.dumps(info), encoding="utf-8")
     dist.barrier()
-    codes.encode_shards(
+    encode.encode_shards(
         source,
         args.out,
         tokenizer.image_size,
@@ -66,8 +67,8 @@ def main() -> None:
     )
     dist.barrier()
     if dist.is_main():
-        codes.join_ledger(args.out)
-        shards.commit(args.out, info)
+        encode.join_ledger(args.out)
+        shard_writer.commit(args.out, info)
         plan_path(args.out).unlink()
         kept = Manifest.open(args.out).num_samples
         log.say(f"{args.out}: {kept:,} samples of {codes.describe(tokenizer.grids)}")

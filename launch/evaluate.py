@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle_scale import dist, evaluate, evaluate_page, log
+from dalle_scale import dist, log
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.evaluation import reconstruction, reconstruction_page
 from dalle_scale.nn import precision
 from dalle_scale.types import UserError
 
@@ -31,26 +32,28 @@ def main() -> None:
     args = parse_args()
     check(args)
     ledger, device = args.out / "ledger.jsonl", dist.device()
-    subjects = evaluate.open_subjects(args.exports, device, args.prior, args.text_tokenizer, args.dtype)
+    subjects = reconstruction.open_subjects(args.exports, device, args.prior, args.text_tokenizer, args.dtype)
     data = [
-        evaluate.open_pictures(args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior)
+        reconstruction.open_pictures(
+            args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior
+        )
         for subject in subjects
     ]
     dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    rows = [evaluate.measure(*pair, device) for pair in zip(subjects, data, strict=True)]
+    rows = [reconstruction.measure(*pair, device) for pair in zip(subjects, data, strict=True)]
     if not dist.is_main():
         return
     shown = {}
     for subject in subjects:
         few = min(SHOWN, data[0].samples)
-        pictures = evaluate.open_pictures(args.data, subject.image_size, few, few, ledger, alone=True)
-        shown[subject.name] = evaluate.examples(subject, pictures, device)
-    numbers = evaluate_page.document(args.data, data[0], rows)
-    evaluate_page.write(args.out, numbers, shown)
-    log.say(evaluate_page.markdown(numbers))
+        pictures = reconstruction.open_pictures(args.data, subject.image_size, few, few, ledger, alone=True)
+        shown[subject.name] = reconstruction.examples(subject, pictures, device)
+    numbers = reconstruction_page.document(args.data, data[0], rows)
+    reconstruction_page.write(args.out, numbers, shown)
+    log.say(reconstruction_page.markdown(numbers))
     log.say(f"{args.out / 'comparison.html'}")
 
 

@@ -20,8 +20,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dalle_scale import clip_evaluate, clip_evaluate_page, clip_evaluate_samples, dist, log, rejection, rerank
-from dalle_scale.clip_evaluate import Classes, Subject
+from dalle_scale import dist, log
+from dalle_scale.evaluation import best_of_n, clip, clip_page
+from dalle_scale.evaluation.clip import Classes, Subject
+from dalle_scale.sampling import rejection, rerank
 from dalle_scale.types import UserError
 
 
@@ -29,11 +31,11 @@ def main() -> None:
     """Check, open, measure one model after the other, write."""
     args = parse_args()
     check(args)
-    templates = clip_evaluate.read_templates(args.templates) if args.templates else ("{}",)
+    templates = clip.read_templates(args.templates) if args.templates else ("{}",)
     names = rejection.read_classes(args.classes, []) if args.classes else []
     classes = Classes(tuple(names), templates, str(args.classes)) if names else None
     rows = rerank.read_samples(args.samples) if args.samples else []
-    subjects = clip_evaluate.open_subjects(args.models, dist.device(), args.image_size)
+    subjects = clip.open_subjects(args.models, dist.device(), args.image_size)
     dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -41,11 +43,11 @@ def main() -> None:
     numbers = data_numbers(args, subjects, classes, templates) if args.data else {}
     if rows:
         numbers |= sample_numbers(args, subjects, rows)
-    about = [clip_evaluate_page.about_model(subject) for subject in subjects]
+    about = [clip_page.about_model(subject) for subject in subjects]
     numbers["models"] = [model | row for model, row in zip(about, numbers.get("models", about), strict=True)]
     if dist.is_main():
-        clip_evaluate_page.write(args.out, numbers)
-        log.say(clip_evaluate_page.summary(numbers))
+        clip_page.write(args.out, numbers)
+        log.say(clip_page.summary(numbers))
         log.say(f"{args.out / 'clip.md'}")
 
 
@@ -55,25 +57,25 @@ def data_numbers(
     """Retrieval and classification on a data set; writes the examples. A collective."""
     ledger, models, numbers = args.out / "ledger.jsonl", [], {}
     for subject in subjects:
-        pictures = clip_evaluate.open_pairs(args.data, subject, args.limit, args.batch, ledger)
-        pairs = clip_evaluate.embed(subject, args.data, pictures, args.batch, ledger, dist.device())
-        row = {"pairs": len(pairs.own), "pairs_lost": pairs.lost, "retrieval": clip_evaluate.retrieval(pairs)}
-        kinds = classes or clip_evaluate.caption_classes(pairs.captions, len(pairs.own), templates)
+        pictures = clip.open_pairs(args.data, subject, args.limit, args.batch, ledger)
+        pairs = clip.embed(subject, args.data, pictures, args.batch, ledger, dist.device())
+        row = {"pairs": len(pairs.own), "pairs_lost": pairs.lost, "retrieval": clip.retrieval(pairs)}
+        kinds = classes or clip.caption_classes(pairs.captions, len(pairs.own), templates)
         if kinds:
-            vectors = clip_evaluate.embed_classes(subject, kinds, pairs.images.shape[1], args.batch)
-            row["classification"] = clip_evaluate.classification(pairs, kinds, vectors)
+            vectors = clip.embed_classes(subject, kinds, pairs.images.shape[1], args.batch)
+            row["classification"] = clip.classification(pairs, kinds, vectors)
         if dist.is_main():
-            log.say(f"{clip_evaluate_page.show(args.out, subject, pairs, args.data)}")
+            log.say(f"{clip_page.show(args.out, subject, pairs, args.data)}")
         models.append(row)
-        numbers = {"protocol": clip_evaluate_page.about_data(args.data, pictures, kinds), "models": models}
+        numbers = {"protocol": clip_page.about_data(args.data, pictures, kinds), "models": models}
     return numbers
 
 
 def sample_numbers(args: argparse.Namespace, subjects: list[Subject], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The score of the best of N samples. A collective."""
-    scores = {s.name: clip_evaluate_samples.score_samples(s, args.samples, rows, args.batch) for s in subjects}
-    table = clip_evaluate_samples.best_of(rows, scores)
-    return {"samples": clip_evaluate_page.about_samples(args.samples, rows), "best_of": table}
+    scores = {s.name: best_of_n.score_samples(s, args.samples, rows, args.batch) for s in subjects}
+    table = best_of_n.best_of(rows, scores)
+    return {"samples": clip_page.about_samples(args.samples, rows), "best_of": table}
 
 
 def check(args: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle_scale import dist, features, fidelity, fidelity_result, fidelity_sources, log
+from dalle_scale import dist, log
 from dalle_scale.checkpoint import export
+from dalle_scale.evaluation import feature_extractors, fidelity, image_sets, result_schema
 from dalle_scale.types import UserError
 
 
@@ -30,26 +31,26 @@ def main() -> None:
     check(args)
     device, ledger = dist.device(), args.out / "ledger.jsonl"
     if args.inception:
-        extractor = features.open_inception(args.inception, args.layer, device)
+        extractor = feature_extractors.open_inception(args.inception, args.layer, device)
     else:
-        extractor = features.open_clip(args.clip, device)
+        extractor = feature_extractors.open_clip(args.clip, device)
     measures = fidelity.pick_measures(args.measures, extractor)
     tokenizer = (args.reconstruct, export.open_tokenizer(args.reconstruct, device)) if args.reconstruct else None
-    source = fidelity_sources.open_source(
+    source = image_sets.open_source(
         args.samples, args.image_size, args.max_samples, args.batch, ledger, args.scores, tokenizer
     )
     size = source.about.image_size
-    reference: fidelity.Statistics | fidelity_sources.Source
+    reference: fidelity.Statistics | image_sets.Source
     if args.reference.is_file():
         reference = fidelity.load_statistics(args.reference, extractor, size)
     else:
-        reference = fidelity_sources.open_data(args.reference, size, args.max_reference, args.batch, ledger)
+        reference = image_sets.open_data(args.reference, size, args.max_reference, args.batch, ledger)
     fidelity.check_counts(measures, extractor, source.about.samples, reference.about.samples, args.subset)
     dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    if isinstance(reference, fidelity_sources.Source):
+    if isinstance(reference, image_sets.Source):
         reference = fidelity.collect(reference, extractor, device)
     samples = fidelity.collect(source, extractor, device)
     fidelity.check_counts(measures, extractor, samples.about.samples, reference.about.samples, args.subset)
@@ -58,8 +59,8 @@ def main() -> None:
     if args.save_reference:
         fidelity.save_statistics(args.save_reference, reference, extractor)
     result = fidelity.compare(samples, reference, extractor, measures, args.subset, args.batch)
-    fidelity_result.write(args.out, result)
-    log.say(fidelity_result.markdown(result))
+    result_schema.write(args.out, result)
+    log.say(result_schema.markdown(result))
     log.say(f"{args.out / 'fidelity.json'}")
 
 
@@ -91,7 +92,12 @@ def parse_args() -> argparse.Namespace:
     extractor = parser.add_mutually_exclusive_group(required=True)
     extractor.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's Inception")
     extractor.add_argument("--clip", help="export of a clip run, Hugging Face folder, or open_clip MODEL:FILE")
-    add("--layer", choices=features.LAYERS, default=features.LAYERS[0], help="of the Inception, by its channels")
+    add(
+        "--layer",
+        choices=feature_extractors.LAYERS,
+        default=feature_extractors.LAYERS[0],
+        help="of the Inception, by its channels",
+    )
     add("--measures", nargs="+", choices=fidelity.MEASURES, help="default: all that the extractor offers")
     add("--subset", type=int, default=fidelity.SUBSET_SAMPLES, help="pictures in a subset of the kernel distance")
     add("--image-size", type=int, help="side in pixels, where --samples is a data set")

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from dalle_scale import dist, interpolate, log
-from dalle_scale.checkpoint import atomic, export
-from dalle_scale.sample import read_picture
+from dalle_scale import dist, io, log
+from dalle_scale.checkpoint import export
+from dalle_scale.sampling import interpolate
+from dalle_scale.sampling.sampler import read_picture
 from dalle_scale.types import UserError
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         "spacing": args.spacing,
         "round_trip_mse": paths.round_trip_mse,
     }
-    atomic.write(args.out / "interpolation.json", json.dumps(told, indent=1) + "\n")
+    io.write(args.out / "interpolation.json", json.dumps(told, indent=1) + "\n")
     if paths.round_trip_mse is not None:
         log.say(f"there and back: mean squared error {paths.round_trip_mse:.4f} of values from 0 to 1")
     log.say(f"{len(paths.images)} paths: {args.out / 'grid.png'}")

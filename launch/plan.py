@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 from dalle_scale import config as configs
-from dalle_scale import log, plan, plan_page
+from dalle_scale import log
+from dalle_scale.cluster import plan, plan_page
 from dalle_scale.types import UserError
 
 

@@ -20,8 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dalle_scale import dist, log, rejection, rerank, rerank_page
-from dalle_scale.rerank_page import Ranking
+from dalle_scale import dist, log
+from dalle_scale.sampling import rejection, rerank, rerank_page
+from dalle_scale.sampling.rerank_page import Ranking
 from dalle_scale.types import UserError
 
 

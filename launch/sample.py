@@ -20,10 +20,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle_scale import dist, log, rerank, rerank_page, sample_overlap
-from dalle_scale import prompts as prompt_files
-from dalle_scale.sample import DIFFUSION_OPTIONS, DTYPES, Options, Sampler
-from dalle_scale.sample_store import Store, fingerprint
+from dalle_scale import dist, log
+from dalle_scale.sampling import prompts as prompt_files
+from dalle_scale.sampling import rerank, rerank_page, runner
+from dalle_scale.sampling.output_folder import Store, fingerprint
+from dalle_scale.sampling.sampler import DIFFUSION_OPTIONS, DTYPES, Options, Sampler
 from dalle_scale.types import UserError
 
 
@@ -45,12 +46,12 @@ def main() -> None:
         inputs = {"prime": fingerprint(args.prime), "text_tokenizer": fingerprint(args.text_tokenizer)}
         how = sampler.record(options) | store.record() | {"prime_rows": args.prime_rows, **inputs}
         store.check(how)
-    scores = sample_overlap.Scores(rerank.open_scorer(args.rerank, dist.device()), store) if args.rerank else None
+    scores = runner.Scores(rerank.open_scorer(args.rerank, dist.device()), store) if args.rerank else None
     dist.join()
     missing = store.begin(how)
     if len(missing) < len(store.places):
         log.say(f"{len(store.places) - len(missing)} of {len(store.places)} pictures are there; draws the rest")
-    sample_overlap.draw(sampler, options, store, missing, scores, args.batch)
+    runner.draw(sampler, options, store, missing, scores, args.batch)
     found = scores.collected() if scores else None
     dist.barrier()
     if dist.is_main():

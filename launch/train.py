@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dalle_scale import config as configs
-from dalle_scale import dist, log, ranklog, stages
+from dalle_scale import dist, log, rank_log, stages
 from dalle_scale.checkpoint import export, resume
 from dalle_scale.config import DataSource, RunConfig
 from dalle_scale.data.pipeline import Stream, open_stream
@@ -45,13 +45,13 @@ def main() -> None:
     if checkpoint:
         resume.check(checkpoint, config, dist.world_size())
         train.check(checkpoint.stream)
-    ranklog.start(folder)
+    rank_log.start(folder)
 
     from dalle_scale.engine import build  # imports deepspeed
     from dalle_scale.train import Trainer
 
     build.start()
-    ranklog.watch()
+    rank_log.watch()
     config, note = precision.resolve(config, shapes, checkpoint.config["engine"]["dtype"] if checkpoint else None)
     if dist.is_main():
         configs.dump(config, folder / "config.yaml", note)

@@ -117,7 +117,9 @@ def free_port() -> int:
 def in_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
     """function(rank, *arguments) in a process for each rank. They fork from one that has imported what takes seconds,
     and whose standard output and environment are those of the first call."""
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["dalle_scale.train", "dalle_scale.sample"])
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["dalle_scale.train", "dalle_scale.sampling.sampler"]
+    )
     torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
@@ -135,7 +137,7 @@ def launch(tmp_path: Path) -> Launch:
 
 def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> Path:
     """A data set of `count` captioned noise pictures in shards of 20."""
-    from dalle_scale.data.shards import ShardWriter
+    from dalle_scale.curation.shard_writer import ShardWriter
 
     draw = np.random.default_rng(seed)
     with ShardWriter(folder, samples_per_shard=20) as writer:

@@ -16,7 +16,7 @@ def digests(models: list[list[str]]) -> dict[str, str]:
     """Of each model (the exports that draw together): sha256 of its samples, and of a round trip of its tokenizer."""
     from dalle_scale import stages
     from dalle_scale.checkpoint import export
-    from dalle_scale.sample import Sampler
+    from dalle_scale.sampling.sampler import Sampler
 
     found = {}
     for folders in models:

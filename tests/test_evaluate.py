@@ -24,15 +24,15 @@ from PIL import Image
 from toys.exports import DAMAGED, save, save_dvae, write_data
 from toys.programs import run_here
 
-from dalle_scale import evaluate, evaluate_page
 from dalle_scale.checkpoint import export
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest, manifest_table
 from dalle_scale.data.reader import Reader
-from dalle_scale.data.shards import ShardWriter
 from dalle_scale.data.transforms import square
+from dalle_scale.evaluation import reconstruction, reconstruction_page
+from dalle_scale.evaluation.metrics.ssim import ssim
 from dalle_scale.nn import precision
-from dalle_scale.nn.ssim import ssim
 from dalle_scale.types import ImageTokenizer, UserError
 
 PROGRAM = ROOT / "launch" / "evaluate.py"
@@ -92,10 +92,10 @@ class OneByOne:
 
 def measured(work: Path, name: str, size: int, batch: int, ledger: Path) -> dict[str, Any]:
     """The numbers of an export, of a tokenizer as `OneByOne`."""
-    [subject] = evaluate.open_subjects([work / name], CPU)
+    [subject] = reconstruction.open_subjects([work / name], CPU)
     if subject.tokenizer:
         subject = replace(subject, tokenizer=OneByOne(subject.tokenizer))
-    return evaluate.measure(subject, evaluate.open_pictures(work / "valid", size, None, batch, ledger), CPU)
+    return reconstruction.measure(subject, reconstruction.open_pictures(work / "valid", size, None, batch, ledger), CPU)
 
 
 @pytest.mark.parametrize(("name", "size"), [("dvae", 32), ("small", 16)])
@@ -140,7 +140,7 @@ def test_damaged_sample_is_in_the_ledger_once(done):
 
 def test_psnr_in_closed_form(work):
     """Pictures that are wrong by the same amount everywhere, one by 3, the others by 4."""
-    tally = evaluate._Tally(Shifted(), samples=5)
+    tally = reconstruction._Tally(Shifted(), samples=5)
     for start in (0, 3):
         places, images = torch.arange(start, start + 3), torch.full((3, 3, 16, 16), 100, dtype=torch.uint8)
         images[places == 4] += 50
@@ -193,9 +193,9 @@ def test_numbers_of_a_stage_are_taken_in(work, done):
 
 def test_a_stage_may_stop_early(work, tmp_path):
     save(tmp_path / "hasty", "toys.bounds", batches=1)
-    [subject] = evaluate.open_subjects([tmp_path / "hasty"], CPU)
-    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, tmp_path / "ledger.jsonl")
-    row = evaluate.measure(subject, pictures, CPU)
+    [subject] = reconstruction.open_subjects([tmp_path / "hasty"], CPU)
+    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, tmp_path / "ledger.jsonl")
+    row = reconstruction.measure(subject, pictures, CPU)
     assert row["first_batch"] > 0 and row["samples"] == 44, "the rest is counted all the same"
 
 
@@ -211,23 +211,23 @@ def test_batch_size_does_not_matter(work, tmp_path, batch):
 
 def test_samples_limits(work, tmp_path):
     """The first ones in the order of validation, whatever the batch; more than there are is all."""
-    [subject] = evaluate.open_subjects([work / "exact"], CPU)
+    [subject] = reconstruction.open_subjects([work / "exact"], CPU)
     keys = []
     for batch in (3, 16):
-        pictures = evaluate.open_pictures(work / "valid", 24, 10, batch, tmp_path / "ledger.jsonl")
+        pictures = reconstruction.open_pictures(work / "valid", 24, 10, batch, tmp_path / "ledger.jsonl")
         ids = [id for _, read in pictures.read(CPU) for id in read["id"].tolist() if id >= 0]
         keys.append(ids)
-        row = evaluate.measure(subject, pictures, CPU)
+        row = reconstruction.measure(subject, pictures, CPU)
         assert row["samples"] + row["samples_lost"] == pictures.samples == 10
     assert keys[0] == keys[1] and len(set(keys[0])) in (9, 10) and keys[0] != sorted(keys[0])
-    assert evaluate.open_pictures(work / "valid", 24, 999, 8, tmp_path / "ledger.jsonl").samples == 45
+    assert reconstruction.open_pictures(work / "valid", 24, 999, 8, tmp_path / "ledger.jsonl").samples == 45
 
 
 def test_markdown_json_and_page_agree(done):
     text, rows = (done / "comparison.md").read_text(), numbers(done)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     head, _, *body = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
-    titles = {title: (name, form) for name, (title, form) in evaluate.COLUMNS.items()}
+    titles = {title: (name, form) for name, (title, form) in reconstruction.COLUMNS.items()}
     assert len(body) == 4 and all(len(row) == len(head) for row in body)
     found = set()
     for cells in body:
@@ -305,7 +305,7 @@ def test_a_browser_draws_the_page(done, tmp_path):
 
 def test_short_names(tmp_path):
     def names(*folders: str) -> list[str]:
-        return evaluate.short_names([Path(folder) for folder in folders])
+        return reconstruction.short_names([Path(folder) for folder in folders])
 
     assert names("runs/dvae/export", "runs/vqvae/export") == ["dvae", "vqvae"]
     assert names("/a/64/dvae/export", "/a/128/dvae/export") == ["64/dvae", "128/dvae"]
@@ -316,12 +316,12 @@ def test_short_names(tmp_path):
 
 def test_only_a_stage_without_codes():
     rows = [{"name": "<vae>", "export": "x", "stage": "vae", "samples": 3, "samples_lost": 0, "elbo": 1.5}]
-    document = evaluate_page.document(Path("data/valid"), Told(), rows)
-    assert evaluate_page.table(rows) == [
+    document = reconstruction_page.document(Path("data/valid"), Told(), rows)
+    assert reconstruction_page.table(rows) == [
         ["export", "stage", "samples evaluated", "samples lost", "elbo"],
         ["<vae>", "vae", "3", "0", "1.5000"],
     ]
-    page = evaluate_page.page(document, {"<vae>": {}})
+    page = reconstruction_page.page(document, {"<vae>": {}})
     assert "Pictures</h2>" not in page and "&lt;vae&gt;" in page and "<vae>" not in page
 
 

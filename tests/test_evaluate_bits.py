@@ -15,10 +15,10 @@ from PIL import Image
 from toys.exports import save, save_dvae, write_data
 from toys.priors import DALLE, PIXELSNAIL, TEXT, save_prior, save_text
 
-from dalle_scale import evaluate
 from dalle_scale.checkpoint import export
-from dalle_scale.data.shards import ShardWriter
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data.text import open_text
+from dalle_scale.evaluation import reconstruction
 from dalle_scale.types import UserError
 
 CPU = torch.device("cpu")
@@ -57,15 +57,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(work: Path, name: str, *priors: str, data: str = "valid") -> dict[str, Any]:
-    [subject] = evaluate.open_subjects([work / name], CPU, [work / prior for prior in priors])
+    [subject] = reconstruction.open_subjects([work / name], CPU, [work / prior for prior in priors])
     ledger = work / "ledger.jsonl"
-    pictures = evaluate.open_pictures(work / data, 16, None, 8, ledger, prior=subject.prior)
-    return evaluate.measure(subject, pictures, CPU)
+    pictures = reconstruction.open_pictures(work / data, 16, None, 8, ledger, prior=subject.prior)
+    return reconstruction.measure(subject, pictures, CPU)
 
 
 def samples(work: Path) -> list[tuple[torch.Tensor, str]]:
     """Every readable picture, uint8 [3, 16, 16], with its caption."""
-    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
     batches = [batch for _, batch in pictures.read(CPU)]
     ids, images = (torch.cat([batch[key] for batch in batches]) for key in ("id", "image"))
     return [(image, f"picture number {id}") for id, image in zip(ids.tolist(), images, strict=True) if id >= 0]
@@ -162,7 +162,7 @@ def test_priors_of_levels(work):
 
 def test_each_tokenizer_has_its_own_priors(work):
     folders, priors = [work / "vqvae2", work / "vae", work / "dvae"], [work / "bottom", work / "guided", work / "top"]
-    subjects = evaluate.open_subjects(folders, CPU, priors)
+    subjects = reconstruction.open_subjects(folders, CPU, priors)
     assert [subject.prior and subject.prior.folder.name for subject in subjects] == ["top", None, "guided"]
 
 
@@ -175,8 +175,8 @@ def test_exact_tokenizer_costs_its_codes(work):
 def test_elbo_is_in_the_same_column(work):
     row = measure(work, "vae")
     assert "elbo_bits_per_dim" not in row and row["bits_per_dim"] >= row["iwae_bits_per_dim"] > 0
-    [subject] = evaluate.open_subjects([work / "vae"], CPU)
-    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    [subject] = reconstruction.open_subjects([work / "vae"], CPU)
+    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
     own = subject.export.stage.evaluate(subject.export.nets, [batch for _, batch in pictures.read(CPU)])
     assert row["bits_per_dim"] == own["elbo_bits_per_dim"]
 
@@ -200,18 +200,18 @@ def test_captions_that_are_missing(work, tmp_path):
 def test_text_tokenizer_may_be_named(work, tmp_path):
     """A model that was trained with a tokenizer by name holds none."""
     prior = save_prior(tmp_path / "guided", "dalle", None, image_vocab=64, grid=4, caption_dropout=0.1, **DALLE)
-    [bare] = evaluate.open_subjects([work / "dvae"], CPU, [prior])
+    [bare] = reconstruction.open_subjects([work / "dvae"], CPU, [prior])
     with pytest.raises(UserError, match="holds no text tokenizer; name the one of its training with --text-tokenizer"):
-        evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=bare.prior)
-    [named] = evaluate.open_subjects([work / "dvae"], CPU, [prior], str(work / "text.model"))
-    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=named.prior)
-    row, want = evaluate.measure(named, pictures, CPU), measure(work, "dvae", "guided")
+        reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=bare.prior)
+    [named] = reconstruction.open_subjects([work / "dvae"], CPU, [prior], str(work / "text.model"))
+    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=named.prior)
+    row, want = reconstruction.measure(named, pictures, CPU), measure(work, "dvae", "guided")
     assert row["prior_bits_given_caption"] == want["prior_bits_given_caption"], "the same weights"
 
 
 def test_a_diffusion_model_with_captions_is_shown_none(work):
     row, opened = measure(work, "ddpm"), export.load(work / "ddpm")
-    pictures = evaluate.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
     batches = [batch for _, batch in pictures.read(CPU)]
     expected = opened.stage.evaluate(opened.nets, batches)
     assert row["bits_per_dim"] == pytest.approx(expected["elbo_bits_per_dim"]) and row["samples"] == 44

@@ -17,13 +17,14 @@ from conftest import ROOT, write_images
 from toys.clips import CAPTIONS, NAMES, NO_CAPTION, NO_PICTURE, PICTURES, save_clip, write_pairs, write_samples
 from toys.programs import run_here
 
-from dalle_scale import clip_evaluate, clip_evaluate_page, rerank
-from dalle_scale import clip_evaluate_samples as best
-from dalle_scale.clip_evaluate import Classes, Pairs
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
+from dalle_scale.evaluation import best_of_n as best
+from dalle_scale.evaluation import clip, clip_page
+from dalle_scale.evaluation.clip import Classes, Pairs
+from dalle_scale.sampling import rerank
 from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "launch" / "evaluate_clip.py"
@@ -45,11 +46,11 @@ def pairs_of(images: torch.Tensor, texts: torch.Tensor, own: list[int], captions
 
 @pytest.mark.parametrize("block", [1, 7 * 5, 1 << 23])
 def test_ranks_are_places_in_a_sorted_list(monkeypatch, block):
-    monkeypatch.setattr(clip_evaluate, "_BLOCK", block)
+    monkeypatch.setattr(clip, "_BLOCK", block)
     own = torch.randint(5, (23,), generator=torch.Generator().manual_seed(1))
     own[:5] = torch.arange(5)
     images, captions = unit(23, 4, seed=2), unit(5, 4, seed=3)
-    ranks = clip_evaluate.rank_pairs(images, captions, own)
+    ranks = clip.rank_pairs(images, captions, own)
     cosines = images.numpy() @ captions.numpy().T
     for picture in range(23):
         order = sorted(range(5), key=lambda caption: -cosines[picture, caption])
@@ -69,18 +70,18 @@ def test_a_constant_model_is_never_right():
     images = unit(1, 64).expand(30, -1) + 1e-8 * unit(30, 64, seed=1)
     texts = F.normalize(images[:1].expand(12, -1) + 1e-8 * unit(12, 64, seed=2), dim=1)
     pairs = pairs_of(F.normalize(images, dim=1), texts, [number % 12 for number in range(30)])
-    row = clip_evaluate.retrieval(pairs)
+    row = clip.retrieval(pairs)
     for way, k in itertools.product(("image_to_text", "text_to_image"), (1, 5, 10)):
         assert row[f"{way}_r{k}"] == 0 < row[f"chance_{way}_r{k}"]
     classes = Classes(tuple(pairs.captions), ("{}",), "test")
-    result = clip_evaluate.classification(pairs, classes, texts)
+    result = clip.classification(pairs, classes, texts)
     assert result["top1"] == result["top5"] == result["mean_class_accuracy"] == 0
     assert not any(name in row for name, row in result["confusion"].items()), "the diagonal is empty"
 
 
 def test_a_perfect_model_is_always_right():
     own = [0, 1, 2, 2, 1, 0, 0]
-    row = clip_evaluate.retrieval(pairs_of(torch.eye(3)[own], torch.eye(3), own))
+    row = clip.retrieval(pairs_of(torch.eye(3)[own], torch.eye(3), own))
     assert row["image_to_text_r1"] == row["text_to_image_r1"] == 1
     assert (row["cosine_of_pairs"], row["cosine_of_others"], row["pictures"], row["captions"]) == (1, 0, 7, 3)
 
@@ -88,7 +89,7 @@ def test_a_perfect_model_is_always_right():
 def test_equal_captions_are_right():
     """The nearest picture of caption 0 is the other one that has it; a wrong one comes next."""
     images = F.normalize(torch.tensor([[1.0, 0.6], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]]), dim=1)
-    row = clip_evaluate.retrieval(pairs_of(images, torch.eye(2), [0, 0, 1, 1]))
+    row = clip.retrieval(pairs_of(images, torch.eye(2), [0, 0, 1, 1]))
     assert row["text_to_image_r1"] == 1.0 and row["image_to_text_r1"] == 0.75
 
 
@@ -96,12 +97,12 @@ def test_equal_captions_are_right():
 def test_chance_by_enumeration(count, right, k):
     draws = list(itertools.combinations(range(count), min(k, count)))
     hits = sum(any(picture < right for picture in draw) for draw in draws)
-    assert clip_evaluate._chance(count, right, k) == pytest.approx(hits / len(draws), rel=1e-12)
+    assert clip._chance(count, right, k) == pytest.approx(hits / len(draws), rel=1e-12)
 
 
 def test_one_caption_cannot_be_told_apart():
     with pytest.raises(UserError, match="nothing to tell apart"):
-        clip_evaluate.retrieval(pairs_of(unit(3, 4), unit(1, 4), [0, 0, 0]))
+        clip.retrieval(pairs_of(unit(3, 4), unit(1, 4), [0, 0, 0]))
 
 
 # ---- classes ----
@@ -112,7 +113,7 @@ def test_classification_against_a_plain_one():
     pairs = pairs_of(unit(40, 6, seed=4), unit(4, 6, seed=5), own, CAPTIONS)
     classes = Classes((*NAMES[:2], "unseen", NAMES[3]), ("a photo of a {}",), "test")
     vectors = unit(4, 6, seed=6)
-    row = clip_evaluate.classification(pairs, classes, vectors)
+    row = clip.classification(pairs, classes, vectors)
     there = [picture for picture in range(40) if own[picture] != 2]  # "red truck" is no class, "unseen" no caption
     cosines = (pairs.images @ vectors.T).numpy()
     predicted = {picture: int(cosines[picture].argmax()) for picture in there}
@@ -135,10 +136,10 @@ def test_classification_against_a_plain_one():
 
 
 def test_a_class_is_the_mean_of_its_prompts(tmp_path):
-    [subject] = clip_evaluate.open_subjects([str(save_clip(tmp_path / "clip"))], torch.device("cpu"))
+    [subject] = clip.open_subjects([str(save_clip(tmp_path / "clip"))], torch.device("cpu"))
     templates = ("a photo of a {}", "an image: {}", "{} it is: {}")
     classes = Classes(NAMES, templates, "test")
-    vectors = clip_evaluate.embed_classes(subject, classes, 8, batch=5)
+    vectors = clip.embed_classes(subject, classes, 8, batch=5)
     for number, name in enumerate(NAMES):
         prompts = [f"a photo of a {name}", f"an image: {name}", f"{name} it is: {name}"]
         mean = np.mean([subject.scorer.caption_vectors([prompt])[0].numpy() for prompt in prompts], axis=0)
@@ -157,7 +158,7 @@ def test_labels_of_captions():
 
 def test_few_captions_are_classes():
     for captions, pictures, wanted in ((4, 8, True), (4, 7, False), (1, 50, False), (1001, 9999, False)):
-        found = clip_evaluate.caption_classes([str(n) for n in range(captions)], pictures, ("{}",))
+        found = clip.caption_classes([str(n) for n in range(captions)], pictures, ("{}",))
         assert (found is not None) == wanted
 
 
@@ -288,8 +289,8 @@ def test_what_was_done_stands_beside_the_numbers(work, done):
 
 
 def evaluate_digest(folder: Path) -> str:
-    [subject] = clip_evaluate.open_subjects([str(folder.parent / "a" / "export")], torch.device("cpu"))
-    return clip_evaluate.open_pairs(folder, subject, None, 5, folder.parent / "unused.jsonl").digest
+    [subject] = clip.open_subjects([str(folder.parent / "a" / "export")], torch.device("cpu"))
+    return clip.open_pairs(folder, subject, None, 5, folder.parent / "unused.jsonl").digest
 
 
 def test_tables_and_pictures_agree(done):
@@ -302,7 +303,7 @@ def test_tables_and_pictures_agree(done):
     lines = (done / "best_of.csv").read_text().splitlines()
     assert lines[0].startswith("ranked_by,judged_by,best_of,score") and len(lines) == 1 + 4 * len(best.numbers_of(6))
     assert float(lines[1].split(",")[3]) == found["best_of"][0]["score"]
-    assert all(f"- {name}: " in text for name in clip_evaluate_page.DEFINITIONS)
+    assert all(f"- {name}: " in text for name in clip_page.DEFINITIONS)
 
 
 def test_many_captions_are_no_classes(work, tmp_path):

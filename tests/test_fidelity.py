@@ -18,11 +18,12 @@ from toys.exports import DAMAGED, save, save_dvae, write_data
 from toys.programs import run_here
 from toys.sampled import blobs, save_clip, save_samples, values
 
-from dalle_scale import features, fidelity, fidelity_result, fidelity_sources, rerank
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
+from dalle_scale.evaluation import feature_extractors, fidelity, image_sets, result_schema
+from dalle_scale.sampling import rerank
 from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "launch" / "fidelity.py"
@@ -83,17 +84,19 @@ def test_numbers_are_those_of_a_plain_computation(work, done):
 
 
 def test_distances_of_another_extractor_are_not_called_fid(work, done):
-    digest = features.digest(work / "clip" / "export")
+    digest = feature_extractors.digest(work / "clip" / "export")
     names = [number["name"] for number in done["numbers"]]
     assert names == [f"{m}_clip({digest[:12]})" for m in ("frechet", "kernel", "precision", "recall")]
-    assert done["extractor"]["sha256"] == digest != features.digest(work / "other" / "export")
+    assert done["extractor"]["sha256"] == digest != feature_extractors.digest(work / "other" / "export")
 
 
 def test_only_published_weights_measure_fid():
     def name(
         measure: str, sha256: str = "6726825d" + 56 * "0", layer: str = "2048", reconstructions: bool = False
     ) -> str:
-        extractor = features.Extractor("inception", "f", sha256, layer, 8, 0, "", lambda images: (images, images))
+        extractor = feature_extractors.Extractor(
+            "inception", "f", sha256, layer, 8, 0, "", lambda images: (images, images)
+        )
         return extractor.name(measure, reconstructions)
 
     assert (name("frechet"), name("kernel"), name("score")) == ("fid", "kid", "inception_score")
@@ -113,7 +116,7 @@ def test_protocol_is_told(work, done):
     assert "area-resized to 20 x 20" in reference["resize"] and samples["resize"] == "none"
     assert {key: samples["made_by"][key] for key in TOLD} == TOLD
     assert samples["made_by"]["steps"] == "unknown" and samples["made_by"]["kept"] == "all"
-    assert set(samples["made_by"]) == set(fidelity_result.MADE_BY)
+    assert set(samples["made_by"]) == set(result_schema.MADE_BY)
     rows = [json.loads(line) for line in (work / "out" / "ledger.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["00025"]
 
@@ -136,7 +139,7 @@ def paths(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_result_with_a_field_missing_is_refused(work, done, tmp_path):
-    assert fidelity_result.read(work / "out" / "fidelity.json").model_dump(mode="json") == done
+    assert result_schema.read(work / "out" / "fidelity.json").model_dump(mode="json") == done
     fields = list(paths(done))
     assert len(fields) > 70
     for path in fields:
@@ -147,10 +150,10 @@ def test_result_with_a_field_missing_is_refused(work, done, tmp_path):
         del inner[path[-1]]
         (tmp_path / "fidelity.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match="not a whole result"):
-            fidelity_result.read(tmp_path / "fidelity.json")
+            result_schema.read(tmp_path / "fidelity.json")
     (tmp_path / "fidelity.json").write_text(json.dumps({**done, "also": 1}))
     with pytest.raises(UserError, match="also"):
-        fidelity_result.read(tmp_path / "fidelity.json")
+        result_schema.read(tmp_path / "fidelity.json")
 
 
 def test_saved_reference_gives_the_same_numbers(work, done, tmp_path):
@@ -162,31 +165,31 @@ def test_saved_reference_gives_the_same_numbers(work, done, tmp_path):
 
 def test_samples_without_a_record_are_of_unknown_origin(work, tmp_path):
     folder = save_samples(tmp_path / "samples", blobs(12, 20))
-    made_by = fidelity_sources.open_samples(folder, None, 4).about.made_by
-    assert set(made_by.values()) == {"unknown", "all"} and set(made_by) == set(fidelity_result.MADE_BY)
+    made_by = image_sets.open_samples(folder, None, 4).about.made_by
+    assert set(made_by.values()) == {"unknown", "all"} and set(made_by) == set(result_schema.MADE_BY)
     (folder / "sampling.json").write_text("[1]")
     with pytest.raises(UserError, match="not a JSON object"):
-        fidelity_sources.open_samples(folder, None, 4)
+        image_sets.open_samples(folder, None, 4)
 
 
 def test_what_a_reranking_kept(work, tmp_path):
     rows = rerank.read_samples(work / "samples")
     scores = tmp_path / "scores.jsonl"
     scores.write_text("".join(json.dumps({**row, "kept": row["candidate"] == 1}) + "\n" for row in rows))
-    source = fidelity_sources.open_samples(work / "samples", None, 4, scores)
+    source = image_sets.open_samples(work / "samples", None, 4, scores)
     read = torch.cat([images[good] for images, good in source.read(CPU)])
     assert torch.equal(read, blobs(30, 20)[1::2]) and source.about.made_by["kept"].startswith("15 by ")
     scores.write_text("".join(json.dumps({**row, "kept": True}) + "\n" for row in rows[1:]))
     with pytest.raises(UserError, match="other samples"):
-        fidelity_sources.open_samples(work / "samples", None, 4, scores)
+        image_sets.open_samples(work / "samples", None, 4, scores)
 
 
 @pytest.mark.parametrize("batch", [1, 30, 64])
 def test_batch_size_does_not_matter(work, done, batch):
-    extractor = features.open_clip(str(work / "clip" / "export"), CPU)
+    extractor = feature_extractors.open_clip(str(work / "clip" / "export"), CPU)
     sources = [
-        fidelity_sources.open_samples(work / "samples", None, batch),
-        fidelity_sources.open_data(work / "valid", 20, None, batch, work / "ledger.jsonl"),
+        image_sets.open_samples(work / "samples", None, batch),
+        image_sets.open_data(work / "valid", 20, None, batch, work / "ledger.jsonl"),
     ]
     samples, reference = (fidelity.collect(source, extractor, CPU) for source in sources)
     result = fidelity.compare(samples, reference, extractor, ["frechet", "neighbours"], 12, batch)
@@ -196,8 +199,8 @@ def test_batch_size_does_not_matter(work, done, batch):
 
 def test_limits_and_what_stays_in_memory(work, monkeypatch):
     monkeypatch.setattr(fidelity, "KEPT", 10)
-    extractor = features.open_clip(str(work / "clip" / "export"), CPU)
-    got = fidelity.collect(fidelity_sources.open_samples(work / "samples", 25, 8), extractor, CPU)
+    extractor = feature_extractors.open_clip(str(work / "clip" / "export"), CPU)
+    got = fidelity.collect(image_sets.open_samples(work / "samples", 25, 8), extractor, CPU)
     expected = extractor.extract(blobs(30, 20)[:25])[0]
     torch.testing.assert_close(got.features, expected[:10])
     np.testing.assert_allclose(got.covariance, np.cov(expected.double().numpy(), rowvar=False), rtol=1e-4, atol=1e-9)
@@ -222,7 +225,7 @@ def test_reconstructions_against_their_originals(work, tmp_path):
     assert (samples["kind"], samples["image_size"]) == ("reconstructions", 32)
     assert samples["made_by"] == {
         "model": str(tmp_path / "dvae"),
-        "model_sha256": features.digest(tmp_path / "dvae"),
+        "model_sha256": feature_extractors.digest(tmp_path / "dvae"),
     }
 
 
@@ -246,7 +249,7 @@ def test_a_data_set_against_another(work, tmp_path):
 
 
 def test_features_that_are_not_finite(work):
-    broken = features.Extractor(
+    broken = feature_extractors.Extractor(
         "clip",
         "x",
         "0",
@@ -257,7 +260,7 @@ def test_features_that_are_not_finite(work):
         lambda images: (torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 0)),
     )
     with pytest.raises(UserError, match="not finite"):
-        fidelity.collect(fidelity_sources.open_samples(work / "samples", None, 8), broken, CPU)
+        fidelity.collect(image_sets.open_samples(work / "samples", None, 8), broken, CPU)
 
 
 WRONG = {
@@ -304,9 +307,9 @@ def test_samples_of_two_sizes_and_oblong_ones(work, tmp_path):
     small = save_samples(tmp_path / "small", blobs(8, 16))
     for file in ("images/00002_0000.png", "images/00002_0001.png"):
         shutil.copy(small / file, folder / file)
-    source = fidelity_sources.open_samples(folder, None, 2)
+    source = image_sets.open_samples(folder, None, 2)
     with pytest.raises(UserError, match=r"00002_0000.png: another size than images/00000_0000.png"):
         list(source.read(CPU))
     save_samples(tmp_path / "oblong", blobs(4, 20)[:, :, :10])
     with pytest.raises(UserError, match="20 x 10"):
-        fidelity_sources.open_samples(tmp_path / "oblong", None, 2)
+        image_sets.open_samples(tmp_path / "oblong", None, 2)

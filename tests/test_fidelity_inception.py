@@ -17,12 +17,12 @@ from torch import nn
 from toys.programs import run_here
 from toys.sampled import blobs, save_samples, values
 
-from dalle_scale import features
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
-from dalle_scale.nn import frechet
-from dalle_scale.nn.torchvision_ops import declare_missing_operators
+from dalle_scale.evaluation import feature_extractors
+from dalle_scale.evaluation.metrics import distribution
+from dalle_scale.nn.torchvision_compat import declare_missing_operators
 from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "launch" / "fidelity.py"
@@ -63,7 +63,7 @@ def test_inception_is_that_of_torch_fidelity(inception):
     with torch.no_grad():
         expected = model(images)
     for suffix in ("pth", "safetensors"):
-        extractor = features.open_inception(inception / f"weights.{suffix}", "2048", CPU)
+        extractor = feature_extractors.open_inception(inception / f"weights.{suffix}", "2048", CPU)
         found = extractor.extract(images)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
         assert found[0].std() > 0.01 and found[1].std() > 0.01
@@ -72,18 +72,18 @@ def test_inception_is_that_of_torch_fidelity(inception):
     x, y = torch.randn(60, 20) + 0.5, torch.randn(70, 20)
     quiet = {"verbose": False}
     theirs = metric_kid.kid_features_to_metric(x, y, kid_subsets=5, kid_subset_size=30, rng_seed=2020, **quiet)
-    ours = torch.tensor(list(frechet.kernel_distances(x, y, 30, 5, 2020)))
+    ours = torch.tensor(list(distribution.kernel_distances(x, y, 30, 5, 2020)))
     assert float(ours.mean()) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4), "theirs in fp32"
     assert float(ours.std(correction=0)) == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
     theirs = metric_isc.isc_features_to_metric(x, splits=10, rng_seed=2020)
-    assert float(frechet.inception_scores(x, 10, 2020).mean()) == pytest.approx(theirs["inception_score_mean"])
+    assert float(distribution.inception_scores(x, 10, 2020).mean()) == pytest.approx(theirs["inception_score_mean"])
     theirs = metric_prc.prc_features_to_metric(x, y, **quiet)
-    assert frechet.covered_share(x, y, frechet.neighbour_radii(y, 3)) == pytest.approx(theirs["precision"])
-    assert frechet.covered_share(y, x, frechet.neighbour_radii(x, 3)) == pytest.approx(theirs["recall"])
+    assert distribution.covered_share(x, y, distribution.neighbour_radii(y, 3)) == pytest.approx(theirs["precision"])
+    assert distribution.covered_share(y, x, distribution.neighbour_radii(x, 3)) == pytest.approx(theirs["recall"])
     sets = [metric_fid.fid_features_to_statistics(features) for features in (x.double(), y.double())]
     both = [torch.from_numpy(values) for one in sets for values in (one["mu"], one["sigma"])]
     theirs = metric_fid.fid_statistics_to_metric(*sets, False)
-    assert frechet.frechet_distance(*both) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
+    assert distribution.frechet_distance(*both) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
 
 
 def test_program_on_the_inception(inception, tmp_path):
@@ -114,7 +114,7 @@ def test_program_on_the_inception(inception, tmp_path):
         save_cpu_ram=True,
     )
     assert values(got)["kernel"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    assert got["numbers"][0]["name"] == f"kernel_inception64({features.digest(weights)[:12]})"
+    assert got["numbers"][0]["name"] == f"kernel_inception64({feature_extractors.digest(weights)[:12]})"
     assert "299 x 299" in got["extractor"]["resize"]
 
 
@@ -142,10 +142,10 @@ def test_weights_are_read_without_running_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"fc.weight": Payload()}, "weights.pth")
     with pytest.raises(UserError, match="nor weights as torch saves them"):
-        features.open_inception(Path("weights.pth"), "2048", CPU)
+        feature_extractors.open_inception(Path("weights.pth"), "2048", CPU)
     torch.save([torch.zeros(1)], "weights.pth")
     with pytest.raises(UserError, match="state_dict"):
-        features.open_inception(Path("weights.pth"), "2048", CPU)
+        feature_extractors.open_inception(Path("weights.pth"), "2048", CPU)
     assert not Path("ran").exists()
 
 
@@ -154,7 +154,7 @@ def test_other_weights_are_not_the_inception(inception, tmp_path):
     del state["Mixed_5b.branch1x1.conv.weight"]
     save_file(state, tmp_path / "short.safetensors")
     with pytest.raises(UserError, match=r"not the Inception of FID: .*Mixed_5b.branch1x1.conv.weight"):
-        features.open_inception(tmp_path / "short.safetensors", "2048", CPU)
+        feature_extractors.open_inception(tmp_path / "short.safetensors", "2048", CPU)
 
 
 def test_without_torch_fidelity_the_line_says_what_to_install(tmp_path, monkeypatch):
@@ -162,4 +162,4 @@ def test_without_torch_fidelity_the_line_says_what_to_install(tmp_path, monkeypa
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install 'dalle_scale\[eval\]'"):
-        features.open_inception(tmp_path / "weights.pth", "2048", CPU)
+        feature_extractors.open_inception(tmp_path / "weights.pth", "2048", CPU)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from dalle_scale import gallery
-from dalle_scale.gallery import Picture, Row
+from dalle_scale.report import gallery
+from dalle_scale.report.gallery import Picture, Row
 from dalle_scale.types import UserError
 
 COLUMNS = ("true scene", "best of 16")

@@ -16,10 +16,10 @@ from torch import nn
 from toys.exports import save
 from toys.programs import run_here
 
-from dalle_scale import interpolate
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.diffusion_samplers import Options
-from dalle_scale.sample import read_picture
+from dalle_scale.models.diffusion.samplers import Options
+from dalle_scale.sampling import interpolate
+from dalle_scale.sampling.sampler import read_picture
 
 run = partial(run_here, ROOT / "launch" / "interpolate.py")
 SEEDS = torch.tensor([3, 4, 5])

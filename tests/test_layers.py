@@ -10,53 +10,30 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dalle_scale"
-CORE = {"types", "config", "dist", "log", "ranklog"}
-MAY_IMPORT = {  # part -> parts it may import, besides itself and, outside the core, the core
-    "types": set(),
-    "dist": set(),
-    "config": {"types"},
-    "ranklog": {"dist"},
-    "log": {"types", "dist", "ranklog"},
-    "nn": set(),
-    "stages": {"nn"},
-    "data": set(),
+CORE = {"types", "config", "dist", "log", "rank_log", "io", "programs", "report"}  # one room: who comes first is below
+AFTER = {  # room -> the rooms that it may import, with all that these may
+    "core": set(),
+    "nn": {"core"},
+    "models": {"nn"},
+    "stages": {"models"},
+    "checkpoint": {"stages"},
+    "data": {"core"},
+    "curation": {"data"},
+    "sampling": {"checkpoint", "data"},
+    "evaluation": {"sampling"},
     "engine": {"nn"},
-    "checkpoint": {"nn", "stages"},
-    "sample_memory": {"nn"},
-    "sample": {"nn", "stages", "checkpoint", "data", "sample_memory"},
-    "sample_store": {"checkpoint", "sample"},
-    "sample_overlap": {"rerank", "sample", "sample_store"},
-    "interpolate": {"nn", "stages", "checkpoint"},
-    "rerank": {"nn", "stages", "checkpoint", "data", "sample"},
-    "prompts": set(),
-    "rejection": {"prompts", "rerank"},
-    "rerank_page": {"checkpoint", "gallery", "rejection", "rerank"},
-    "features": {"nn", "checkpoint", "rerank"},
-    "fidelity_result": {"checkpoint"},
-    "fidelity_sources": {"checkpoint", "data", "evaluate", "fidelity_result", "rerank"},
-    "fidelity": {"nn", "features", "fidelity_result", "fidelity_sources"},
-    "clip_evaluate": {"checkpoint", "data", "evaluate", "rerank"},
-    "clip_evaluate_samples": {"clip_evaluate", "rerank"},
-    "clip_evaluate_page": {"checkpoint", "clip_evaluate", "data", "evaluate", "gallery"},
-    "evaluate": {"nn", "checkpoint", "data"},
-    "evaluate_page": {"checkpoint", "evaluate"},
-    "gallery": set(),
-    "steps": set(),
-    "doctor_probes": set(),
-    "doctor": {"doctor_probes"},
-    "plan_activations": {"stages"},
-    "plan": {"engine", "plan_activations"},
-    "plan_page": {"checkpoint"},
     "train": {"engine", "checkpoint"},
+    "cluster": {"engine", "stages"},
 }
 HOMES = {  # package -> files of the library that may import it
     "deepspeed": ("engine/",),
-    "webdataset": ("data/",),
+    "webdataset": ("data/", "curation/"),
+    "pyarrow": ("data/", "curation/"),
     "sentencepiece": ("data/text.py",),
-    "transformers": ("data/text.py", "rerank.py", "nn/torchvision_ops.py"),
-    "open_clip": ("nn/torchvision_ops.py", "rerank.py", "stages/clip.py"),
-    "torchvision": ("nn/torchvision_ops.py",),
-    "torch_fidelity": ("features.py",),
+    "transformers": ("data/text.py", "sampling/rerank.py", "nn/torchvision_compat.py"),
+    "open_clip": ("nn/torchvision_compat.py", "sampling/rerank.py", "stages/clip.py"),
+    "torchvision": ("nn/torchvision_compat.py",),
+    "torch_fidelity": ("evaluation/feature_extractors.py",),
     "triton": ("engine/adam16_kernel.py",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -74,20 +51,49 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def part_of(path: Path) -> str:
-    """The part of the library that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(part: str) -> str:
+    """The room of a package or module of the library's top level."""
+    return "core" if part in CORE else part
+
+
+def may_import(room: str) -> set[str]:
+    """The room, and all rooms that it may import."""
+    return {room}.union(*(may_import(other) for other in AFTER[room]))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrow(path):
-    part = part_of(path)
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if part == "__init__":
         return
-    allowed = MAY_IMPORT[part] | {part} | (set() if part in CORE else CORE)
+    allowed = may_import(room_of(part))
     for name in imports(path):
         if name.startswith("dalle_scale."):
-            assert name.split(".")[1] in allowed, f"{path.relative_to(ROOT)} may not import {name}"
+            assert room_of(name.split(".")[1]) in allowed, f"{path.relative_to(ROOT)} may not import {name}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_through_others():
+    """Nor for types alone."""
+    modules = {module_of(path): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = imports(path) | {name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = (names & modules.keys()) - {module}
+    done: set[str] = set()
+
+    def follow(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way, module))
+        if module not in done:
+            for other in sorted(graph[module]):
+                follow(other, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        follow(module, ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -100,7 +106,7 @@ def test_heavy_packages_have_one_home(path):
 
 def test_sampling_needs_neither_deepspeed_nor_webdataset():
     code = (
-        "import sys, dalle_scale.sample; "
+        "import sys, dalle_scale.sampling.sampler; "
         "sys.exit(any(name in sys.modules for name in ('deepspeed', 'webdataset', 'open_clip', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,7 +15,7 @@ from conftest import HANG_SECONDS, ROOT, environment
 from torch import Tensor, nn
 
 from dalle_scale import config as configs
-from dalle_scale import plan, plan_activations, plan_page
+from dalle_scale.cluster import activation_memory, plan, plan_page
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import ds_config, optim
 from dalle_scale.nn import blocks
@@ -42,8 +42,8 @@ def planned(config: RunConfig, **changes: Any) -> dict[str, Any]:
 
 def real(config: RunConfig) -> tuple[Any, dict[str, nn.Module], Batch]:
     """Stage, nets on the CPU, and a batch of 2 with content."""
-    stage = plan_activations.open_stage(config)
-    batch, generator = plan_activations._batch(stage.needs, 2), torch.Generator().manual_seed(0)
+    stage = activation_memory.open_stage(config)
+    batch, generator = activation_memory._batch(stage.needs, 2), torch.Generator().manual_seed(0)
     tops = {"image": 256, "text": stage.needs.text_vocab, "codes": stage.needs.code_vocab, "id": 9, "seed": 9}
     for key, top in tops.items():
         if key in batch:
@@ -98,7 +98,7 @@ def test_activations_are_those_of_a_real_forward(
         stage.loss("model", nets, batch, config.updates - 1)
     with torch.device("meta"):
         shapes = stage.nets()
-    found = plan_activations.activations(config, shapes, 2)
+    found = activation_memory.activations(config, shapes, 2)
     # the head of a dVAE reads rows of channels, which are a copy of planes and a view of channels-last maps
     copied = 8192 if stage_name == "dvae" else 0
     assert found["saved"] - size(t for t in saved if t.untyped_storage().data_ptr() not in own) in (0, copied)
@@ -141,7 +141,7 @@ def test_the_papers_sizes(name: str) -> None:
     counts = []
     for layers in (1, 2):  # further ones are of the same size; building 64 takes seconds
         with torch.device("meta"):
-            net = plan_activations.open_stage(
+            net = activation_memory.open_stage(
                 config.model_copy(update={"model": {**config.model, "layers": layers}})
             ).nets()["model"]
         counts.append(plan._parameters(net))
@@ -208,7 +208,7 @@ def test_the_papers_ranks_save_what_the_paper_says(size: str, rank: int, saved: 
     overrides = ["engine.zero=3", "engine.machines=2", f"engine.compression_rank={rank // 8}"]
     config = configs.load(ROOT / f"configs/dalle/paper_{size}.yaml", overrides)
     with torch.device("meta"):
-        net = plan_activations.open_stage(config).nets()["model"]
+        net = activation_memory.open_stage(config).nets()["model"]
     exact = config.model_copy(update={"engine": config.engine.model_copy(update={"compression_rank": 0})})
     groups = [group for group in optim.param_groups(net, config.optim["model"]) if group["role"] == "matrix"]
     matrices_bytes = 2 * sum(parameter.numel() for group in groups for parameter in group["params"])
@@ -264,7 +264,7 @@ def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
     base = ["batch_samples=16", "engine.zero=0", "engine.dtype=bf16"]
     config = tiny("dalle", *base)
     with torch.device("meta"):
-        weigh = plan._Scales(plan_activations.open_stage(config).nets(), cluster(gpus=4))
+        weigh = plan._Scales(activation_memory.open_stage(config).nets(), cluster(gpus=4))
     need, lengths = weigh.memory(config)["peak"], []
     for share in (0.99, 0.6, 0.35, 0.25):
         weigh.cluster = cluster(gpus=4, memory_gib=share * need / plan.USABLE_SHARE / 2**30)

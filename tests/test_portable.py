@@ -69,8 +69,8 @@ def test_what_a_terminal_cannot_show_stops_no_program() -> None:
 
 
 def test_small_files_are_written_as_utf_8(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from dalle_scale.checkpoint import atomic; "
-    run("-c", f"{code} atomic.write(pathlib.Path(sys.argv[1]), {WORDS!a})", tmp_path / "file", **ASCII)
+    code = "import sys, pathlib; from dalle_scale import io; "
+    run("-c", f"{code} io.write(pathlib.Path(sys.argv[1]), {WORDS!a})", tmp_path / "file", **ASCII)
     assert (tmp_path / "file").read_bytes() == WORDS.encode()
 
 

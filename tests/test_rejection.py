@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from test_rerank import LONG, clip_export, rerank_program, write_samples
 from torch import Tensor
 
-from dalle_scale import rejection, rerank
 from dalle_scale.checkpoint import export
 from dalle_scale.data.text import open_text
+from dalle_scale.sampling import rejection, rerank
 from dalle_scale.types import UserError
 
 CLASSES = ["a photo of a frog", "a photo of a ship", "a photo of a red car", "a photo of a cat"]

@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dalle_scale import rerank
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.torchvision_ops import import_open_clip, import_transformers
+from dalle_scale.nn.torchvision_compat import import_open_clip, import_transformers
+from dalle_scale.sampling import rerank
 from dalle_scale.stages import clip
 from dalle_scale.types import UserError
 

@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle_scale import sample_memory, stages
+from dalle_scale import stages
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.digest import digest
-from dalle_scale.fidelity_result import MADE_BY
-from dalle_scale.nn import branch_scale, diffusion_samplers, precision
-from dalle_scale.sample import Options, Sampler, candidate_seed
+from dalle_scale.evaluation.result_schema import MADE_BY
+from dalle_scale.models.diffusion import samplers
+from dalle_scale.nn import precision, residual_scaling
+from dalle_scale.sampling import batch_size
+from dalle_scale.sampling.sampler import Options, Sampler, candidate_seed
 from dalle_scale.types import UserError
 
 PROGRAM = Path(__file__).parents[1] / "launch" / "sample.py"
@@ -92,7 +94,7 @@ def test_16_bits_draw_nearly_the_same(folder, dtype):
     exact, short = Sampler([folder]), Sampler([folder], dtype=dtype)
     assert short.record(Options())["dtype"] == dtype and exact.record(Options())["dtype"] == "fp32"
     nets = [sampler.models[0].nets["model"] for sampler in (exact, short)]
-    assert nets[1].blocks[0].attention.query.weight.dtype == branch_scale.SHORT[dtype]
+    assert nets[1].blocks[0].attention.query.weight.dtype == residual_scaling.SHORT[dtype]
     assert nets[1].image_head.weight.dtype == torch.float32
     text, owners = exact.text.encode(PROMPTS, 8), torch.arange(3)
     with torch.inference_mode():
@@ -119,7 +121,7 @@ def test_16_bits_are_for_transformers(tmp_path):
 
 def test_batches_are_as_good_as_equal(folder, monkeypatch):
     sampler = Sampler([folder])
-    monkeypatch.setattr(sample_memory, "batch_samples", lambda *_: 5)
+    monkeypatch.setattr(batch_size, "batch_samples", lambda *_: 5)
     sizes = [len(batch.seed) for batch in sampler.batches(PROMPTS, [(0, number) for number in range(12)], 0)]
     assert sizes == [4, 4, 4]
 
@@ -267,7 +269,7 @@ def test_diffusion_with_captions(diffusion):
     batches = list(sampler.draw(PROMPTS[:2], 2, 7, Options(guidance=3.0, steps=3), batch_samples=3))
     seeds = torch.tensor([seed for batch in batches for seed in batch.seed])
     text = sampler.text.encode([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, 8)
-    how = diffusion_samplers.Options("ddim", 3, guidance=3.0)
+    how = samplers.Options("ddim", 3, guidance=3.0)
     expected = sampler.stage.sample_images(sampler.models[0].nets, seeds, text=text, options=how)
     found = torch.cat([batch.images for batch in batches])
     # convolutions of another batch size may round another way, and a byte may tip

@@ -16,10 +16,10 @@ from test_rerank import SCORE_ROUNDING, clip_export
 from test_sample import PROMPTS, export_stage
 from toys.programs import run_here, run_rank
 
-from dalle_scale import sample_memory, sample_overlap
-from dalle_scale.nn.attention_cache import Cache
-from dalle_scale.nn.transformer import Transformer
-from dalle_scale.sample import Batch, Options, Sampler
+from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.model import Transformer
+from dalle_scale.sampling import batch_size, runner
+from dalle_scale.sampling.sampler import Batch, Options, Sampler
 
 PROGRAM = ROOT / "launch" / "sample.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,12 +241,12 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
     assert "sample:   0%" in printed and "0.0/3 [" in printed
     assert "sample: 100%" in printed and "3.0/3 [" in printed and " pictures/s]" in printed
     sampler, places = Sampler([model]), []
-    with sample_overlap.progress_bar(5) as bar:
+    with runner.progress_bar(5) as bar:
         bar.update(1.0)
         [batch] = sampler.batches(PROMPTS, [(0, 0), (0, 1)], 0)
 
         def on_code(*numbers: int) -> None:
-            sample_overlap.advance(bar, 1.0, 2, *numbers)
+            runner.advance(bar, 1.0, 2, *numbers)
             places.append(bar.n)
 
         sampler.draw_batch(batch, Options(), on_code)
@@ -272,8 +272,8 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
         _, drawing = net.begin(torch.randint(20, (2, 5)), owners)
         net.step(torch.zeros(5, dtype=torch.int64), 0, drawing)
     caches = [bytes_of(block._cache) for block in drawing.blocks]
-    assert 5 * sample_memory.cache_bytes(net) + 2 * sample_memory.caption_bytes(net) == sum(caches)
-    assert sum(block._states[0].nbytes for block in drawing.blocks) == sample_memory.joined_bytes(net)
+    assert 5 * batch_size.cache_bytes(net) + 2 * batch_size.caption_bytes(net) == sum(caches)
+    assert sum(block._states[0].nbytes for block in drawing.blocks) == batch_size.joined_bytes(net)
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,19 +282,19 @@ def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -
     net = sampler.models[0].nets["model"]
 
     def fitting(free: int, guided: bool = False, captions: int = 1) -> int:
-        monkeypatch.setattr(sample_memory, "_available_bytes", lambda: free)
-        return sample_memory.batch_samples(net, guided, captions, 1000, sampler.device)
+        monkeypatch.setattr(batch_size, "_available_bytes", lambda: free)
+        return batch_size.batch_samples(net, guided, captions, 1000, sampler.device)
 
     few, more = fitting(200_000), fitting(400_000)
     assert 1 < few < more < 256 and fitting(400_000, guided=True) < more and fitting(400_000, captions=900) < more
-    assert more * sample_memory.cache_bytes(net) < 0.8 * 400_000
+    assert more * batch_size.cache_bytes(net) < 0.8 * 400_000
     assert fitting(0) == 1 and fitting(1 << 40) == 256
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert fitting(400_000) == few
     monkeypatch.undo()
-    assert sample_memory.free_bytes(torch.device("cpu")) > 0
-    monkeypatch.setattr(sample_memory, "_MEMORY_TABLE", Path("/nowhere"))
-    assert sample_memory.free_bytes(torch.device("cpu")) == sample_memory.UNKNOWN_FREE_BYTES
+    assert batch_size.free_bytes(torch.device("cpu")) > 0
+    monkeypatch.setattr(batch_size, "_MEMORY_TABLE", Path("/nowhere"))
+    assert batch_size.free_bytes(torch.device("cpu")) == batch_size.UNKNOWN_FREE_BYTES
 
 
 def control_group(folder: Path, limit: str, used: int, idle: int, first_version: bool = False) -> None:
@@ -325,21 +325,21 @@ def test_limits_of_containers(own: str, expected: int, tmp_path: Path, monkeypat
     control_group(tmp_path / "groups" / "memory", "9223372036854771712", 900, 0, first_version=True)
     control_group(tmp_path / "groups" / "memory" / "box", "400", 150, 20, first_version=True)
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(sample_memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(sample_memory, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(sample_memory, "_available_bytes", lambda: 1000)
-    assert sample_memory.free_bytes(torch.device("cpu")) == expected
+    monkeypatch.setattr(batch_size, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(batch_size, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(batch_size, "_available_bytes", lambda: 1000)
+    assert batch_size.free_bytes(torch.device("cpu")) == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert sample_memory.free_bytes(torch.device("cpu")) == expected // 4
+    assert batch_size.free_bytes(torch.device("cpu")) == expected // 4
 
 
 def test_control_groups_of_this_process_can_be_read() -> None:
-    free = sample_memory.free_bytes(torch.device("cpu"))
-    assert 0 < free <= sample_memory._available_bytes() * 1.1
+    free = batch_size.free_bytes(torch.device("cpu"))
+    assert 0 < free <= batch_size._available_bytes() * 1.1
 
 
 def test_sampler_takes_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_memory, "_available_bytes", lambda: 200_000)
+    monkeypatch.setattr(batch_size, "_available_bytes", lambda: 200_000)
     sampler = Sampler([model])
     batches: list[Batch] = sampler.batches(PROMPTS, [(index, k) for index in range(3) for k in range(40)], seed=0)
     assert 1 < len(batches[0].seed) < 120 and sum(len(batch.seed) for batch in batches) == 120

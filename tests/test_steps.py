@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle_scale.steps import Programs
+from dalle_scale.programs import Programs
 from dalle_scale.types import UserError
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle_scale import stages
-from dalle_scale.checkpoint.atomic import replacing
 from dalle_scale.config import parse
+from dalle_scale.io import replacing
 from dalle_scale.nn import precision
 from dalle_scale.types import ImageTokenizer, Nets, Stage, StrictModel, UserError
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dalle_scale import dist
-from dalle_scale.checkpoint import atomic
+from dalle_scale import dist, io
 from dalle_scale.config import RunConfig
 from dalle_scale.types import UserError
 
@@ -92,7 +91,7 @@ def save(
         part.save(temporary)
     dist.barrier()
     if dist.local_rank() == 0:
-        atomic.sync(temporary)  # each machine forces its own writes to the disk
+        io.sync(temporary)  # each machine forces its own writes to the disk
     dist.barrier()
     if dist.is_main():
         state = {
@@ -209,8 +208,8 @@ def _open(folder: Path) -> Checkpoint:
 def _commit(temporary: Path, final: Path) -> None:
     """Give the finished folder its name, then the marker."""
     files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
-    atomic.publish(temporary, final)
-    atomic.write(final / "COMMIT", json.dumps(files, indent=1))
+    io.publish(temporary, final)
+    io.write(final / "COMMIT", json.dumps(files, indent=1))
 
 
 def _differences(saved: Any, wanted: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,26 +1,13 @@
-"""Image codes: the member "codes" of a sample (uint16 little endian, level after level, each in raster order), and how
-shards of them are made.
-"""
+"""Image codes: the member "codes" of a sample (uint16 little endian, level after level, each in raster order)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from dalle_scale import log
-from dalle_scale.data.decode import decode
-from dalle_scale.data.manifest import Manifest, index_path
-from dalle_scale.data.reader import BadSample, Reader, ahead
-from dalle_scale.data.shards import Shard, atomic
-from dalle_scale.data.transforms import square
+from dalle_scale.data.reader import BadSample
 
 MEMBER = "codes"
 MAX_VOCAB = 1 << 16
@@ -54,75 +41,3 @@ def unpack(data: bytes, num_codes: int, vocab: int) -> npt.NDArray[np.uint16]:
     if (highest := int(codes.max())) >= vocab:
         raise BadSample(f"code {highest} is not below {vocab}")
     return codes
-
-
-def encode_shards(
-    source: Manifest,
-    out: Path,
-    image_size: int,
-    encode: Callable[[Tensor], Tensor],
-    batch_samples: int,
-    rank: int,
-    world_size: int,
-) -> None:
-    """Make a shard of codes from every world_size-th shard of images, starting at `rank`; those that exist stay.
-
-    Pictures are centre squares, uint8 [B, 3, S, S]. Captions are carried over. What cannot be read is left out and
-    becomes a row of the shard's part of the ledger; `join_ledger` puts the parts together.
-
-    Args:
-        encode: pictures -> codes int64 [B, N].
-    """
-    batches = []  # (shard, samples, whether they are its last)
-    for number in range(rank, source.num_shards, world_size):
-        if not index_path(out, number).exists():
-            samples = list(source.samples(number))
-            chunks = [samples[at : at + batch_samples] for at in range(0, len(samples), batch_samples)]
-            batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
-    reader = Reader(source)
-    shard: Shard | None = None
-    lost: list[dict[str, Any]] = []  # of this shard
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        loaded = ahead(pool, lambda batch: _load(reader, source, batch[1], image_size), batches)
-        progress = log.progress(loaded, "encode", f"batches of {batch_samples}", total=len(batches))
-        for (number, _, last), (rows, pictures, bad) in zip(batches, progress, strict=True):
-            shard = shard or Shard(out, number)
-            values = encode(pictures).cpu().numpy() if rows else ()
-            for (key, members), codes in zip(rows, values, strict=True):
-                shard.add(key, {**members, MEMBER: pack(codes)})
-            lost += bad
-            if last:
-                with atomic(_ledger_part(out, number)) as temporary:  # first: an index says that all is there
-                    temporary.write_text("".join(json.dumps(row) + "\n" for row in lost), encoding="utf-8")
-                shard.close()
-                shard, lost = None, []
-    reader.close()
-
-
-def join_ledger(out: Path) -> None:
-    """Make <out>/ledger.jsonl of the shards' parts, in their order, and remove the parts."""
-    parts = sorted(_ledger_part(out, 0).parent.glob("*.jsonl"))
-    with atomic(out / "ledger.jsonl") as temporary:
-        temporary.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
-    for part in parts:
-        part.unlink()
-
-
-def _ledger_part(out: Path, number: int) -> Path:
-    return index_path(out, number).with_suffix(".jsonl")
-
-
-def _load(
-    reader: Reader, source: Manifest, samples: list[int], size: int
-) -> tuple[list[tuple[str, dict[str, bytes]]], Tensor, list[dict[str, Any]]]:
-    """Keys and captions of the good samples, their pictures, and ledger rows of the others."""
-    rows, pictures, bad = [], [], []
-    for sample in samples:
-        try:
-            members = {"txt": reader.read(sample, "txt")} if "txt" in source.members else {}
-            pictures.append(square(decode(reader.read_image(sample)), size))
-            rows.append((source.key(sample), members))
-        except BadSample as error:
-            bad.append({"shard": source.shard_url(sample), "key": source.key(sample), "reason": str(error)})
-    stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
-    return rows, torch.from_numpy(stacked).permute(0, 3, 1, 2), bad

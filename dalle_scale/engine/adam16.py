@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dalle_scale.nn.small_floats import BFLOAT16, FLOAT16, MEAN, VARIANCE, SmallFloat, random_bits
+from dalle_scale.engine.adam16_step import Formats, Keys, StepCoefficients
+from dalle_scale.nn.float_formats import BFLOAT16, FLOAT16, MEAN, VARIANCE, SmallFloat, random_bits
 
 States = Literal["paper", "bf16", "fp32"]
 Rounding = Literal["stochastic", "compensated", "nearest"]
-Forms = tuple[SmallFloat | None, SmallFloat | None, SmallFloat | None]  # None is fp32
-Keys = tuple[int | None, ...]
 
 # Values updated at a time. On a CPU few, for its caches, and because they are in fp32 meanwhile, some 60 bytes a value;
 # elsewhere many, for fewer kernels. Divides 2^32. The results do not depend on it
@@ -36,24 +35,6 @@ _MOMENTS: dict[str, tuple[SmallFloat | None, SmallFloat | None]] = {  # of 16-bi
     "bf16": (BFLOAT16, BFLOAT16),
     "fp32": (None, None),
 }
-
-
-class Numbers(NamedTuple):
-    """What the elements of one update are multiplied with and so on: worked out in Python's doubles, used as fp32.
-
-    There is no divisor among them: torch divides by a number on CPUs, and multiplies with its inverse on GPUs.
-    """
-
-    gradient_scale: float
-    mean_kept: float
-    mean_new: float
-    variance_kept: float
-    variance_new: float
-    variance_clip: float
-    deviation_scale: float
-    eps: float
-    rate: float
-    weights_kept: float
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -137,10 +118,10 @@ class AdamW16(torch.optim.Optimizer):
         for name, values in lengths.items():
             state[name] = torch.zeros(values * parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
-    def _numbers(self, step: int, group: dict[str, Any]) -> Numbers:
+    def _numbers(self, step: int, group: dict[str, Any]) -> StepCoefficients:
         """Those of update number `step`."""
         beta1, beta2 = group["betas"]
-        return Numbers(
+        return StepCoefficients(
             gradient_scale=1 / group["gradient_divisor"],
             mean_kept=beta1,
             mean_new=1 - beta1,
@@ -153,7 +134,7 @@ class AdamW16(torch.optim.Optimizer):
             weights_kept=1 - group["lr"] * group["weight_decay"],
         )
 
-    def _keys(self, state: dict[str, Any], start: int, forms: Forms) -> Keys:
+    def _keys(self, state: dict[str, Any], start: int, forms: Formats) -> Keys:
         """Of the noise that rounds mean, variance and parameters from position `start` on; None rounds to nearest."""
         stochastic = (self.rounding != "nearest", self.rounding != "nearest", self.rounding == "stochastic")
         words = (self.seed, state["stream"], state["step"], start >> 32)
@@ -196,10 +177,10 @@ def _update(
     mean: Tensor,
     variance: Tensor,
     compensation: Tensor | None,
-    forms: Forms,
+    forms: Formats,
     keys: Keys,
     start: int,
-    numbers: Numbers,
+    numbers: StepCoefficients,
 ) -> None:
     """One update of [values] in place; mean and variance are opened. forms, keys: of mean, variance and weights.
 

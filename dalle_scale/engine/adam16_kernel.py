@@ -5,26 +5,22 @@ It gives the bits of `adam16._update`, on which this rests:
 - every operation is one of fp32 that IEEE 754 rounds (+ - * / and the square root; `div_rn` and `sqrt_rn`, because
   triton's ordinary ones are approximate), in the same order, subnormal numbers included;
 - no multiplication and addition become one operation with one rounding (`OPTIONS`: fusion is off in LLVM and in ptxas);
-- formats of 16 bits are packed and unpacked by integer operations, as in nn/small_floats.py, bf16 and fp16 as well;
-- the random bits are an integer hash of the position, as in nn/noise.py.
+- formats of 16 bits are packed and unpacked by integer operations, as in nn/float_formats.py, bf16 and fp16 as well;
+- the random bits are an integer hash of the position, as in nn/counter_rng.py.
 
 Only the sign and the low bits of a NaN are left to the hardware. Needs triton 3.4 or later, torch 2.8's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_scale.nn.noise import signed
+from dalle_scale.engine.adam16_step import Formats, Keys, StepCoefficients
+from dalle_scale.nn.counter_rng import signed
 from dalle_scale.types import UserError
-
-if TYPE_CHECKING:
-    from dalle_scale.engine.adam16 import Forms, Keys, Numbers
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # attributes of a constexpr cannot be read
     raise UserError(f"adamw16 needs triton 3.4 or later on a GPU, not {triton.__version__}: install torch 2.8 or later")
@@ -39,10 +35,10 @@ def update(
     mean: Tensor,
     variance: Tensor,
     compensation: Tensor | None,
-    forms: Forms,
+    forms: Formats,
     keys: Keys,
     start: int,
-    numbers: Numbers,
+    numbers: StepCoefficients,
 ) -> None:
     """`adam16._update`: one update of [values] in place, fewer than 2^31."""
     count = len(weights)

@@ -24,7 +24,7 @@ from dalle_scale.engine import ds_config, masters, mixed, optim, shared_memory
 from dalle_scale.engine.machines import Machines
 from dalle_scale.engine.player import Player
 from dalle_scale.engine.scaling import Scaling
-from dalle_scale.nn import branch_scale
+from dalle_scale.nn import residual_scaling
 from dalle_scale.nn.kept_memory import keep_memory
 from dalle_scale.types import Nets
 
@@ -122,7 +122,7 @@ def build(config: RunConfig, nets: Nets) -> Players:
         place = machines.place if machines else dist.rank()  # replicas must round alike
         without_masters = config.optim[name].kind == "adamw16"
         if without_masters:
-            branch_scale.cast(net, config.engine.dtype)
+            residual_scaling.cast(net, config.engine.dtype)
         optimizer = optim.build(net, config.optim[name], seed=(config.seed << 20) + place)
         derived = ds_config.derive(config, name, dist.world_size())
         with mixed.a_buffer_a_group() if without_masters else nullcontext():
@@ -130,7 +130,7 @@ def build(config: RunConfig, nets: Nets) -> Players:
         scaling = None
         if without_masters:
             mixed.settle(engine)
-            scales = [scale for scale, _ in branch_scale.branches_of(net)]
+            scales = [scale for scale, _ in residual_scaling.branches_of(net)]
             scaling = Scaling(scales, config.engine.dtype == "fp16", config.optim[name].clip_norm)
         masters.clear_padding(engine)
         players[name] = Player(name, engine, config, twin, machines, scaling)

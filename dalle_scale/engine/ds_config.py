@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dalle_scale.config import RunConfig
-from dalle_scale.nn.branch_scale import branches_of
+from dalle_scale.nn.residual_scaling import branches_of
 from dalle_scale.types import Nets, UserError
 
 # Elements in flight in one collective: 64 MiB of fp32. DeepSpeed's default is 2 GB of extra memory per rank.

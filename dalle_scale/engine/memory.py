@@ -7,7 +7,7 @@ from torch import nn
 
 from dalle_scale.config import OptimConfig, RunConfig
 from dalle_scale.engine import optim
-from dalle_scale.nn.branch_scale import in_16_bits
+from dalle_scale.nn.residual_scaling import in_16_bits
 from dalle_scale.types import Nets
 
 

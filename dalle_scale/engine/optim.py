@@ -19,7 +19,7 @@ from dalle_scale import dist
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine.adam16 import AdamW16
 from dalle_scale.engine.shared_memory import Room, room
-from dalle_scale.nn.branch_scale import branches_of
+from dalle_scale.nn.residual_scaling import branches_of
 
 # Quintic whose iteration pulls every singular value in (0, 1] into about [0.7, 1.2] within five steps; the values of
 # https://kellerjordan.github.io/posts/muon, which torch.optim.Muon uses too

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle_scale import dist
-from dalle_scale.nn.branch_scale import BranchScale
+from dalle_scale.nn.residual_scaling import BranchScale
 
 START, LOWEST, HIGHEST = 2.0**13, 2.0**7, 2.0**24
 GROWTH, BACK_OFF = 2.0 ** (1 / 1000), 2.0**-0.5

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_scale.nn.noise import uniform_noise
+from dalle_scale.nn.counter_rng import uniform_noise
 
 _ROWS_AT_ONCE = 8  # so many rows of 8192 numbers stay in a core's second cache
 

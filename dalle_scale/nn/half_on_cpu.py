@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dalle_scale.nn.branch_scale import SHORT
+from dalle_scale.nn.residual_scaling import SHORT
 
 
 def is_half_on_cpu(x: Tensor) -> bool:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-from dalle_scale import log
-
+Progress = Callable[..., Iterable[int]]  # of items, what they are for, their unit, total: as log.progress
 _CHUNK_VALUES = 1 << 24  # distances held at once
 
 
-def kmeans(points: Tensor, weights: Tensor, k: int, iterations: int, seed: int) -> Tensor:
+def silent(items: Iterable[int], what: str, unit: str, total: int) -> Iterable[int]:
+    """Progress that is not shown."""
+    return items
+
+
+def kmeans(points: Tensor, weights: Tensor, k: int, iterations: int, seed: int, progress: Progress = silent) -> Tensor:
     """Centroids fp32 [k, D] of `points` fp32 [M, D], where point m stands for `weights`[m] > 0 equal points.
 
     k-means++ seeding (Arthur and Vassilvitskii 2007: each next centroid is a point, drawn with probability weight x
     squared distance to the nearest centroid so far), then Lloyd iterations. A centroid that loses all its points
     moves to the point with the largest weighted error. Costs M k D multiplications for the seeding and as many for
-    each iteration; shows a progress bar.
+    each iteration.
 
     Raises:
         ValueError: fewer than k points: there is nothing to cluster.
     """
     if len(points) < k:
         raise ValueError(f"k-means: {len(points)} points are fewer than k = {k}")
-    centroids = _seeds(points, weights, k, seed)
-    for _ in log.progress(range(iterations), "k-means", "iterations", total=iterations):
+    centroids = _seeds(points, weights, k, seed, progress)
+    for _ in progress(range(iterations), "k-means", "iterations", total=iterations):
         nearest, error = assign(points, centroids)
         mass = torch.zeros(k).index_add_(0, nearest, weights)
         sums = torch.zeros_like(centroids).index_add_(0, nearest, points * weights[:, None])
@@ -44,14 +50,14 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return indices, (points - centroids[indices]).square().sum(dim=1)
 
 
-def _seeds(points: Tensor, weights: Tensor, k: int, seed: int) -> Tensor:
+def _seeds(points: Tensor, weights: Tensor, k: int, seed: int, progress: Progress) -> Tensor:
     """k of the points, all different, spread out by k-means++."""
     generator = torch.Generator().manual_seed(seed)
     centred = points - points.mean(dim=0)  # |p - q|^2 from products loses the fewest digits around the mean
     squares = centred.square().sum(dim=1)
     distance = torch.ones(len(points))  # the first is drawn by weight alone
     chosen: list[int] = []
-    for _ in log.progress(range(k), "k-means++ seeding", "codes", total=k):
+    for _ in progress(range(k), "k-means++ seeding", "codes", total=k):
         # cumulative sum in fp64, so that the tail of many small probabilities stays reachable
         cumulative = (distance * weights).cumsum(0, dtype=torch.float64)
         draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from dalle_scale import dist
-from dalle_scale.nn import branch_scale
-from dalle_scale.nn.attention import TransposedLinear
-from dalle_scale.nn.pixelsnail_blocks import CausalConv
+from dalle_scale.nn import residual_scaling
+from dalle_scale.nn.causal_conv import CausalConv
+from dalle_scale.nn.linear import TransposedLinear
 
 WIN = 1.5  # auto takes bf16 from so many times the rate of fp32 on
 LAYERS = 4  # timed, those with the most weights; a net has few shapes that differ
@@ -35,7 +35,7 @@ MOST_ROWS = {"cpu": 1024, "cuda": 65536}  # of a matrix product, or positions of
 MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of a timed call
 LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS or MOST_FLOPS
 CALLS = 3  # whose best counts
-TYPES = {"fp32": torch.float32, **branch_scale.SHORT}
+TYPES = {"fp32": torch.float32, **residual_scaling.SHORT}
 MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
 ASKED = ("fp32", "bf16", "auto")  # what --dtype takes
 
@@ -73,7 +73,7 @@ def cast(nets: dict[str, nn.Module], device: torch.device, asked: str) -> str:
         dist.join()
         asked = agreed(nets.values(), device).dtype
     for net in nets.values() if asked != "fp32" else ():
-        branch_scale.cast(net, asked)
+        residual_scaling.cast(net, asked)
     return asked
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dalle_scale import dist, types
 from dalle_scale.nn.half_on_cpu import attention_kernel
-from dalle_scale.nn.torchvision_ops import import_open_clip
+from dalle_scale.nn.torchvision_compat import import_open_clip
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 

@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dalle_scale import types
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
+from dalle_scale.models.transformer.model import Transformer, paper_order
 from dalle_scale.nn.gumbel import gumbel_noise, gumbel_steps
-from dalle_scale.nn.transformer import Transformer, paper_order
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8

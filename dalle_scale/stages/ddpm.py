@@ -23,10 +23,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import dist, log, types
-from dalle_scale.nn import diffusion_samplers
-from dalle_scale.nn.codebook_init import first_images
-from dalle_scale.nn.config_checks import check_text_vocab
-from dalle_scale.nn.diffusion import (
+from dalle_scale.models.codebook_init import first_images
+from dalle_scale.models.diffusion import samplers
+from dalle_scale.models.diffusion.process import (
     Diffusion,
     Schedule,
     Target,
@@ -36,12 +35,13 @@ from dalle_scale.nn.diffusion import (
     to_bytes,
     to_map,
 )
-from dalle_scale.nn.diffusion_samplers import Method, Options, Predict
+from dalle_scale.models.diffusion.samplers import Method, Options, Predict
+from dalle_scale.models.latent_codec import fitting
+from dalle_scale.models.unet.layers import norm_groups
+from dalle_scale.models.unet.model import UNet
+from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
+from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
-from dalle_scale.nn.latents import fitting
-from dalle_scale.nn.noise import normal_noise, uniform_noise
-from dalle_scale.nn.unet import UNet
-from dalle_scale.nn.unet_blocks import norm_groups
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
@@ -338,7 +338,7 @@ class Stage(types.Stage):
             seeds: int64 [N], one a picture.
             temperature: 1; there is none to set.
             text: int64 [N, T], where the model takes captions; None = the empty caption.
-            options: see nn/diffusion_samplers.py; None = the config's.
+            options: see models/diffusion/samplers.py; None = the config's.
 
         Raises:
             UserError: an option out of range, or one that this model does not take.
@@ -353,9 +353,9 @@ class Stage(types.Stage):
         if self.config.text_length:
             empty = self.empty_caption(seeds.device)
             text = empty.expand(len(seeds), -1) if text is None else text.to(seeds.device)
-            predict = diffusion_samplers.guided(partial(self.predict, net), text, empty, options.guidance)
+            predict = samplers.guided(partial(self.predict, net), text, empty, options.guidance)
         levels, learned = self.diffusion.alphas_cumprod, self.config.variance == "learned"
-        maps = diffusion_samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
+        maps = samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
         return self.pictures(net, maps)
 
     def _options(self, options: Options | None) -> Options:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale import types
-from dalle_scale.nn import patch_init, roundtrip
-from dalle_scale.nn.blocks import Decoder, Encoder
-from dalle_scale.nn.codebook_init import first_images
-from dalle_scale.nn.config_checks import check_downsampling
+from dalle_scale.models import dvae_kmeans, reconstruction
+from dalle_scale.models.codebook_init import first_images
+from dalle_scale.models.dvae import Decoder, Encoder
+from dalle_scale.models.image_tokenizer import Tokenizer
+from dalle_scale.nn.codebook_stats import UsageWindow
+from dalle_scale.nn.field_checks import check_downsampling
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
-from dalle_scale.nn.likelihood import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
+from dalle_scale.nn.likelihoods import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.nn.tokenizer import Tokenizer
-from dalle_scale.nn.usage import UsageWindow
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time (512 MiB in fp32)
@@ -192,7 +192,7 @@ class Stage(types.Stage):
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above what their hard codes decode to: uint8 [N, 3, 2 S, S]."""
-        return roundtrip.preview(partial(self._round_trip, nets), batch)
+        return reconstruction.preview(partial(self._round_trip, nets), batch)
 
     def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
@@ -201,10 +201,10 @@ class Stage(types.Stage):
         images = first_images(batches, self.config.init_samples, "k-means")
         squares = F.pixel_unshuffle(images, self.config.downsampling)
         patches = squares.permute(0, 2, 3, 1).flatten(0, 2)
-        centroids, error = patch_init.codebook(patches, self.config.vocab)
+        centroids, error = dvae_kmeans.codebook(patches, self.config.vocab)
         model = nets["model"]
         assert isinstance(model, DVAE)
-        patch_init.start_from_centroids(
+        dvae_kmeans.start_from_centroids(
             model.encoder, model.decoder, centroids, error, self.config.init_sharpness, self.likelihood
         )
 
@@ -224,7 +224,7 @@ class Stage(types.Stage):
 
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
         """psnr_db, codes_used and perplexity of hard codes: see `roundtrip.evaluate`."""
-        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.vocab)
+        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.vocab)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
@@ -242,4 +242,4 @@ class Stage(types.Stage):
 
     def _squared_error(self, maps: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of each sample on the 0..255 scale, fp32 [B]."""
-        return roundtrip.squared_error(phi_inverse(self.likelihood.mean(maps)), images)
+        return reconstruction.squared_error(phi_inverse(self.likelihood.mean(maps)), images)

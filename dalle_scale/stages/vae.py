@@ -16,13 +16,13 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import dist, types
+from dalle_scale.models.latent_codec import Latents
+from dalle_scale.models.reconstruction import PREVIEW_SAMPLES, squared_error
+from dalle_scale.models.vae import Decoder, DiagonalGaussian, Encoder
+from dalle_scale.nn.counter_rng import normal_noise
 from dalle_scale.nn.flops import flops
-from dalle_scale.nn.latents import Latents
-from dalle_scale.nn.likelihood import Bernoulli, DiscretisedLogistic, Gaussian, Likelihood, phi, phi_inverse, to_bytes
-from dalle_scale.nn.noise import normal_noise
-from dalle_scale.nn.roundtrip import PREVIEW_SAMPLES, squared_error
+from dalle_scale.nn.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian, Likelihood, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.nn.vae_blocks import Decoder, DiagonalGaussian, Encoder
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel, UserError
 
 _PREVIEW_STEPS = 8  # pictures of an interpolation: a row of the log's sheet

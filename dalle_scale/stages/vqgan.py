@@ -28,9 +28,15 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from dalle_scale import dist, types
-from dalle_scale.nn import roundtrip
-from dalle_scale.nn.codebook_init import start_codebooks
-from dalle_scale.nn.discriminator import (
+from dalle_scale.models import reconstruction
+from dalle_scale.models.codebook_init import start_codebooks
+from dalle_scale.models.image_tokenizer import Tokenizer
+from dalle_scale.models.vqgan import GanDecoder, GanEncoder
+from dalle_scale.models.vqvae import to_bytes, to_levels, to_pixels
+from dalle_scale.nn.codebook_stats import UsageWindow
+from dalle_scale.nn.flops import flops
+from dalle_scale.nn.lpips import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
+from dalle_scale.nn.patchgan import (
     DiscriminatorConfig,
     GanLoss,
     MovingAverage,
@@ -39,13 +45,7 @@ from dalle_scale.nn.discriminator import (
     generator_loss,
     lecam,
 )
-from dalle_scale.nn.flops import flops
-from dalle_scale.nn.gan_blocks import GanDecoder, GanEncoder
-from dalle_scale.nn.perceptual import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
-from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
-from dalle_scale.nn.tokenizer import Tokenizer
-from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import to_bytes, to_levels, to_pixels
+from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 22  # in work without gradients: 64 pictures of 256 x 256
@@ -214,7 +214,7 @@ class Stage(types.Stage):
         if judged:
             means["lambda"] = self._lambda(nets)
         if nets["model"].training and total.requires_grad:
-            mse = roundtrip.squared_error(to_levels(made.detach()), images)
+            mse = reconstruction.squared_error(to_levels(made.detach()), images)
             self._usage.add(codes.flatten(1), mse, weight > 0)
         return Losses(total, means)
 
@@ -280,11 +280,11 @@ class Stage(types.Stage):
 
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
         """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
-        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
+        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return roundtrip.preview(partial(self._round_trip, nets), batch)
+        return reconstruction.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products of both turns, once the discriminator counts. In forward passes: 3 for the

@@ -16,15 +16,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import types
-from dalle_scale.nn import roundtrip
-from dalle_scale.nn.codebook_init import start_codebooks
-from dalle_scale.nn.config_checks import check_downsampling
+from dalle_scale.models import reconstruction
+from dalle_scale.models.codebook_init import start_codebooks
+from dalle_scale.models.image_tokenizer import Tokenizer
+from dalle_scale.models.vqvae import Decoder, Encoder, to_bytes, to_levels, to_pixels
+from dalle_scale.nn.codebook_stats import UsageWindow
+from dalle_scale.nn.field_checks import check_downsampling
 from dalle_scale.nn.flops import flops
-from dalle_scale.nn.likelihood import Gaussian
-from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
-from dalle_scale.nn.tokenizer import Tokenizer
-from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import Decoder, Encoder, to_bytes, to_levels, to_pixels
+from dalle_scale.nn.likelihoods import Gaussian
+from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
@@ -112,12 +112,12 @@ class Stage(types.Stage):
         named = {}
         if self.config.likelihood == "gaussian":
             named["nll"] = Gaussian(self.config.gaussian_std).nll(pixels, to_pixels(images)).mean(dim=(1, 2, 3))
-            reconstruction = named["nll"]
+            distortion = named["nll"]
         else:
-            reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
-        total = ((reconstruction + quantizer_loss) * weight).mean()
+            distortion = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
+        total = ((distortion + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            mse = roundtrip.squared_error(to_levels(pixels), images)
+            mse = reconstruction.squared_error(to_levels(pixels), images)
             named |= {"mse": mse, "quantizer_loss": quantizer_loss}
             if nets[turn].training and total.requires_grad:
                 self._usage.add(codes.flatten(1), mse, weight > 0)
@@ -150,11 +150,11 @@ class Stage(types.Stage):
 
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
         """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
-        return roundtrip.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
+        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return roundtrip.preview(partial(self._round_trip, nets), batch)
+        return reconstruction.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""

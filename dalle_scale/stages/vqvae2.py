@@ -18,13 +18,13 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import types
-from dalle_scale.nn import roundtrip
-from dalle_scale.nn.codebook_init import start_codebooks
+from dalle_scale.models import reconstruction
+from dalle_scale.models.codebook_init import start_codebooks
+from dalle_scale.models.image_tokenizer import Tokenizer, flat
+from dalle_scale.models.vqvae import Decoder, Encoder, to_bytes, to_levels, to_pixels
+from dalle_scale.nn.codebook_stats import UsageWindow
 from dalle_scale.nn.flops import flops
-from dalle_scale.nn.quantizer import Quantized, Quantizer, QuantizerConfig
-from dalle_scale.nn.tokenizer import Tokenizer, flat
-from dalle_scale.nn.usage import UsageWindow
-from dalle_scale.nn.vq_blocks import Decoder, Encoder, to_bytes, to_levels, to_pixels
+from dalle_scale.nn.vector_quantizer import Quantized, Quantizer, QuantizerConfig
 from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
@@ -174,10 +174,10 @@ class Stage(types.Stage):
         """
         images, weight = batch["image"], batch["weight"]
         pixels, codes, quantizer_loss = nets[turn](images, weight, batch["seed"])
-        reconstruction = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
-        total = ((reconstruction + quantizer_loss) * weight).mean()
+        distortion = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
+        total = ((distortion + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            mse = roundtrip.squared_error(to_levels(pixels), images)
+            mse = reconstruction.squared_error(to_levels(pixels), images)
             if nets[turn].training and total.requires_grad:
                 self._usage.add(flat(codes), mse, weight > 0)
             terms = {"mse": (mse * weight).mean(), "quantizer_loss": (quantizer_loss * weight).mean()}
@@ -219,11 +219,11 @@ class Stage(types.Stage):
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
         """psnr_db, codes_used_<grid> and perplexity_<grid>: see `roundtrip.evaluate`."""
         config = self.config
-        return roundtrip.evaluate(partial(self._round_trip, nets), batches, config.quantizer.vocab, config.grids)
+        return reconstruction.evaluate(partial(self._round_trip, nets), batches, config.quantizer.vocab, config.grids)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return roundtrip.preview(partial(self._round_trip, nets), batch)
+        return reconstruction.preview(partial(self._round_trip, nets), batch)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""

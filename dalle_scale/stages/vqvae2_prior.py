@@ -19,10 +19,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from dalle_scale import types
-from dalle_scale.nn.config_checks import check_text_vocab
+from dalle_scale.models.pixelsnail.model import PixelSNAIL
+from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_noise
-from dalle_scale.nn.pixelsnail import PixelSNAIL
 from dalle_scale.stages.dalle import check_sampling, cross_entropy
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
 

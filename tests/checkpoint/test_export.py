@@ -12,7 +12,8 @@ import yaml
 from conftest import HANG_SECONDS
 from toys.autoencoder import Stage
 
-from dalle_scale.checkpoint import atomic, export
+from dalle_scale import io
+from dalle_scale.checkpoint import export
 from dalle_scale.types import ImageTokenizer, UserError
 
 NAME = "toys.autoencoder"
@@ -76,7 +77,7 @@ def test_parts_and_upstream(tmp_path: Path) -> None:
 def test_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = save(tmp_path / "export")
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "sync", lambda folder: (_ for _ in ()).throw(OSError("no space left")))
+        patch.setattr(io, "sync", lambda folder: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             save(tmp_path / "export", seed=1)
     assert torch.equal(export.load(tmp_path / "export").nets["model"].down.weight, first["down.weight"])

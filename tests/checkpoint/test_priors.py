@@ -13,7 +13,7 @@ from toys.exports import save, save_dvae
 from toys.priors import DALLE, PIXELSNAIL, TEXT, save_prior, save_text
 
 from dalle_scale.checkpoint import export
-from dalle_scale.checkpoint.priors import open_priors
+from dalle_scale.evaluation.code_priors import open_priors
 from dalle_scale.types import UserError
 
 CPU = torch.device("cpu")

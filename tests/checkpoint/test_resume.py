@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dalle_scale.checkpoint import atomic, resume
+from dalle_scale import io
+from dalle_scale.checkpoint import resume
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine.schedule import Schedule
 from dalle_scale.types import UserError
@@ -111,7 +112,7 @@ def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytes
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Counter, "save") if step == "part" else (atomic, step)), full)
+        patch.setattr(*((Counter, "save") if step == "part" else (io, step)), full)
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 6, keep=1)
     assert updates(tmp_path) == [5]

@@ -17,11 +17,11 @@ import pytest
 from conftest import ROOT, environment, run_until
 from test_build_shards import build, build_shards, content, picture, write_files
 
-from dalle_scale.data import build as engine
-from dalle_scale.data import chunks, workers
-from dalle_scale.data.chunks import Recipe
-from dalle_scale.data.filters import Filters
-from dalle_scale.data.items import Options
+from dalle_scale.curation import build as engine
+from dalle_scale.curation import chunks, workers
+from dalle_scale.curation.chunks import Recipe
+from dalle_scale.curation.filters import Filters
+from dalle_scale.curation.items import Options
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.types import UserError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_scale.data import dedupe
+from dalle_scale.curation import dedupe
 
 
 def in_row_order(hashes: list[int], rows: list[int], near_bits: int) -> list[tuple[int, int]]:

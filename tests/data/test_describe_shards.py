@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_build_shards import load_program
 
-from dalle_scale.data import codes, summary
+from dalle_scale.curation import statistics
+from dalle_scale.curation.shard_writer import ShardWriter
+from dalle_scale.curation.statistics import Distribution, Repeats, picture_header
+from dalle_scale.data import codes
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample
-from dalle_scale.data.shards import ShardWriter
-from dalle_scale.data.summary import Distribution, Repeats, picture_header
 from dalle_scale.types import UserError
 
 describe_shards = load_program("describe_shards")
@@ -286,7 +287,7 @@ def test_quantiles_of_ratios_are_right_to_half_a_bin(values, share):
     for part in parts[1:]:
         parts[0].merge(part)
     exact = np.quantile(values, share, method="inverted_cdf")
-    assert abs(math.log2(parts[0].quantile(share) / exact)) <= 0.5 / summary.PER_OCTAVE + 1e-9
+    assert abs(math.log2(parts[0].quantile(share) / exact)) <= 0.5 / statistics.PER_OCTAVE + 1e-9
     assert sum(count for *_, count in describe_shards.ratio_bins(parts[0])) == len(values)
     assert len(describe_shards.ratio_bins(parts[0])) <= describe_shards.BARS + 1
 
@@ -295,7 +296,7 @@ def test_quantiles_of_ratios_are_right_to_half_a_bin(values, share):
 @given(st.lists(st.integers(0, 60), max_size=200), st.randoms(use_true_random=False))
 def test_repeats_do_not_depend_on_order_or_parts(values, shuffler):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "DISTINCT_CAPTIONS", 8)
+        patch.setattr(statistics, "DISTINCT_CAPTIONS", 8)
         whole, parts = Repeats(), [Repeats() for _ in range(3)]
         for value in values:
             whole.add(f"caption {value}")
@@ -305,7 +306,7 @@ def test_repeats_do_not_depend_on_order_or_parts(values, shuffler):
             parts[0].merge(part)
     assert parts[0] == whole and len(whole.seen) <= 8
     counts = Counter(f"caption {value}" for value in values)
-    assert all(whole.seen.get(summary._hash(text), count) == count for text, count in counts.items())
+    assert all(whole.seen.get(statistics._hash(text), count) == count for text, count in counts.items())
     if len(counts) <= 8:
         assert sorted(whole.seen.values()) == sorted(counts.values())
 

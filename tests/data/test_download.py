@@ -177,7 +177,7 @@ def test_what_may_change_between_two_runs(table, done, tmp_path, monkeypatch):
     def stop(*unused, **unused_too):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dalle_scale.data.build._find_duplicates", stop)
+    monkeypatch.setattr("dalle_scale.curation.build._find_duplicates", stop)
     with pytest.raises(KeyboardInterrupt):
         run(table, "--out", out, *OPTIONS, "--workers=1")
     monkeypatch.undo()

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle_scale.data import duplicates
-from dalle_scale.data.duplicates import repeated
+from dalle_scale.curation import duplicate_keys
+from dalle_scale.curation.duplicate_keys import repeated
 
 key_lists = st.lists(st.lists(st.sampled_from([f"k{number}" for number in range(30)] + ["ä/ö", ""]), max_size=8))
 
@@ -30,7 +30,7 @@ def test_against_a_dictionary(shards, part_keys):
 @pytest.mark.parametrize("modulus", [1, 3])
 def test_colliding_hashes(monkeypatch, modulus):
     monkeypatch.setattr(
-        duplicates, "_hash", lambda keys: np.array([sum(key.encode()) % modulus for key in keys], np.uint64)
+        duplicate_keys, "_hash", lambda keys: np.array([sum(key.encode()) % modulus for key in keys], np.uint64)
     )
     shards = [["a", "b"], ["c", "a"], ["d"]]
     assert list(repeated([2, 2, 1], shards.__getitem__)) == [(1, 1, 0)]

@@ -16,7 +16,8 @@ from conftest import ROOT, Launch, run_until, write_images
 from dalle_scale import config as configs
 from dalle_scale import stages
 from dalle_scale.checkpoint import export
-from dalle_scale.data import codes, shards
+from dalle_scale.curation import shard_writer
+from dalle_scale.curation.encode import encode_shards
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
@@ -123,13 +124,13 @@ def test_two_ranks_write_the_same_files(work, done, launch: Launch):
 def test_goes_on_where_it_was_cut_off(work, done):
     out, info = work / "cut", Manifest.open(done).info
     tokenizer = export.open_tokenizer(work / "dvae")
-    codes.encode_shards(Manifest.open(work / "images"), out, 32, tokenizer.encode, 8, rank=0, world_size=2)
+    encode_shards(Manifest.open(work / "images"), out, 32, tokenizer.encode, 8, rank=0, world_size=2)
     (out / "unfinished.json").write_text(json.dumps(info))
     (out / ".shard-000001.tar.tmp").write_bytes(b"half a shard")
-    before = {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
+    before = {number: (out / shard_writer.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
     assert run(work, "cut")[0] == 0
     assert content(out) == content(done)
-    assert before == {number: (out / shards.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
+    assert before == {number: (out / shard_writer.shard_name(number)).stat().st_mtime_ns for number in (0, 2)}
     assert "complete already" in run(work, "cut")[1]
 
 
@@ -139,7 +140,7 @@ def test_killed_it_goes_on(number, work, done):
     out = work / f"killed_{number}"
     options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={out}", "--batch=8"]
     line = [sys.executable, str(PROGRAM), *options]
-    run_until(1, str(out / f"*{shards.shard_name(number)}*"), line)
+    run_until(1, str(out / f"*{shard_writer.shard_name(number)}*"), line)
     assert not (out / "manifest.parquet").exists()
     assert run(work, out.name)[0] == 0
     assert content(out) == content(done)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from toys.deliver import BATCH_SAMPLES, digest, merged, open_ranks
 
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data import codes, ledger
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.shards import ShardWriter
 
 SAMPLES = 997  # prime
 BAD = {3: "txt", 100: "png", 101: "codes", 555: "png", 996: "txt"}

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from web import HOSTS, Web, content
 from yarl import URL
 
-from dalle_scale.data.fetch import Fetched, FetchOptions, fetch
-from dalle_scale.data.fetch_rules import backoff_seconds, check_url, retry_after_seconds
+from dalle_scale.curation.download.client import Fetched, FetchOptions, fetch
+from dalle_scale.curation.download.policy import backoff_seconds, check_url, retry_after_seconds
 from dalle_scale.data.reader import BadSample
 from dalle_scale.types import UserError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_fetch import OPTIONS, one, run
 from web import HOSTS, Web, content
 
-from dalle_scale.data.fetch_rules import is_public, opt_out
+from dalle_scale.curation.download.policy import is_public, opt_out
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_no_spelling_leads_inside(web):
 
 def test_no_redirect_leads_inside(web, monkeypatch):
     """A first server that counts as public sends on to one that does not."""
-    monkeypatch.setattr("dalle_scale.data.fetch.is_public", lambda address: address == "127.0.0.2")
+    monkeypatch.setattr("dalle_scale.curation.download.client.is_public", lambda address: address == "127.0.0.2")
     for inside in (web.url("/ok/1"), web.url("/ok/1", "::1"), web.url("/ok/1", "localhost"), "http://169.254.169.254/"):
         url = web.url("/to/" + urllib.parse.quote(inside, safe=""), "127.0.0.2")
         assert one(url, replace(OPTIONS, allow_private=False)) == "private address"
@@ -180,7 +180,7 @@ def test_certificates_are_checked(certificate):
     with Web(certificate) as web:
         assert one(web.url("/ok/1")) == "tls failure" and not web.visits
         code = (
-            "import sys; from dalle_scale.data.fetch import fetch, FetchOptions\n"
+            "import sys; from dalle_scale.curation.download.client import fetch, FetchOptions\n"
             "for item in fetch(enumerate(sys.argv[1:]), FetchOptions(allow_private=True)):\n"
             "    print(item.body or item.reason)"
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle_scale.data.filters import Filters, is_boilerplate, other_language
+from dalle_scale.curation.filters import Filters, is_boilerplate, other_language
 from dalle_scale.data.reader import BadSample
 
 BOILERPLATE = """

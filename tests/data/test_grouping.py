@@ -20,7 +20,7 @@ from damage import (
 )
 from foreign import grouped, index, read_ledger, read_samples, write_tars
 
-from dalle_scale.data.grouping import scan, settle, to_rows
+from dalle_scale.curation.webdataset_import import scan, settle, to_rows
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.types import UserError

@@ -14,10 +14,10 @@ from test_build_shards import load_program, picture
 from test_encode import save_tokenizer
 
 from dalle_scale.checkpoint.export import open_tokenizer
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data import codes
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.shards import ShardWriter
 from dalle_scale.types import UserError
 
 inspect_shards = load_program("inspect_shards")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_build_shards import load_program, picture
 
-from dalle_scale.data.shards import ShardWriter
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.types import UserError
 
 pick_prompts = load_program("pick_prompts")

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from dalle_scale.config import DataConfig, SourceConfig
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data import codes
 from dalle_scale.data.ledger import read as read_ledger
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import Stream, open_stream
 from dalle_scale.data.pool import Careful
 from dalle_scale.data.rows import RowReader
-from dalle_scale.data.shards import ShardWriter
 from dalle_scale.types import Batch, Needs, UserError
 
 SAMPLES, SIZE, GRID, VOCAB, TEXT_VOCAB = 53, 8, 3, 50, 300

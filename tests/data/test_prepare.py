@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_scale.data import prepare, transforms
+from dalle_scale.curation import image_prepare
+from dalle_scale.data import transforms
 from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 
@@ -44,10 +45,10 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
         sides.append(min(pixels.shape[:2]))
         return np.ascontiguousarray(transforms.square(pixels, size))
 
-    monkeypatch.setattr(prepare, "square", square)
+    monkeypatch.setattr(image_prepare, "square", square)
     for side, decoded in {127: 127, 128: 64, 255: 128, 256: 64, 300: 75, 512: 64, 600: 75}.items():
         pixels = scene(side, side + 40)
-        picture = prepare.prepare(jpeg(pixels), 32, any_size)
+        picture = image_prepare.prepare(jpeg(pixels), 32, any_size)
         assert sides.pop() == decoded and decoded >= 64
         difference = decode(picture.data).astype(int) - transforms.square(decode(jpeg(pixels)), 32)
         assert np.abs(difference).mean() < 5
@@ -60,7 +61,7 @@ def test_pictures_are_upright(orientation):
     exif[0x0112] = orientation
     pixels = scene(160, 240)
     data = jpeg(pixels, exif=exif)
-    picture = prepare.prepare(data, 32, any_size)
+    picture = image_prepare.prepare(data, 32, any_size)
     assert (picture.width, picture.height) == ((240, 160) if orientation < 5 else (160, 240))
     assert decode(data, factor=2).shape == ((80, 120, 3) if orientation < 5 else (120, 80, 3)), "as large ones are read"
     upright = transforms.square(decode(data), 32).astype(int)
@@ -82,7 +83,7 @@ def test_damage_is_found_at_any_scale():
         verdicts = []
         for size in (None, 32):
             try:
-                prepare.prepare(file, size, any_size)
+                image_prepare.prepare(file, size, any_size)
                 verdicts.append("")
             except BadSample as error:
                 verdicts.append(str(error))
@@ -95,9 +96,9 @@ def test_files_stay_as_they_are_where_they_can():
     small, other = scene(32, 32), scene(40, 32)
     for file, kind in ((jpeg(small), "jpg"), (png(small), "png")):
         for size in (None, 32):
-            picture = prepare.prepare(file, size, any_size)
+            picture = image_prepare.prepare(file, size, any_size)
             assert (picture.data, picture.kind) == (file, kind)
-    assert np.array_equal(decode(prepare.prepare(png(other), 32, any_size).data), other[4:36])
+    assert np.array_equal(decode(image_prepare.prepare(png(other), 32, any_size).data), other[4:36])
 
 
 def test_size_is_judged_before_anything_is_decoded():
@@ -106,15 +107,15 @@ def test_size_is_judged_before_anything_is_decoded():
     data[frame + 5 : frame + 9] = b"\x40\x00\x40\x00"  # says 16,384 x 16,384
     for size in (None, 32):
         with pytest.raises(BadSample, match="too many pixels"):
-            prepare.prepare(bytes(data), size, any_size)
+            image_prepare.prepare(bytes(data), size, any_size)
 
     def none(width: int, height: int) -> None:
         raise BadSample(f"{width} x {height}")
 
     with pytest.raises(BadSample, match="16384 x 16384"):
-        prepare.prepare(bytes(data), 32, none)
+        image_prepare.prepare(bytes(data), 32, none)
     with pytest.raises(BadSample, match="unknown image format"):
-        prepare.prepare(b"<html>", 32, any_size)
+        image_prepare.prepare(b"<html>", 32, any_size)
 
 
 def test_hash_is_a_cosine_transform():
@@ -126,21 +127,21 @@ def test_hash_is_a_cosine_transform():
         cells = luma.reshape(32, 4, 32, 6).mean(axis=(1, 3))
         coefficients = (waves @ cells @ waves.T).ravel()
         expected = sum(1 << place for place in np.flatnonzero(coefficients > np.sort(coefficients)[31]))
-        assert (prepare.perceptual_hash(pixels) ^ int(expected)).bit_count() <= 2
-        assert prepare.perceptual_hash(pixels).bit_count() == 32
+        assert (image_prepare.perceptual_hash(pixels) ^ int(expected)).bit_count() <= 2
+        assert image_prepare.perceptual_hash(pixels).bit_count() == 32
 
 
 def test_hash_survives_recompression_and_resizing_and_tells_pictures_apart():
     hashes = []
     for seed in range(12):
         pixels = scene(240, 320, seed)
-        own = prepare.perceptual_hash(pixels)
+        own = image_prepare.perceptual_hash(pixels)
         smaller = np.asarray(Image.fromarray(pixels).resize((160, 120), Image.Resampling.LANCZOS))
         for changed in (decode(jpeg(pixels, quality=50)), smaller, (pixels * 0.95).astype(np.uint8)):
-            assert (own ^ prepare.perceptual_hash(changed)).bit_count() <= 4
+            assert (own ^ image_prepare.perceptual_hash(changed)).bit_count() <= 4
         hashes.append(own)
     distances = [(a ^ b).bit_count() for at, a in enumerate(hashes) for b in hashes[:at]]
     assert min(distances) > 12
-    assert prepare.perceptual_hash(np.full((1, 1, 3), 7, np.uint8)) == prepare.perceptual_hash(
+    assert image_prepare.perceptual_hash(np.full((1, 1, 3), 7, np.uint8)) == image_prepare.perceptual_hash(
         np.full((50, 9, 3), 7, np.uint8)
     )

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dalle_scale.config import DataConfig
+from dalle_scale.curation.shard_writer import ShardWriter, commit
 from dalle_scale.data import codes
 from dalle_scale.data.manifest import Manifest, index_path, index_table
 from dalle_scale.data.pipeline import open_stream
-from dalle_scale.data.shards import ShardWriter, commit
 from dalle_scale.types import Needs, UserError
 
 NEEDS = Needs(num_codes=9, code_vocab=50)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import webdataset
 
+from dalle_scale.curation.shard_writer import Shard, ShardWriter, commit
 from dalle_scale.data.manifest import Manifest, index_path
 from dalle_scale.data.reader import BadSample, Reader
-from dalle_scale.data.shards import Shard, ShardWriter, commit
 from dalle_scale.types import UserError
 
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_build_shards import write_files, write_tar
 
-from dalle_scale.data import sources, tables
-from dalle_scale.data.items import Lost, Options
+from dalle_scale.curation import sources, tables
+from dalle_scale.curation.items import Lost, Options
 
 
 def csv_table(folder: Path) -> Path:

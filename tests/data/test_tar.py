@@ -12,7 +12,7 @@ from damage import BLOCK, cuts, find_members, forgeries, header_flips, make_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_scale.data.tar import LONGEST_EXTRA_BYTES, Tar, TarError
+from dalle_scale.curation.tar import LONGEST_EXTRA_BYTES, Tar, TarError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 KINDS = {

@@ -16,9 +16,9 @@ from damage import find_members, flip, hostile, make_files, seal, to_tar
 from foreign import grouped, index, load_program, read_files, write_tars
 from shelf import Shelf
 
+from dalle_scale.curation.shard_writer import Shard, ShardWriter, commit
 from dalle_scale.data import codes
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.shards import Shard, ShardWriter, commit
 from dalle_scale.types import UserError
 
 PROGRAM = ROOT / "data_tools" / "verify_shards.py"

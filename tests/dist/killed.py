@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dalle_scale import dist
-from dalle_scale.checkpoint import atomic
+from dalle_scale import io
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -90,7 +90,7 @@ def save(fault: Fault) -> None:
 
 def commit(fault: Fault) -> None:
     """When the checkpoint has its name, and not yet the marker that makes it one."""
-    fault.before(atomic, "write", lambda path, text: path.name == "COMMIT")
+    fault.before(io, "write", lambda path, text: path.name == "COMMIT")
 
 
 PHASES = {function.__name__: function for function in (forward, reduce, step, save, commit)}

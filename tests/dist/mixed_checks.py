@@ -17,8 +17,8 @@ from dalle_scale.engine.adam16 import AdamW16
 from dalle_scale.engine.machines import shards
 from dalle_scale.engine.optim import param_groups
 from dalle_scale.engine.player import Player
-from dalle_scale.nn.branch_scale import branches_of
-from dalle_scale.nn.transformer import Transformer
+from dalle_scale.nn.residual_scaling import branches_of
+from dalle_scale.models.transformer.model import Transformer
 
 STEPS, BATCH = 6, 8
 SIZES = {"text_vocab": 11, "text_length": 5, "image_vocab": 13, "grid": 3, "width": 16, "heads": 2, "conv_kernel": 3}

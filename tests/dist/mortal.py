@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dalle_scale import dist, log, ranklog
+from dalle_scale import dist, log, rank_log
 
 
 def main() -> None:
     run, what = Path(sys.argv[1]), sys.argv[2]
-    ranklog.start(run)
+    rank_log.start(run)
     dist.join()
-    ranklog.watch()
+    rank_log.watch()
     for _ in tqdm(range(50), mininterval=0):
         pass
     log.say("a line of rank 0")

@@ -11,10 +11,11 @@ import checks
 import torch
 from torch import Tensor, nn
 
-from dalle_scale import dist, plan
+from dalle_scale import dist
+from dalle_scale.cluster import plan
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import build, ds_config
-from dalle_scale.nn.branch_scale import BranchScale
+from dalle_scale.nn.residual_scaling import BranchScale
 
 UPDATES = 3  # at ZeRO 3 DeepSpeed looks on in the first ones
 derive = ds_config.derive

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.engine import build, masters
 from dalle_scale.engine.player import Player
-from dalle_scale.nn.branch_scale import BranchScale
+from dalle_scale.nn.residual_scaling import BranchScale
 from dalle_scale.types import UserError
 
 WRITERS = 2

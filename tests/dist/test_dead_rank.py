@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG_SECONDS, ROOT, TESTS, command, environment, free_port, metrics, toy_run, write_config
 
-from dalle_scale import ranklog
+from dalle_scale import rank_log
 from dalle_scale.checkpoint import resume
 
 def start_ranks(run: Path, what: str, world_size: int) -> list[subprocess.Popen[str]]:
@@ -87,16 +87,16 @@ def test_who_raised_is_named_and_its_exit_code_kept(tmp_path: Path) -> None:
 
 def test_a_finished_rank_and_another_process_of_its_number_are_no_deaths(tmp_path: Path) -> None:
     """A rank that has said goodbye is not mourned, and a process id that is in use again is not its old owner."""
-    log = ranklog.RankLog.__new__(ranklog.RankLog)
+    log = rank_log.RankLog.__new__(rank_log.RankLog)
     log.folder = tmp_path
     gone = subprocess.Popen(["true"])
     gone.wait()
-    log._neighbours = [ranklog.Peer(1, "here", gone.pid, started=1)]
+    log._neighbours = [rank_log.Peer(1, "here", gone.pid, started=1)]
     assert [death.how for death in log._deaths()] == ["is gone; the launcher has its exit code"]
     for code in (0, 2):
-        (tmp_path / "rank_00001.log").write_text(f"words\n{ranklog._last_line(gone.pid, code)}\nlate words of C\n")
+        (tmp_path / "rank_00001.log").write_text(f"words\n{rank_log._last_line(gone.pid, code)}\nlate words of C\n")
         assert [death.exit_code for death in log._deaths()] == [code] * (code > 0)
-    log._neighbours = [ranklog.Peer(2, "here", os.getpid(), started=1)]
+    log._neighbours = [rank_log.Peer(2, "here", os.getpid(), started=1)]
     assert len(log._deaths()) == 1
 
 

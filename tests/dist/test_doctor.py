@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import pytest
 import torch.multiprocessing as mp
 from conftest import HANG_SECONDS, ROOT, Launch, free_port, in_ranks
 
-from dalle_scale import doctor, doctor_probes
+from dalle_scale.cluster import diagnostics, probes
 from dalle_scale.types import UserError
 
 HOST = socket.gethostname()
@@ -28,28 +29,28 @@ def rank_of_a_cluster(rank: int, folder: str, world_size: int, port: int, case: 
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
-    doctor_probes.LINK_BYTES, doctor_probes.ROUNDS, doctor_probes.SHARED_SECONDS = 2**16, 3, 0.5
+    probes.LINK_BYTES, probes.ROUNDS, probes.SHARED_SECONDS = 2**16, 3, 0.5
     run, told = Path(folder) / "run", {}
     if rank == world_size - 1:
         if case == "absent":
             return
         if case == "old":
-            versions = doctor_probes.versions
-            doctor_probes.versions = lambda: versions() | {"torch": "1.13"}
+            versions = probes.versions
+            probes.versions = lambda: versions() | {"torch": "1.13"}
             os.environ["NCCL_ALGO"] = "Tree"
         if case == "slow":
             slow_down("multiply")
         if case == "elsewhere":
             run = Path(folder) / "own"
-            measure = doctor_probes.measure_clock
-            doctor_probes.measure_clock = lambda: measure() + 100
+            measure = probes.measure_clock
+            probes.measure_clock = lambda: measure() + 100
         if case == "stuck":
-            doctor_probes.first_sum = lambda: time.sleep(1000)
+            probes.first_sum = lambda: time.sleep(1000)
     if case == "slow":
         slow_down("exchange", None if rank == world_size - 1 else world_size - 1)
     try:
-        report = doctor.examine(run, timeout_seconds, 0.001)
-        told = {"defects": report.defects, "table": doctor.table(report)} if report else {}
+        report = diagnostics.examine(run, timeout_seconds, 0.001)
+        told = {"defects": report.defects, "table": diagnostics.table(report)} if report else {}
     except UserError as error:
         told = {"error": str(error)}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
@@ -59,12 +60,12 @@ def rank_of_a_cluster(rank: int, folder: str, world_size: int, port: int, case: 
 def slow_down(name: str, peer: int | None = None) -> None:
     """Let a probe say that it took longer, of a link only where it leads to `peer`; both ends of a link say so. By far
     more than the share that is asked for, whatever this machine is: nobody waits so long."""
-    probe = getattr(doctor_probes, name)
+    probe = getattr(probes, name)
 
     def slow(*arguments: Any) -> float:
         return probe(*arguments) + (1e6 if peer in (None, arguments[-1]) else 0)
 
-    setattr(doctor_probes, name, slow)
+    setattr(probes, name, slow)
 
 
 def cluster(folder: Path, world_size: int, case: str, timeout_seconds: float = HANG_SECONDS) -> list[dict[str, Any]]:
@@ -132,8 +133,8 @@ def test_who_gets_stuck_is_named(tmp_path: Path) -> None:
         ({(0, 1): 90, (1, 2): 9, (2, 3): 80, (3, 4): 9, (4, 5): 99, (5, 0): 9}, "aabbcc", []),
     ],
 )
-def test_links_are_compared_with_their_like(speeds: dict[doctor.Link, float], hosts: str, expected: list[str]) -> None:
-    lines = doctor.judge_links(speeds, list(hosts), 0.5)
+def test_links_are_compared_with_their_like(speeds: dict[diagnostics.Link, float], hosts: str, expected: list[str]) -> None:
+    lines = diagnostics.judge_links(speeds, list(hosts), 0.5)
     assert len(lines) == len(expected)
     for line, beginning in zip(lines, expected, strict=True):
         assert line.startswith(beginning) and "below 0.5 x the median of " in line
@@ -141,11 +142,11 @@ def test_links_are_compared_with_their_like(speeds: dict[doctor.Link, float], ho
 
 def test_most_ranks_are_right_and_among_equals_rank_0() -> None:
     said = [{"torch": "2"}, {"torch": "1"}, {"torch": "2"}, {}]
-    assert doctor.compare(said, list("abcd")) == [
+    assert diagnostics.compare(said, list("abcd")) == [
         "rank 1 on b: torch is '1', elsewhere '2'",
         "rank 3 on d: torch is 'unset', elsewhere '2'",
     ]
-    assert doctor.compare([{"a": "x"}, {"a": "y"}], list("ab")) == ["rank 1 on b: a is 'y', elsewhere 'x'"]
+    assert diagnostics.compare([{"a": "x"}, {"a": "y"}], list("ab")) == ["rank 1 on b: a is 'y', elsewhere 'x'"]
 
 
 def test_the_program(launch: Launch, tmp_path: Path) -> None:
@@ -159,3 +160,10 @@ def test_the_program(launch: Launch, tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     problem = f"cannot write to {tmp_path}/file: Not a directory"
     assert lines == [f"error: rank {rank} on {HOST}: {problem}" for rank in range(2)]
+
+
+def test_the_source_is_that_of_the_whole_library() -> None:
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "dalle_scale").rglob("*.py")):
+        digest.update(path.relative_to(ROOT / "dalle_scale").as_posix().encode() + path.read_bytes())
+    assert probes.versions()["dalle_scale"] == f"source {digest.hexdigest()[:8]}"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_scale import dist
-from dalle_scale.nn import quantizer
-from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+from dalle_scale.nn import vector_quantizer
+from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
 
 BATCH, STEPS = 8, 6
 FIRST_SEED = 525  # with others a vector may lie between two codes as exactly as `choices_are_clear` refuses
@@ -120,7 +120,7 @@ def choices_are_clear() -> Iterator[None]:
     What is compared are products of vector and code less half the code's square. Behind these lie sums of 4 numbers
     (the encoder), 7 (the products) and up to 128 (the mean that a code is), each off by up to eps / 2 for a number.
     """
-    assign = quantizer.assign
+    assign = vector_quantizer.assign
 
     def watched(points: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         exact, of_codes = points.double(), codes.double()
@@ -130,7 +130,7 @@ def choices_are_clear() -> Iterator[None]:
         return assign(points, codes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "assign", watched)
+        patch.setattr(vector_quantizer, "assign", watched)
         yield
 
 

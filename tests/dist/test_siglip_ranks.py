@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_scale import dist
-from dalle_scale.nn.torchvision_ops import import_open_clip
+from dalle_scale.nn.torchvision_compat import import_open_clip
 from dalle_scale.stages import clip
 
 SLOTS, DIMENSIONS, EMPTY = 6, 5, (1, 4)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dalle_scale.checkpoint import export, resume
 from dalle_scale.data import codes
-from dalle_scale.data.shards import ShardWriter
+from dalle_scale.curation.shard_writer import ShardWriter
 
 PROGRAM = ROOT / "launch" / "train.py"
 STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior", "ddpm")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import build, masters, optim
-from dalle_scale.nn.perceptual import build_lpips
+from dalle_scale.nn.lpips import build_lpips
 from dalle_scale.stages.vqgan import Stage
 
 BATCH, DECAY = 8, 0.6

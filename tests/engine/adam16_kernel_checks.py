@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_scale.engine import adam16
 from dalle_scale.engine.adam16 import AdamW16
+from dalle_scale.engine.adam16_step import StepCoefficients
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROUNDINGS = ("stochastic", "compensated", "nearest")
@@ -117,7 +118,7 @@ def assembly() -> dict[str, str]:
         rounding = name.rpartition("-")[2]
         noisy = [form is not None and rounding != "nearest" for form in forms[:2]] + [rounding == "stochastic"]
         pointers = ["*fp32" if form is None else "*i16" for form in (*forms[2:] * 3, *forms[:2])]
-        kinds = [*pointers, "i32", "i32", *["i32"] * 3, *["fp32"] * len(adam16.Numbers._fields)]
+        kinds = [*pointers, "i32", "i32", *["i32"] * 3, *["fp32"] * len(StepCoefficients._fields)]
         names = module._kernel.arg_names
         known: dict[str, Any] = dict(zip(names[-4:], (*forms, module._BLOCK), strict=True))
         known |= {key: None for key, noise in zip(names[7:10], noisy, strict=True) if not noise}

@@ -10,7 +10,7 @@ from toys.autoencoder import Net
 
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import memory, optim
-from dalle_scale.nn.transformer import Transformer
+from dalle_scale.models.transformer.model import Transformer
 
 
 def make(kind: str = "adamw", ema_decay: float = 0.9, **engine: Any) -> RunConfig:

@@ -12,7 +12,7 @@ from toys.autoencoder import Net
 
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine import optim
-from dalle_scale.nn.attention import TransposedLinear
+from dalle_scale.nn.linear import TransposedLinear
 
 
 def config(**settings: Any) -> OptimConfig:

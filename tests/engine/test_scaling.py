@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle_scale.engine.scaling import Scaling
-from dalle_scale.nn.branch_scale import BranchScale
+from dalle_scale.nn.residual_scaling import BranchScale
 
 GROUPS = [{"branch": 0}, {"branch": 1}, {"branch": 1}, {"branch": -1}]
 GOOD = [torch.tensor([3.0]), torch.tensor([4.0]), torch.tensor([0.0]), torch.tensor([12.0])]

@@ -11,9 +11,9 @@ from conftest import HANG_SECONDS, environment
 PROGRAM = """
 import sys
 from pathlib import Path
-from dalle_scale import ranklog
+from dalle_scale import rank_log
 from dalle_scale.engine import build
-ranklog.start(Path(sys.argv[1]))
+rank_log.start(Path(sys.argv[1]))
 build.start()
 """
 

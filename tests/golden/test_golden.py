@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from steps import STAGES, Step, data_steps, training
 
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data import codes
-from dalle_scale.data.shards import ShardWriter
 
 LOSSES = Path(__file__).with_name("losses.json")
 CODES = {"codes": (64, [8]), "vqvae2_codes": (32, [4, 8])}  # data set -> vocabulary, grids

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 
-from dalle_scale.nn.attention import Attention, attend
-from dalle_scale.nn.attention_cache import Cache
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
+from dalle_scale.models.transformer.attention import Attention, attend
+from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PREFIX = 3

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_scale.nn.branch_scale import BranchScale, branches_of
-from dalle_scale.nn.transformer import Transformer
+from dalle_scale.models.transformer.model import Transformer
+from dalle_scale.nn.residual_scaling import BranchScale, branches_of
 
 SIZES = {"text_vocab": 11, "text_length": 5, "image_vocab": 13, "grid": 3, "width": 32, "heads": 2, "conv_kernel": 3}
 

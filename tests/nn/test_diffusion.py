@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from dalle_scale.nn.diffusion import Diffusion, Target, betas_of, byte_nats, rate_and_distortion, to_bytes, to_map
+from dalle_scale.models.diffusion.process import (
+    Diffusion,
+    Target,
+    betas_of,
+    byte_nats,
+    rate_and_distortion,
+    to_bytes,
+    to_map,
+)
 
 TARGETS: tuple[Target, ...] = ("eps", "x0", "v")
 

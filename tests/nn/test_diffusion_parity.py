@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from dalle_scale.nn.diffusion_samplers import Options, draw, follow, plan, times
-from dalle_scale.nn.noise import normal_noise
+from dalle_scale.models.diffusion.samplers import Options, draw, follow, plan, times
+from dalle_scale.nn.counter_rng import normal_noise
 
 LINEAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
 SHAPE = (3, 4, 4)

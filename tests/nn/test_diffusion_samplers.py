@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_scale.nn.diffusion_samplers import (
+from dalle_scale.models.diffusion.samplers import (
     Options,
     ddim_step,
     decode,
@@ -23,7 +23,7 @@ from dalle_scale.nn.diffusion_samplers import (
     plan,
     times,
 )
-from dalle_scale.nn.noise import normal_noise
+from dalle_scale.nn.counter_rng import normal_noise
 from dalle_scale.types import UserError
 
 LINEAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)  # arXiv 2006.11239, Sec. 4

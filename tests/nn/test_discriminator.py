@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_scale import config as run_config
-from dalle_scale.nn.discriminator import (
+from dalle_scale.nn.patchgan import (
     DiscriminatorConfig,
     MovingAverage,
     PatchDiscriminator,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_scale.models.dvae import Bottleneck, CodeEmbedding, Decoder, Encoder
 from dalle_scale.nn import conv
-from dalle_scale.nn.blocks import Bottleneck, CodeEmbedding, Decoder, Encoder, Halve
+from dalle_scale.nn.blocks import Halve
 
 PAPER = (256, 512, 1024, 2048)
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.nn import flex_attention
-from dalle_scale.nn.attention import attend
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
-from dalle_scale.nn.flex_attention import attend_windows, block_mask, rule, turned, works
+from dalle_scale.models.transformer import flex
+from dalle_scale.models.transformer.attention import attend
+from dalle_scale.models.transformer.flex import attend_windows, block_mask, rule, turned, works
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
 
 SPARSE: tuple[Kind, ...] = ("row", "column", "conv")
 PAPER = Layout(258, 32)
@@ -36,9 +36,9 @@ def inputs(layout, dtype=torch.float32, device="cpu"):
 def plain(monkeypatch):
     """Without a compiler."""
     torch.compiler.reset()  # each mask is another function to it, and it takes eight
-    monkeypatch.setattr(flex_attention, "_kernel", lambda: flex_attention._attend)
-    monkeypatch.setattr(flex_attention, "_tried", {})
-    flex_attention._say_dense.cache_clear()
+    monkeypatch.setattr(flex, "_kernel", lambda: flex._attend)
+    monkeypatch.setattr(flex, "_tried", {})
+    flex._say_dense.cache_clear()
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, PAPER], ids=str)
@@ -65,7 +65,7 @@ def test_equals_dense_attention(plain, kind, layout):
 @pytest.mark.parametrize("kind", SPARSE)
 def test_gradients_equal_those_of_dense_attention(plain, monkeypatch, kind):
     """FlexAttention itself has none on a CPU: with another kernel under the same masks and turns."""
-    monkeypatch.setattr(flex_attention, "flex_attention", dense)
+    monkeypatch.setattr(flex, "flex_attention", dense)
     layout = Layout(5, 6, 3)
     tensors = inputs(layout, torch.float64)
     slope = torch.randn(2, 3, layout.length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -78,7 +78,7 @@ def test_gradients_equal_those_of_dense_attention(plain, monkeypatch, kind):
 def blocks(kind, layout):
     """Computed blocks, and all."""
     mask = block_mask(kind, layout, torch.device("cpu"))
-    across = -(-layout.length // flex_attention.BLOCK)
+    across = -(-layout.length // flex.BLOCK)
     return int((mask.kv_num_blocks + mask.full_kv_num_blocks).sum()), across**2
 
 
@@ -94,15 +94,15 @@ def test_blocks_at_the_papers_size(monkeypatch):
 def test_computed_blocks_grow_as_the_mask_does(kind, grid):
     """Not as length²: a band of windows, and a stripe for the prefix."""
     layout = Layout(2, grid)
-    across = -(-layout.length // flex_attention.BLOCK)
+    across = -(-layout.length // flex.BLOCK)
     reach = {"row": grid, "column": grid, "conv": 5 * grid + 5}[kind]
-    assert blocks(kind, layout)[0] <= across * (3 + -(-reach // flex_attention.BLOCK))
+    assert blocks(kind, layout)[0] <= across * (3 + -(-reach // flex.BLOCK))
 
 
 def test_works_where_a_trial_works(plain, monkeypatch, capsys):
     layout = Layout(2, 12)
     calls = []
-    monkeypatch.setattr(flex_attention, "flex_attention", lambda *args, **kw: calls.append(0) or dense(*args, **kw))
+    monkeypatch.setattr(flex, "flex_attention", lambda *args, **kw: calls.append(0) or dense(*args, **kw))
     tensors = inputs(layout)
     assert works(*tensors, "row", layout) and works(*tensors, "row", layout)
     assert len(calls) == 1  # tried once
@@ -123,14 +123,14 @@ def test_memory_that_ran_out_is_not_a_reason_for_dense_attention(plain, monkeypa
     def full(*_args, **_kw):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(flex_attention, "flex_attention", full)
+    monkeypatch.setattr(flex, "flex_attention", full)
     with pytest.raises(torch.OutOfMemoryError):
         works(*inputs(Layout(2, 12)), "row", Layout(2, 12))
 
 
 def test_a_trial_under_activation_checkpointing(plain, monkeypatch):
     """What the trial saves for its backward pass would be missed in the recomputation, which does not try again."""
-    monkeypatch.setattr(flex_attention, "flex_attention", dense)
+    monkeypatch.setattr(flex, "flex_attention", dense)
     layout = Layout(2, 12)
 
     def layer(*tensors):

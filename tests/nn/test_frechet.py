@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_scale.nn import frechet
+from dalle_scale.evaluation.metrics import distribution
 
 
 def draw(count: int, dimensions: int, seed: int = 0, mix: float = 0.5) -> torch.Tensor:
@@ -19,8 +19,8 @@ def draw(count: int, dimensions: int, seed: int = 0, mix: float = 0.5) -> torch.
     return noise @ mixing + torch.randn(dimensions, generator=generator)
 
 
-def moments(features: torch.Tensor, batch: int) -> frechet.Moments:
-    found = frechet.Moments(features.shape[1])
+def moments(features: torch.Tensor, batch: int) -> distribution.Moments:
+    found = distribution.Moments(features.shape[1])
     for part in torch.split(features, batch):
         found.add(part)
     return found
@@ -28,7 +28,7 @@ def moments(features: torch.Tensor, batch: int) -> frechet.Moments:
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
     one, other = moments(first, 64), moments(second, 64)
-    return frechet.frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    return distribution.frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 500])
@@ -75,8 +75,8 @@ def test_nearly_singular_covariances_cost_no_digits():
     variances = torch.logspace(0, -14, 60, dtype=torch.float64)
     covariance = (rotation * variances) @ rotation.T
     mean = torch.zeros(60, dtype=torch.float64)
-    assert abs(frechet.frechet_distance(mean, covariance, mean, covariance)) < 1e-13
-    got = frechet.frechet_distance(mean, covariance, mean, 4 * covariance)
+    assert abs(distribution.frechet_distance(mean, covariance, mean, covariance)) < 1e-13
+    got = distribution.frechet_distance(mean, covariance, mean, 4 * covariance)
     assert got == pytest.approx(float(variances.sum()), rel=1e-12), "(2 - 1)^2 times the trace"
 
 
@@ -86,7 +86,7 @@ def test_closed_form_of_commuting_gaussians():
     rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator)).Q
     s, t = torch.tensor([1.0, 2, 3, 0.5, 0.1]).double(), torch.tensor([2.0, 2, 1, 4, 3]).double()
     m, n = torch.tensor([0.0, 1, 2, 3, 4]).double(), torch.tensor([1.0, 1, 0, 3, -1]).double()
-    got = frechet.frechet_distance(m, (rotation * s**2) @ rotation.T, n, (rotation * t**2) @ rotation.T)
+    got = distribution.frechet_distance(m, (rotation * s**2) @ rotation.T, n, (rotation * t**2) @ rotation.T)
     assert got == pytest.approx(float(((m - n) ** 2).sum() + ((s - t) ** 2).sum()), rel=1e-12)
 
 
@@ -97,7 +97,7 @@ def test_closed_form_in_two_dimensions():
     zero = torch.zeros(2, dtype=torch.float64)
     root = math.sqrt(float((a @ b).trace()) + 2 * math.sqrt(float(torch.linalg.det(a @ b))))
     expected = float(a.trace() + b.trace()) - 2 * root
-    assert frechet.frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=1e-12)
+    assert distribution.frechet_distance(zero, a, zero, b) == pytest.approx(expected, rel=1e-12)
 
 
 def test_distance_against_eigenvalues_of_the_product():
@@ -113,12 +113,12 @@ def test_distance_against_eigenvalues_of_the_product():
 def test_no_covariance_is_no_distance():
     zero, one = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
     with pytest.raises(AssertionError, match="no covariance"):
-        frechet.frechet_distance(zero, -one, zero, one)
+        distribution.frechet_distance(zero, -one, zero, one)
 
 
 def test_kernel_distance_against_loops():
     first, second = draw(9, 4), draw(7, 4, seed=1)
-    got = list(frechet.kernel_distances(first, second, subset=5, subsets=3, seed=11))
+    got = list(distribution.kernel_distances(first, second, subset=5, subsets=3, seed=11))
     random = np.random.RandomState(11)
     for value in got:
         x = first.double().numpy()[random.choice(9, 5, replace=False)]
@@ -135,21 +135,21 @@ def test_kernel_distance_against_loops():
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
     """Two samples of one distribution: 0 within the error of the mean; the biased estimate would be far above."""
     first, second = torch.split(draw(8000, 8, mix=0.1), 4000)
-    values = np.array(list(frechet.kernel_distances(first, second, subset=20, subsets=300, seed=0)))
+    values = np.array(list(distribution.kernel_distances(first, second, subset=20, subsets=300, seed=0)))
     error = values.std() / math.sqrt(len(values))
     assert abs(values.mean()) < 4 * error
-    moved = np.array(list(frechet.kernel_distances(first, second + 0.5, subset=20, subsets=300, seed=0)))
+    moved = np.array(list(distribution.kernel_distances(first, second + 0.5, subset=20, subsets=300, seed=0)))
     assert moved.mean() > 10 * error
-    again = list(frechet.kernel_distances(first, second, subset=20, subsets=300, seed=0))
-    assert again == values.tolist() and again != list(frechet.kernel_distances(first, second, 20, 300, seed=1))
+    again = list(distribution.kernel_distances(first, second, subset=20, subsets=300, seed=0))
+    assert again == values.tolist() and again != list(distribution.kernel_distances(first, second, 20, 300, seed=1))
 
 
 def test_inception_score_in_closed_form():
     sure = torch.eye(10).repeat(10, 1) * 1000  # every split of 50 has each class five times
     order = np.argsort(np.random.RandomState(3).permutation(100))
     blocks = sure[torch.from_numpy(order)]  # which the shuffle puts back
-    np.testing.assert_allclose(frechet.inception_scores(blocks, 2, 3), [10, 10], rtol=1e-12)
-    np.testing.assert_allclose(frechet.inception_scores(torch.zeros(100, 10), 10, 3), np.ones(10), rtol=1e-12)
+    np.testing.assert_allclose(distribution.inception_scores(blocks, 2, 3), [10, 10], rtol=1e-12)
+    np.testing.assert_allclose(distribution.inception_scores(torch.zeros(100, 10), 10, 3), np.ones(10), rtol=1e-12)
 
 
 def test_inception_score_against_numpy():
@@ -160,7 +160,7 @@ def test_inception_score_against_numpy():
     for part in range(4):
         rows = p[part * 103 // 4 : (part + 1) * 103 // 4]
         expected.append(np.exp((rows * np.log(rows / rows.mean(axis=0))).sum(axis=1).mean()))
-    np.testing.assert_allclose(frechet.inception_scores(logits, 4, 5), expected, rtol=1e-12)
+    np.testing.assert_allclose(distribution.inception_scores(logits, 4, 5), expected, rtol=1e-12)
 
 
 def test_precision_and_recall_against_loops():
@@ -169,19 +169,19 @@ def test_precision_and_recall_against_loops():
         x, c = points.double().numpy(), centres.double().numpy()
         radii = [sorted(np.linalg.norm(a - b) for j, b in enumerate(c) if j != i)[2] for i, a in enumerate(c)]
         expected = np.mean([any(np.linalg.norm(a - b) <= r for b, r in zip(c, radii, strict=True)) for a in x])
-        got = frechet.neighbour_radii(centres, 3)
+        got = distribution.neighbour_radii(centres, 3)
         np.testing.assert_allclose(got, radii, rtol=1e-7)
-        assert 0 < expected < 1 and frechet.covered_share(points, centres, got) == expected
+        assert 0 < expected < 1 and distribution.covered_share(points, centres, got) == expected
 
 
 def test_precision_and_recall_at_the_ends(monkeypatch):
-    monkeypatch.setattr(frechet, "_ROWS", 16)  # several parts
+    monkeypatch.setattr(distribution, "_ROWS", 16)  # several parts
     features = draw(100, 40)
-    radii = frechet.neighbour_radii(features, 3)
-    assert frechet.covered_share(features, features, radii) == 1
-    assert frechet.covered_share(features + 1000, features, radii) == 0
+    radii = distribution.neighbour_radii(features, 3)
+    assert distribution.covered_share(features, features, radii) == 1
+    assert distribution.covered_share(features + 1000, features, radii) == 0
     few = features[:5].repeat(
         20, 1
     )  # a generator that knows five pictures: precise, and recalls hardly more than these
-    assert frechet.covered_share(few, features, radii) == 1
-    assert frechet.covered_share(features, few, frechet.neighbour_radii(few, 3)) <= 0.05
+    assert distribution.covered_share(few, features, radii) == 1
+    assert distribution.covered_share(features, few, distribution.neighbour_radii(few, 3)) <= 0.05

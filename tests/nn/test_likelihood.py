@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, SigmoidTransform, TransformedDistribution
 
-from dalle_scale.nn.likelihood import (
+from dalle_scale.nn.likelihoods import (
     Bernoulli,
     DiscretisedLogistic,
     Gaussian,

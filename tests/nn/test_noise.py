@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_scale.nn import noise
+from dalle_scale.nn import counter_rng
+from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
 from dalle_scale.nn.gumbel import gumbel_noise
-from dalle_scale.nn.noise import normal_noise, uniform_noise
 
 MASK = (1 << 32) - 1
 
@@ -106,7 +106,7 @@ def test_normal_noise_has_no_structure_along_positions() -> None:
 def test_noise_does_not_depend_on_how_much_is_drawn_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds, steps = torch.tensor([5, -7, 2**62 + 11]), torch.tensor([3, 2**40, 0])
     for step in (3, steps):
-        monkeypatch.setattr(noise, "_AT_ONCE", 1 << 16)
-        whole = noise.uniform_noise(seeds, step, 100)
-        monkeypatch.setattr(noise, "_AT_ONCE", at_once)
-        assert torch.equal(noise.uniform_noise(seeds, step, 100), whole)
+        monkeypatch.setattr(counter_rng, "_AT_ONCE", 1 << 16)
+        whole = counter_rng.uniform_noise(seeds, step, 100)
+        monkeypatch.setattr(counter_rng, "_AT_ONCE", at_once)
+        assert torch.equal(counter_rng.uniform_noise(seeds, step, 100), whole)

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle_scale import config as run_config
-from dalle_scale.nn.perceptual import Lpips, PerceptualConfig, build_lpips, unit_features, vgg16
-from dalle_scale.nn.torchvision_ops import declare_missing_operators
+from dalle_scale.nn.lpips import Lpips, PerceptualConfig, build_lpips, unit_features, vgg16
+from dalle_scale.nn.torchvision_compat import declare_missing_operators
 from dalle_scale.types import UserError
 
 RANDOM = PerceptualConfig(kind="random")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_scale.nn import pixel_bits
-from dalle_scale.nn.pixel_bits import FAMILIES, SCALES, cheapest, count_pairs
+from dalle_scale.evaluation.metrics import code_length
+from dalle_scale.evaluation.metrics.code_length import FAMILIES, SCALES, cheapest, count_pairs
 
 FAMILY_NAMES = sorted(FAMILIES)
 
@@ -21,7 +21,7 @@ def remembered():
     """The tables of all families and scales, made once."""
     with pytest.MonkeyPatch.context() as patch:
         for family, nats in FAMILIES.items():
-            patch.setitem(pixel_bits.FAMILIES, family, cache(nats))
+            patch.setitem(code_length.FAMILIES, family, cache(nats))
         yield
 
 
@@ -123,7 +123,7 @@ def test_the_grid_of_scales_costs_little(spread):
     got = cheapest(pairs)
     assert got.family == "normal" and got.scale == pytest.approx(spread, rel=0.11)
     finer = [got.scale * 1.004**step for step in range(-30, 31)]
-    best = min(float((pairs * pixel_bits.gaussian_nats(scale)).sum()) for scale in finer) / math.log(2)
+    best = min(float((pairs * code_length.gaussian_nats(scale)).sum()) for scale in finer) / math.log(2)
     assert 0 <= (got.bits - 7 - best) / 200_000 < 0.004
 
 

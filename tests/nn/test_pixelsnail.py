@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_scale.nn import pixelsnail_blocks
-from dalle_scale.nn.pixelsnail import CaptionMean, PixelSNAIL
-from dalle_scale.nn.pixelsnail_blocks import CausalAttention, CausalConv, Drawing, Rows
+from dalle_scale.models.pixelsnail import layers
+from dalle_scale.models.pixelsnail.layers import CausalAttention, Drawing, Rows
+from dalle_scale.models.pixelsnail.model import CaptionMean, PixelSNAIL
+from dalle_scale.nn.causal_conv import CausalConv
 
 GRID, VOCAB = 4, 7
 TOP = {"attention_blocks": 1}
@@ -187,7 +188,7 @@ def test_a_drawing_keeps_one_column_of_work_a_pixel():
     with torch.no_grad():
         model.step(None, drawing)
         cache = drawing.caches[-1]
-        assert isinstance(cache, pixelsnail_blocks.AttentionCache)
+        assert isinstance(cache, layers.AttentionCache)
         address, seen = cache.key.data_ptr(), []
         handles = [
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
@@ -225,11 +226,11 @@ def test_dropout():
 
 def test_dropout_keeps_the_mean():
     x, share = torch.ones(4, 50, 40), 0.3
-    dropped = pixelsnail_blocks._dropout(x, share, torch.arange(4), counter=7)
+    dropped = layers._dropout(x, share, torch.arange(4), counter=7)
     kept = (dropped != 0).float().mean()
     assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - share)])
     assert abs(kept - (1 - share)) < 4 * math.sqrt(share * (1 - share) / x.numel())
-    again = pixelsnail_blocks._dropout(x, share, torch.arange(4), counter=8)
+    again = layers._dropout(x, share, torch.arange(4), counter=8)
     assert 0.55 < ((dropped != 0) == (again != 0)).float().mean() < 0.61  # 0.58 where independent
 
 

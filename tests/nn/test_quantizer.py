@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dalle_scale.nn import kmeans
-from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig, rotate, straight_through
+from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig, rotate, straight_through
 from dalle_scale.types import UserError
 
 K, D = 16, 6

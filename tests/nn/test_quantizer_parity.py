@@ -6,7 +6,7 @@ import pytest
 import torch
 from vector_quantize_pytorch import VectorQuantize
 
-from dalle_scale.nn.quantizer import Quantizer, QuantizerConfig
+from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
 
 VOCAB, WIDTH, BETA = 16, 6, 0.25
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_scale.nn.small_floats import BFLOAT16, FLOAT16, MEAN, VARIANCE, SmallFloat, random_bits
+from dalle_scale.nn.float_formats import BFLOAT16, FLOAT16, MEAN, VARIANCE, SmallFloat, random_bits
 
 CODES = torch.arange(1 << 16).to(torch.int16)
 INF, NAN = float("inf"), float("nan")

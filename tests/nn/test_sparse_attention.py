@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_scale.nn import sparse_attention
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
-from dalle_scale.nn.sparse_attention import attend_blocks, blocks
+from dalle_scale.models.transformer import cpu_sparse
+from dalle_scale.models.transformer.cpu_sparse import attend_blocks, blocks
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
 
 SPARSE: tuple[Kind, ...] = ("row", "column", "conv")
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_equals_dense_attention(kind, prefix, grid, kernel, group_bytes, seed):
     want = F.scaled_dot_product_attention(query, key, value, attn_mask=visible(kind, layout))
     slope = torch.randn(want.shape, dtype=torch.float64, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_attention, "GROUP_BYTES", group_bytes)
+        patch.setattr(cpu_sparse, "GROUP_BYTES", group_bytes)
         got = attend_blocks(query, key, value, kind, layout)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
         gradients = [torch.autograd.grad(out, (query, key, value), slope) for out in (got, want)]

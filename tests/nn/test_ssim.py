@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_scale.nn.ssim import ssim
+from dalle_scale.evaluation.metrics.ssim import ssim
 
 
 def brute_force(x: np.ndarray, y: np.ndarray) -> float:

@@ -16,7 +16,7 @@ def run(code: str) -> str:
 def test_torchvision_can_be_imported():
     """True where its operators fit torch and where they do not: declared once, and only if they were missing."""
     output = run(
-        "import torch; from dalle_scale.nn.torchvision_ops import declare_missing_operators as declare\n"
+        "import torch; from dalle_scale.nn.torchvision_compat import declare_missing_operators as declare\n"
         "first = declare(); import torchvision; from torchvision.transforms import v2\n"
         "print(bool(first) == torchvision.extension._has_ops(), declare(), torch.ops.torchvision.nms.default._schema)"
     )
@@ -27,7 +27,7 @@ def test_torchvision_can_be_imported():
 def test_only_what_is_missing_is_declared(present):
     """Operators that somebody has declared stay as they are."""
     output = run(
-        "import torch; from dalle_scale.nn import torchvision_ops as ops\n"
+        "import torch; from dalle_scale.nn import torchvision_compat as ops\n"
         "ops._load_compiled = lambda folders: None\n"
         "library = torch.library.Library('torchvision', 'DEF')\n"
         f"for name in {present}: library.define(ops._SCHEMAS[name])\n"
@@ -39,7 +39,7 @@ def test_only_what_is_missing_is_declared(present):
 def test_nothing_happens_without_torchvision():
     output = run(
         "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-        "from dalle_scale.nn.torchvision_ops import declare_missing_operators\n"
+        "from dalle_scale.nn.torchvision_compat import declare_missing_operators\n"
         "print(declare_missing_operators())"
     )
     assert output == "[]"
@@ -47,7 +47,7 @@ def test_nothing_happens_without_torchvision():
 
 def test_importing_the_stage_is_cheap():
     output = run(
-        "import sys, dalle_scale.stages.clip, dalle_scale.rerank\n"
+        "import sys, dalle_scale.stages.clip, dalle_scale.sampling.rerank\n"
         "print([name for name in ('open_clip', 'torchvision', 'transformers', 'timm') if name in sys.modules])"
     )
     assert output == "[]"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dalle_scale.nn.attention_mask import Kind, Layout, visible
-from dalle_scale.nn.branch_scale import cast
-from dalle_scale.nn.transformer import Block, Transformer, paper_order
+from dalle_scale.models.transformer.block import Block
+from dalle_scale.models.transformer.masks import Kind, Layout, visible
+from dalle_scale.models.transformer.model import Transformer, paper_order
+from dalle_scale.nn.residual_scaling import cast
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TEXT_VOCAB, TEXT_LENGTH, IMAGE_VOCAB, GRID = 11, 4, 7, 3

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.models.unet.layers import Attention, Double, Dropout, Halve, NormSwish, ResBlock
+from dalle_scale.models.unet.model import UNet, time_embedding
 from dalle_scale.nn import winograd
-from dalle_scale.nn.unet import UNet, time_embedding
-from dalle_scale.nn.unet_blocks import Attention, Double, Dropout, Halve, NormSwish, ResBlock
 
 CIFAR10 = {"size": 32, "width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention_sizes": (16,)}
 LSUN = {"size": 256, "width": 128, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 2, "attention_sizes": (16,)}

@@ -13,7 +13,7 @@ from conftest import in_ranks
 from torch import Tensor
 
 from dalle_scale import dist
-from dalle_scale.nn.usage import UsageWindow, perplexity, psnr_db, used_share
+from dalle_scale.nn.codebook_stats import UsageWindow, perplexity, psnr_db, used_share
 
 VOCAB = 12
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle_scale.nn import vocabulary_loss
-from dalle_scale.nn.vocabulary_loss import weighted_entropy
+from dalle_scale.nn import chunked_cross_entropy
+from dalle_scale.nn.chunked_cross_entropy import weighted_entropy
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 13 * 5, 1 << 22])
 def test_equals_cross_entropy(monkeypatch, rows, chunk_bytes):
-    monkeypatch.setattr(vocabulary_loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_BYTES", chunk_bytes)
     generator = torch.Generator().manual_seed(rows)
     states = (5 * torch.randn(rows, 6, dtype=torch.float64, generator=generator)).requires_grad_()
     weight = torch.randn(13, 6, dtype=torch.float64, generator=generator).requires_grad_()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_scale import config as configs
 from dalle_scale import dist
-from dalle_scale.nn.torchvision_ops import import_open_clip
+from dalle_scale.nn.torchvision_compat import import_open_clip
 from dalle_scale.stages import clip
 from dalle_scale.types import Batch, Nets, UserError
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_scale.nn.attention_mask import Layout, visible
+from dalle_scale.models.transformer.masks import Layout, visible
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.stages.dalle import Stage, truncate
 from dalle_scale.types import Batch, Nets, UserError

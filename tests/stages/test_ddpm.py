@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.diffusion import to_map
-from dalle_scale.nn.diffusion_samplers import Options
-from dalle_scale.nn.latents import Latents
-from dalle_scale.nn.noise import normal_noise, uniform_noise
+from dalle_scale.models.diffusion.process import to_map
+from dalle_scale.models.diffusion.samplers import Options
+from dalle_scale.models.latent_codec import Latents
+from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
 from dalle_scale.stages import vae
 from dalle_scale.stages.ddpm import Stage
 from dalle_scale.types import Batch, Nets, PictureSource, UserError

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
 from dalle_scale.nn.gumbel import gumbel_noise
-from dalle_scale.nn.likelihood import phi
+from dalle_scale.nn.likelihoods import phi
 from dalle_scale.stages.dvae import DVAE, Stage
 from dalle_scale.types import ImageTokenizer, UserError
 

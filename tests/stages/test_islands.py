@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalle_scale.nn.perceptual import PerceptualConfig, build_lpips
+from dalle_scale.nn.lpips import PerceptualConfig, build_lpips
 
 ATEN = torch.ops.aten
 # Probabilities, likelihoods, distances, counts: where they see 16 bits, codes stay unused and losses are wrong

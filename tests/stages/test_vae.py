@@ -17,9 +17,9 @@ from torch.distributions import Independent, Normal, kl_divergence
 from dalle_scale import config as run_config
 from dalle_scale import dist
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.likelihood import phi, to_bytes
-from dalle_scale.nn.noise import normal_noise
-from dalle_scale.nn.vae_blocks import DiagonalGaussian
+from dalle_scale.models.vae import DiagonalGaussian
+from dalle_scale.nn.counter_rng import normal_noise
+from dalle_scale.nn.likelihoods import phi, to_bytes
 from dalle_scale.stages.vae import VAE, Stage
 from dalle_scale.types import Batch, UserError
 

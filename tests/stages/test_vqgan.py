@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.discriminator import MovingAverage
-from dalle_scale.nn.gan_blocks import Attention, Residual
-from dalle_scale.nn.perceptual import build_lpips
-from dalle_scale.nn.vq_blocks import to_bytes, to_pixels
+from dalle_scale.models.vqgan import Attention, Residual
+from dalle_scale.models.vqvae import to_bytes, to_pixels
+from dalle_scale.nn.lpips import build_lpips
+from dalle_scale.nn.patchgan import MovingAverage
 from dalle_scale.stages.vqgan import VQGAN, Discriminator, Stage, VQGANConfig
 from dalle_scale.types import Batch, ImageTokenizer, Losses, Nets, UserError
 

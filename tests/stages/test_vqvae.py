@@ -11,7 +11,7 @@ from torch import nn
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.vq_blocks import to_bytes, to_levels, to_pixels
+from dalle_scale.models.vqvae import to_bytes, to_levels, to_pixels
 from dalle_scale.stages.vqvae import VQVAE, Stage
 from dalle_scale.types import Batch, ImageTokenizer, UserError
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dalle_scale import config as run_config
 from dalle_scale.checkpoint import export
-from dalle_scale.nn.vq_blocks import to_bytes
+from dalle_scale.models.vqvae import to_bytes
 from dalle_scale.stages.vqvae2 import VQVAE2, Stage
 from dalle_scale.types import UserError
 

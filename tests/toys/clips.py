@@ -14,7 +14,7 @@ from torch import nn
 
 from dalle_scale import config as configs
 from dalle_scale.checkpoint import export
-from dalle_scale.data.shards import ShardWriter
+from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.stages import clip
 
 NAMES = ("frog", "ship", "red truck", "cat")
