@@ -90,10 +90,10 @@ def join() -> None:
 
 def leave() -> None:
     """Wait for all ranks and end the process group: gloo's threads abort a process whose interpreter goes first."""
-    use_shared_memory(None)
     if group := _joined():
         gc.collect()  # what still holds the group keeps its threads
-        group.barrier()
+        group.barrier()  # until all are here, each says by its lock on the shared memory that it lives
+        use_shared_memory(None)
         group.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from dalle_scale import config as configs
 from dalle_scale.cluster import activation_memory, plan, plan_page
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import ds_config, optim
+from dalle_scale.models import dvae
 from dalle_scale.nn import blocks
 from dalle_scale.types import Batch, UserError
 
@@ -89,7 +90,8 @@ def test_activations_are_those_of_a_real_forward(
 ) -> None:
     """In fp32: on CPUs, 16-bit norms save their statistics in 16 bits, on GPUs and "meta" in fp32. And as on GPUs, not
     as CPUs convolve, which keeps less."""
-    monkeypatch.setattr(blocks, "on_cpu", lambda x: False)
+    for module in (blocks, dvae):
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
     config = tiny(stage_name, f"engine.activation_checkpointing={recompute}")
     stage, nets, batch = real(config)
     own = {t.data_ptr() for t in [*nets["model"].parameters(), *nets["model"].buffers(), *batch.values()]}

@@ -203,6 +203,8 @@ class SharedMemory:
             except OSError:
                 continue
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)  # for the others who look
+            if self._arrived[rank] >= self._arrived[self.rank]:  # it came, and left at once
+                continue
             raise RuntimeError(f"rank {rank} has ended while rank {self.rank} waits for it")
 
 

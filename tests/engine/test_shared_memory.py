@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -135,14 +135,21 @@ def test_tensors_that_are_not_contiguous() -> None:
 
 
 def test_a_room_that_is_gone_holds_no_file() -> None:
+    def opened(file: int) -> int:
+        """How often this process has it open."""
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # that of the listing itself
+                found.append(os.path.samestat(os.fstat(int(name)), os.fstat(file)))
+        return sum(found)
+
     with shared_file(1) as file:
-        before = len(os.listdir("/proc/self/fd"))
         rows = SharedMemory(os.dup(file), 0, 1)._parts
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == before + 1 and not rows.any()  # torch still reads what is mapped
+        assert opened(file) == 2 and not rows.any()  # what is mapped holds it too
         del rows
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert opened(file) == 1
 
 
 ALONE = """
@@ -187,3 +194,13 @@ def test_who_waits_for_the_dead_is_told() -> None:
         with pytest.raises(RuntimeError, match="rank 1 has ended while rank 0 waits"):
             memory.all_reduce(tensor)
         assert process.wait(timeout=60) == -9
+
+
+def test_who_came_and_left_at_once_has_not_died() -> None:
+    with shared_file(2) as file:
+        memory = SharedMemory(os.dup(file), 0, 2)  # of rank 1 nobody holds the lock
+        memory._arrive()
+        with pytest.raises(RuntimeError, match="rank 1 has ended"):
+            memory._look([1])
+        memory._arrived[1] += 1
+        memory._look([1])

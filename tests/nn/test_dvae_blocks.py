@@ -216,7 +216,7 @@ def test_the_net_trains_as_written_plainly() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(conv, "_FEWEST_PRODUCTS", 1)
             if device_of:  # as on GPUs
-                patch.setattr(conv, "_has_own_way", lambda x, weight: False)
+                patch.setattr(conv, "_has_own_way", lambda *_: False)
                 patch.setattr(Bottleneck, "_on_cpu", _as_written)
                 patch.setattr(Halve, "forward", lambda self, x: F.max_pool2d(x, 2))
             maps = decoder(encoder(x).softmax(dim=-1))
