@@ -12,6 +12,7 @@ from torch import nn
 from dalle_scale import dist
 from dalle_scale.engine import shared_memory
 from dalle_scale.engine.machines import GradientMeans
+from dalle_scale.engine.optim import Muon, orthogonalise
 
 
 def assert_collectives_are_right() -> None:
@@ -78,6 +79,21 @@ def assert_means_are_right() -> None:
         assert torch.equal(net["all"].weight.grad, torch.full((2, 3), (ranks + 1) / 2))
         want = torch.full((2, 2), 3.0 / ranks).bfloat16()
         assert torch.equal(net["one"].weight.grad, want) and not net["none"].weight.grad.any()
+
+
+def check_muon_room(zero: int) -> None:
+    """More matrices have gradients from one step to the next: what the ranks orthogonalise for each other grows."""
+    weights = [nn.Parameter(torch.zeros(4, 4 * count)) for count in (1, 2, 3)]
+    muon = Muon([{"params": weights, "role": "muon", "lr": 1.0, "weight_decay": 0.0}], (0.9, 0.99), 1e-8, momentum=0.0)
+    generator = torch.Generator().manual_seed(zero)
+    for chosen in (weights[:1], weights[1:], weights):
+        before = [weight.detach().clone() for weight in chosen]
+        gradients = [torch.randn(weight.shape, generator=generator) for weight in chosen]
+        for weight, gradient in zip(chosen, gradients, strict=True):
+            weight.grad = gradient.clone()
+        muon.step()
+        for weight, old, gradient in zip(chosen, before, gradients, strict=True):
+            torch.testing.assert_close(weight.detach(), old - orthogonalise(gradient[None])[0], rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":
