@@ -2,47 +2,18 @@
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
+from support.contract import NAMES, TINY, build, fake_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle_scale import config, stages
-from dalle_scale.types import Batch, Losses, Needs, Nets, Stage, StrictModel
+from dalle_scale import config
+from dalle_scale.types import Batch, Losses, StrictModel
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny"
-NAMES = stages.names()
 ATEN = torch.ops.aten
 HOST_READS = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN._unique2, ATEN.unique_dim}
 BATCH_DEPENDENT = {"clip"}  # a contrastive loss compares the samples of a batch
-
-
-def build(name: str) -> tuple[Stage, Nets]:
-    """The stage of a tiny config with fresh weights."""
-    run = config.load(TINY / f"{name}.yaml")
-    kind = stages.resolve(name)
-    stage = kind(config.parse(kind.Config, run.model, "model"))
-    torch.manual_seed(0)
-    return stage, stage.nets()
-
-
-def fake_batch(needs: Needs, count: int, seed: int = 0) -> Batch:
-    """Random content of the right shapes, types and ranges."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, (count, *shape), generator=generator)
-
-    batch = {"id": torch.arange(count), "seed": integers(1 << 40), "weight": torch.ones(count)}
-    if needs.image_size:
-        batch["image"] = integers(256, 3, needs.image_size, needs.image_size).to(torch.uint8)
-    if needs.text_length:
-        batch["text"] = integers(needs.text_vocab, needs.text_length)
-        batch["text"][:, -1] = needs.text_vocab + needs.text_length - 1
-    if needs.num_codes:
-        batch["codes"] = integers(needs.code_vocab, needs.num_codes)
-    return batch
 
 
 def rows(batch: Batch, part: slice) -> Batch:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import HANG_SECONDS, ROOT, environment
+from support.processes import HANG_SECONDS, ROOT, environment
 
 from dalle_scale import config
 from dalle_scale.types import UserError

@@ -23,7 +23,7 @@ NSFW_WORDS = {"UNLIKELY": 0.0, "UNSURE": 0.5, "NSFW": 1.0}
 # Another language counts where it is likely, and this much likelier than English. Short captions ("kitchen", "Taj
 # Mahal") look a little like many languages, so only common ones are asked for. Tried on 72 English captions with many
 # foreign names (4 left out), 56 others (11 kept, mostly of one or two words) and the 3,583 names of emoji (none left
-# out); tests/data/test_filters.py holds many of them.
+# out); tests/curation/test_filters.py holds many of them.
 _MIN_PROBABILITY = 0.7
 _MIN_RATIO = 30.0
 _COMMON = "en ar bg ca cs da de el es et fa fi fr he hr hu id it ja ko lt lv nl no pl pt ro ru sk sl sv th tr uk vi zh"

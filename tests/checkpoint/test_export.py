@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import HANG_SECONDS
-from toys.autoencoder import Stage
+from support.autoencoder import Stage
+from support.processes import HANG_SECONDS
 
 from dalle_scale import io
 from dalle_scale.checkpoint import export
 from dalle_scale.types import ImageTokenizer, UserError
 
-NAME = "toys.autoencoder"
+NAME = "support.autoencoder"
 
 
 def save(folder: Path, seed: int = 0, **config: int) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (lambda f: edit(f, model={"width": 24}), r"another architecture: 'down.weight' is \[16, 256\] .* \[24, 256\]"),
         (lambda f: edit(f, model={"widht": 24}), "did you mean 'width'"),
         (lambda f: edit(f, nets=["model", "critic"]), "nets"),
-        (lambda f: edit(f, stage="toys.nothing"), "no module 'toys.nothing'"),
+        (lambda f: edit(f, stage="support.nothing"), "no module 'support.nothing'"),
     ],
 )
 def test_bad_exports_are_user_errors(tmp_path: Path, damage, message: str) -> None:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HANG_SECONDS
-from shelf import Shelf
+from support.processes import HANG_SECONDS
+from support.shelf import Shelf
 
 from dalle_scale.data.cache import FetchError, ShardCache, open_remote, remote_size, retry
 from dalle_scale.types import UserError

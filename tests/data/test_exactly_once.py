@@ -12,11 +12,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import HANG_SECONDS, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toys.deliver import BATCH_SAMPLES, digest, merged, open_ranks
+from support.deliver import BATCH_SAMPLES, digest, merged, open_ranks
+from support.processes import HANG_SECONDS, environment
 
 from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.data import codes, ledger
@@ -96,7 +96,7 @@ def test_changing_the_topology_at_any_batch_changes_nothing(data, reference, cut
 def test_after_kill_9_every_batch_is_what_it_was(data, reference, tmp_path):
     rng = random.Random(0)
     for attempt in range(4):
-        command = [sys.executable, "-m", "toys.deliver", *data, str(tmp_path), f"--stop={len(reference)}"]
+        command = [sys.executable, "-m", "support.deliver", *data, str(tmp_path), f"--stop={len(reference)}"]
         command += [f"--world-size={rng.choice([1, 2, 3, 4])}", f"--workers={rng.choice([0, 1, 2])}"]
         command += [f"--killed-after={rng.randrange(1, 6)}"] if attempt < 3 else []
         done = subprocess.run(command, env=environment(), start_new_session=True, timeout=HANG_SECONDS)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import adam16_kernel_checks
 import pytest
-from conftest import HANG_SECONDS, environment
+from support.processes import HANG_SECONDS, environment
+from support.rank_checks import adam16_kernel_checks
 
 PROGRAM = Path(adam16_kernel_checks.__file__)
 # Every operation of PTX on fp32 whose result is not exact; each rounds to nearest, keeps subnormal numbers, and `.rn`

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys.autoencoder import Net
+from support.autoencoder import Net
 
 from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import memory, optim

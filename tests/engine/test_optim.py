@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.autoencoder import Net
 from torch import nn
-from toys.autoencoder import Net
 
 from dalle_scale.config import OptimConfig
 from dalle_scale.engine import optim

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import HANG_SECONDS
+from support.processes import HANG_SECONDS
 from torch import Tensor
 
 from dalle_scale.engine.powersgd import PowerSGD, orthonormal, pays

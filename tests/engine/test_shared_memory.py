@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HANG_SECONDS, environment
+from support.processes import HANG_SECONDS, environment
 from torch import Tensor
 
 from dalle_scale.engine import shared_memory

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import HANG_SECONDS, environment
+from support.processes import HANG_SECONDS, environment
 
 PROGRAM = """
 import sys

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG_SECONDS
+from support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 BEGIN = """

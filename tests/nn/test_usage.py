@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
-from conftest import in_ranks
+from support.processes import in_ranks
 from torch import Tensor
 
 from dalle_scale import dist

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG_SECONDS
 from PIL import Image
+from support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 

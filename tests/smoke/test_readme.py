@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import HANG_SECONDS, free_port
 from PIL import Image
+from support.processes import HANG_SECONDS, free_port
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

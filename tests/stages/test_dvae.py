@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_psnr, assert_usage, batch_of, rows, same_codes, same_pictures
+from support.batches import assert_psnr, assert_usage, batch_of, rows, same_codes, same_pictures
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import NAMES, build, fake_batch
+from support.contract import NAMES, build, fake_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as torch_dist
-from batches import rows, same_pictures
-from conftest import in_ranks
+from support.batches import rows, same_pictures
+from support.processes import in_ranks
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 

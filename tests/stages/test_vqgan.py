@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import rows, same_codes
+from support.batches import rows, same_codes
 from torch import Tensor, nn
 
 from dalle_scale import config as run_config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import assert_psnr, assert_usage, batch_of, quarters, rows
+from support.batches import assert_psnr, assert_usage, batch_of, quarters, rows
 from torch import nn
 
 from dalle_scale import config as run_config
