@@ -150,13 +150,13 @@ def ours_pass(folder: Path, threads: int = 1) -> Callable[[], Iterator[Any]]:
     """This project's stream."""
     from dalle_scale.config import DataConfig
     from dalle_scale.data.pipeline import open_stream
-    from dalle_scale.types import Needs
+    from dalle_scale.types import BatchSpec
 
     source = str(folder / "shards")
     stream = open_stream(
         DataConfig(train=source, threads=threads),
         source,
-        Needs(image_size=SIDE, augment="transformer"),
+        BatchSpec(image_size=SIDE, augment="transformer"),
         seed=0,
         batch_samples=BATCH,
         micro_batch_samples=BATCH,

@@ -81,11 +81,13 @@ def open_data(folder: str) -> Any:
     """The stream of a data set, pictures or codes."""
     from dalle_scale.config import DataConfig
     from dalle_scale.data.pipeline import open_stream
-    from dalle_scale.types import Needs
+    from dalle_scale.types import BatchSpec
 
-    needs = Needs(image_size=32) if folder.endswith("pictures") else Needs(num_codes=NUM_CODES, code_vocab=8192)
+    inputs = (
+        BatchSpec(image_size=32) if folder.endswith("pictures") else BatchSpec(num_codes=NUM_CODES, code_vocab=8192)
+    )
     sizes = {"batch_samples": BATCH, "micro_batch_samples": BATCH, "rank": 0, "world_size": 1}
-    return open_stream(DataConfig(train=folder), folder, needs, seed=0, train=True, ledger=None, **sizes)
+    return open_stream(DataConfig(train=folder), folder, inputs, seed=0, train=True, ledger=None, **sizes)
 
 
 def resume(folder: str, _: int) -> dict[str, Any]:

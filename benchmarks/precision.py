@@ -30,7 +30,7 @@ from dalle_scale import dist, stages
 from dalle_scale.config import RunConfig
 from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.nn import precision
-from dalle_scale.types import Batch, Needs, Stage
+from dalle_scale.types import Batch, BatchSpec, Stage
 
 SECONDS = 4.0  # of measuring a case, about
 TYPES = ("fp32", "bf16")
@@ -160,7 +160,7 @@ def step_of_training(case: Case, config: RunConfig, dtype: str) -> Callable[[], 
     dist.seed_everything(0, step=-1)
     players = build.build(config, stage.nets())
     trainer = Trainer(config, stage, players, None, None, {}, done=1_000)  # type: ignore[arg-type]
-    return partial(trainer._update, [random_batch(stage.needs, config.batch_samples)])
+    return partial(trainer._update, [random_batch(stage.inputs, config.batch_samples)])
 
 
 def step_of_sampling(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
@@ -185,21 +185,21 @@ def step_of_coding(case: Case, config: RunConfig, dtype: str) -> Callable[[], ob
     nets = {name: net.eval().requires_grad_(False) for name, net in stage.nets().items()}
     precision.cast(nets, torch.device("cpu"), dtype)
     tokenizer = stage.tokenizer(nets)  # type: ignore[attr-defined]
-    images = random_batch(stage.needs, config.batch_samples)["image"]
+    images = random_batch(stage.inputs, config.batch_samples)["image"]
     codes = tokenizer.encode(images)
     return partial(tokenizer.encode, images) if case.what == "encode" else partial(tokenizer.decode, codes)
 
 
-def random_batch(needs: Needs, samples: int) -> Batch:
+def random_batch(inputs: BatchSpec, samples: int) -> Batch:
     """Noise at the right sizes."""
     batch = {"id": torch.arange(samples), "seed": torch.arange(samples), "weight": torch.ones(samples)}
-    if needs.image_size:
-        shape = (samples, needs.image_size, needs.image_size, 3)
+    if inputs.image_size:
+        shape = (samples, inputs.image_size, inputs.image_size, 3)
         batch["image"] = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    if needs.text_length:
-        batch["text"] = torch.randint(0, needs.text_vocab, (samples, needs.text_length))
-    if needs.num_codes:
-        batch["codes"] = torch.randint(0, needs.code_vocab, (samples, needs.num_codes))
+    if inputs.text_length:
+        batch["text"] = torch.randint(0, inputs.text_vocab, (samples, inputs.text_length))
+    if inputs.num_codes:
+        batch["codes"] = torch.randint(0, inputs.code_vocab, (samples, inputs.num_codes))
     return batch
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     stream = open_stream(
         DataConfig(train=args.shards),
         args.shards,
-        stage.needs,
+        stage.inputs,
         seed=0,
         batch_samples=BATCH_SAMPLES,
         micro_batch_samples=BATCH_SAMPLES,

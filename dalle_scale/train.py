@@ -77,7 +77,7 @@ class Trainer:
     def _update(self, micro_batches: list[Batch]) -> None:
         """One update of every net whose turn it is."""
         dist.seed_everything(self.config.seed, self.done)
-        for turn in self.stage.turns(self.done):
+        for turn in self.stage.nets_to_update(self.done):
             player = self.players[turn]
             with self.players.turn(turn) as nets:
                 for batch in micro_batches:
@@ -96,7 +96,7 @@ class Trainer:
             for micro_batches in progress(stream.batches(0, num_batches), "validate", "batches", num_batches):
                 [samples] = balance(micro_batches, size)
                 dist.seed_everything(self.config.seed, self.done)
-                for turn in self.stage.turns(self.done):
+                for turn in self.stage.nets_to_update(self.done):
                     for batch in micro_batches:
                         losses = self.stage.loss(turn, nets, to_device(batch), self.done)
                         means.add(losses, samples, self.players.prefix(turn))

@@ -114,7 +114,7 @@ def tokenizer_quality(run: Path) -> dict[str, float]:
     stream = open_stream(
         DataConfig(train=source),
         source,
-        stage.needs,
+        stage.inputs,
         seed=0,
         batch_samples=128,
         micro_batch_samples=128,

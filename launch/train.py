@@ -58,7 +58,7 @@ def main() -> None:
     dist.seed_everything(config.seed, step=-1)
     nets = stage.nets()
     if checkpoint is None and dist.is_main():
-        stage.initialise(nets, all_batches(open_data(config, stage, config.data.train, train=True, alone=True)))
+        stage.initialize(nets, all_batches(open_data(config, stage, config.data.train, train=True, alone=True)))
     build.share(nets)
     players = build.build(config, nets)
     if checkpoint:
@@ -92,7 +92,7 @@ def open_data(config: RunConfig, stage: Stage, source: DataSource, train: bool, 
     return open_stream(
         config.data,
         source,
-        stage.needs,
+        stage.inputs,
         seed=config.seed,
         batch_samples=config.batch_samples,
         micro_batch_samples=config.batch_samples if alone else config.micro_batch_samples(world_size),

@@ -28,18 +28,18 @@ def test_every_stage_has_a_tiny_config():
 def test_describes_itself(name):
     stage, nets = build(name)
     assert issubclass(stage.Config, StrictModel)
-    assert stage.needs.keys
+    assert stage.inputs.keys
     assert set(config.load(TINY / f"{name}.yaml").optim) == set(nets)
-    assert set(stage.turns(0)) <= set(nets)
+    assert set(stage.nets_to_update(0)) <= set(nets)
     assert stage.flops_per_sample() > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_is_finite_reported_and_reaches_every_parameter(name):
     stage, nets = build(name)
-    batch = fake_batch(stage.needs, 4)
+    batch = fake_batch(stage.inputs, 4)
     before = copy.deepcopy(batch)
-    for turn in stage.turns(0):
+    for turn in stage.nets_to_update(0):
         losses = stage.loss(turn, nets, batch, step=3)
         assert isinstance(losses, Losses) and losses.total.shape == () and losses.total.isfinite()
         assert losses.terms and not any(term.requires_grad for term in losses.terms.values())
@@ -52,7 +52,7 @@ def test_loss_is_finite_reported_and_reaches_every_parameter(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_same_batch_same_loss(name):
     stage, nets = build(name)
-    batch = fake_batch(stage.needs, 4)
+    batch = fake_batch(stage.inputs, 4)
     torch.manual_seed(1)
     first = stage.loss("model", nets, batch, step=3).total
     torch.manual_seed(2)
@@ -62,7 +62,7 @@ def test_same_batch_same_loss(name):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - BATCH_DEPENDENT))
 def test_loss_of_a_batch_is_the_mean_of_its_halves(name):
     stage, nets = build(name)
-    batch = fake_batch(stage.needs, 6)
+    batch = fake_batch(stage.inputs, 6)
     whole = stage.loss("model", nets, batch, step=3)
     halves = [stage.loss("model", nets, rows(batch, part), step=3) for part in (slice(3), slice(3, 6))]
     torch.testing.assert_close(whole.total, (halves[0].total + halves[1].total) / 2, rtol=1e-5, atol=1e-6)
@@ -71,7 +71,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_halves(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_slot_changes_nothing(name):
     stage, nets = build(name)
-    batch = fake_batch(stage.needs, 4)
+    batch = fake_batch(stage.inputs, 4)
     kept = rows(batch, slice(3))
     batch["weight"] = torch.tensor([4 / 3, 4 / 3, 4 / 3, 0.0])
     with_slot = stage.loss("model", nets, batch, step=3).total
@@ -88,14 +88,14 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_update_does_not_wait_for_its_numbers(name):
-    """From the second on; the first may initialise."""
+    """From the second on; the first may initialize."""
     stage, nets = build(name)
     for net in nets.values():
         net.train()
     for step in range(2):
         with NoHostReads() if step else nullcontext():
-            for turn in stage.turns(step):
-                stage.loss(turn, nets, fake_batch(stage.needs, 4, seed=step), step).total.backward()
+            for turn in stage.nets_to_update(step):
+                stage.loss(turn, nets, fake_batch(stage.inputs, 4, seed=step), step).total.backward()
             stage.after_step(nets, step)
 
 

@@ -26,7 +26,7 @@ from dalle_scale import stages
 from dalle_scale.config import parse
 from dalle_scale.io import replacing
 from dalle_scale.nn import precision
-from dalle_scale.types import ImageTokenizer, Nets, Stage, StrictModel, UserError
+from dalle_scale.types import ImageTokenizer, LatentCodec, Nets, Stage, StrictModel, UserError
 
 FORMAT = "dalle_scale export 1"
 UPSTREAM_PART = "tokenizer"  # the part that becomes `Stage.upstream`
@@ -132,17 +132,18 @@ def open_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Im
 
 def tokenizer_of(export: Export) -> ImageTokenizer:
     """The image tokenizer in an opened export. Raises UserError if its stage is none."""
-    make = getattr(export.stage, "tokenizer", None)
-    if make is None:
+    tokenizer = export.stage.tokenizer(export.nets)
+    if tokenizer is None:
         raise UserError(
             f"{export.folder}: stage '{export.name}' is not an image tokenizer; give the export of one (dvae)"
         )
-    tokenizer: ImageTokenizer = make(export.nets)
     return tokenizer
 
 
-def open_upstream(folder: str | Path, stage_class: type[Stage], device: str | torch.device = "cpu") -> Any:
-    """Open the export below a stage: an image tokenizer, or `nn.latents.Latents` for one that `takes_latents`.
+def open_upstream(
+    folder: str | Path, stage_class: type[Stage], device: str | torch.device = "cpu"
+) -> ImageTokenizer | LatentCodec:
+    """Open the export below a stage: an image tokenizer, or a latent codec for one that `takes_latents`.
 
     Raises:
         UserError: no export, or one of another kind.
@@ -150,9 +151,10 @@ def open_upstream(folder: str | Path, stage_class: type[Stage], device: str | to
     if not stage_class.takes_latents:
         return open_tokenizer(folder, device)
     export = load(folder, device)
-    if not hasattr(export.stage, "latents"):
+    codec = export.stage.latents(export.nets)
+    if codec is None:
         raise UserError(f"{folder}: stage '{export.name}' has no continuous latents; give the export of a VAE")
-    return export.stage.latents(export.nets)
+    return codec
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dalle_scale import config as configs
 from dalle_scale import stages
 from dalle_scale.config import RunConfig
-from dalle_scale.types import Batch, Needs, Nets, Stage, UserError
+from dalle_scale.types import Batch, BatchSpec, Nets, Stage, UserError
 
 _plain_attention = F.scaled_dot_product_attention
 
@@ -37,13 +37,13 @@ def activations(config: RunConfig, nets: Nets, micro_batch_samples: int) -> dict
     step = config.updates - 1
     found = []
     with torch.device("meta"), mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
-        nets, batch = copy.deepcopy(nets), _batch(_needs(stage), micro_batch_samples)
+        nets, batch = copy.deepcopy(nets), _batch(_inputs(stage), micro_batch_samples)
         for net in nets.values():
             _prepare(net, working, config.engine.activation_checkpointing)
         trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
         tensors = [*batch.values(), *(t for net in nets.values() for t in [*net.parameters(), *net.buffers()])]
         own = {tensor.untyped_storage()._cdata for tensor in tensors}
-        for turn in stage.turns(step):
+        for turn in stage.nets_to_update(step):
             for name, parameters in trained.items():
                 for parameter in parameters:
                     parameter.requires_grad_(name == turn)
@@ -63,9 +63,9 @@ def open_stage(config: RunConfig) -> Stage:
     return kind(configs.parse(kind.Config, config.model, where="model"))
 
 
-def _needs(stage: Stage) -> Needs:
+def _inputs(stage: Stage) -> BatchSpec:
     try:
-        return stage.needs
+        return stage.inputs
     except UserError as error:
         raise UserError(f"{error}; a plan opens no tokenizer: plan without, and count what it takes on top") from None
 
@@ -82,17 +82,17 @@ def _prepare(net: nn.Module, working: torch.dtype, recompute: bool) -> None:
             setattr(module, "activation_checkpointing", recompute)  # noqa: B010 (not an attribute of every module)
 
 
-def _batch(needs: Needs, samples: int) -> Batch:
+def _batch(inputs: BatchSpec, samples: int) -> Batch:
     """A batch without content."""
     batch = {name: torch.empty(samples, dtype=torch.int64) for name in ("id", "seed")}
     batch["weight"] = torch.empty(samples)
-    if needs.image_size:
-        shape = (samples, 3, needs.image_size, needs.image_size)
+    if inputs.image_size:
+        shape = (samples, 3, inputs.image_size, inputs.image_size)
         batch["image"] = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    if needs.text_length:
-        batch["text"] = torch.empty(samples, needs.text_length, dtype=torch.int64)
-    if needs.num_codes:
-        batch["codes"] = torch.empty(samples, needs.num_codes, dtype=torch.int64)
+    if inputs.text_length:
+        batch["text"] = torch.empty(samples, inputs.text_length, dtype=torch.int64)
+    if inputs.num_codes:
+        batch["codes"] = torch.empty(samples, inputs.num_codes, dtype=torch.int64)
     return batch
 
 

@@ -27,7 +27,7 @@ from dalle_scale.data.order import MIXTURE_SLOTS, Plan, Source, quotas
 from dalle_scale.data.pool import Pool
 from dalle_scale.data.reader import ahead
 from dalle_scale.data.rows import RowReader, Rows
-from dalle_scale.types import Batch, Needs, UserError
+from dalle_scale.types import Batch, BatchSpec, UserError
 
 _FUSE_SAMPLES = 100  # fewer say nothing about the share of bad ones
 _FETCHES = 4  # shards fetched at a time ahead of their use
@@ -36,7 +36,7 @@ _FETCHES = 4  # shards fetched at a time ahead of their use
 def open_stream(
     config: DataConfig,
     source: DataSource,
-    needs: Needs,
+    inputs: BatchSpec,
     *,
     seed: int,
     batch_samples: int,
@@ -59,13 +59,13 @@ def open_stream(
     """
     parts = (SourceConfig(path=source),) if isinstance(source, str) else source
     manifests = [Manifest.open(part.path) for part in parts]
-    tokenizer = _open_text(config, needs, train) if needs.text_length else None
+    tokenizer = _open_text(config, inputs, train) if inputs.text_length else None
     for manifest in manifests:
-        _check_members(manifest, needs)
+        _check_members(manifest, inputs)
     weights = tuple(part.weight for part in parts)
     _check_mixture(parts, manifests, weights)
     if not train:
-        needs = dataclasses.replace(needs, augment="none", bpe_dropout=0.0)
+        inputs = dataclasses.replace(inputs, augment="none", bpe_dropout=0.0)
     plan = Plan(
         tuple(Source(manifest.digest, manifest.starts, config.window_shards) for manifest in manifests),
         weights,
@@ -78,7 +78,7 @@ def open_stream(
     )
     cache = _open_cache(config, manifests)
     folders = tuple(manifest.folder for manifest in manifests)
-    rows = RowReader(plan, folders, needs, config.text_tokenizer, cache, config.threads)
+    rows = RowReader(plan, folders, inputs, config.text_tokenizer, cache, config.threads)
     rows.open(manifests, tokenizer)
     return Stream(rows, manifests, config, Ledger(ledger), cache)
 
@@ -238,14 +238,14 @@ class _Prefetch:
                 self._cache.fetch(shard.url, shard.size_bytes, shard.sha256)
 
 
-def _open_text(config: DataConfig, needs: Needs, train: bool) -> text.TextTokenizer:
+def _open_text(config: DataConfig, inputs: BatchSpec, train: bool) -> text.TextTokenizer:
     if config.text_tokenizer is None:
         raise UserError("data.text_tokenizer: this stage reads captions; name a sentencepiece model or a folder")
-    tokenizer = text.open_text(config.text_tokenizer, needs.text_vocab)
-    if train and needs.bpe_dropout and not tokenizer.can_drop:
+    tokenizer = text.open_text(config.text_tokenizer, inputs.text_vocab)
+    if train and inputs.bpe_dropout and not tokenizer.can_drop:
         raise UserError(
-            f"{config.text_tokenizer}: BPE dropout {needs.bpe_dropout} needs a sentencepiece BPE model; set it to 0 or "
-            "train one with data_tools/train_tokenizer.py"
+            f"{config.text_tokenizer}: BPE dropout {inputs.bpe_dropout} needs a sentencepiece BPE model; set it to 0 "
+            "or train one with data_tools/train_tokenizer.py"
         )
     return tokenizer
 
@@ -280,28 +280,30 @@ def _check_mixture(parts: tuple[SourceConfig, ...], manifests: list[Manifest], w
         raise UserError("data.train: the same data set twice; give it one entry with the sum of the weights")
 
 
-def _check_members(manifest: Manifest, needs: Needs) -> None:
+def _check_members(manifest: Manifest, inputs: BatchSpec) -> None:
     """Raise UserError if the data set cannot give what the stage needs."""
     holds = f"it holds: {', '.join(manifest.members)}"
-    if needs.image_size and not manifest.holds_images:
+    if inputs.num_classes:
+        raise UserError(f"{manifest.folder}: this stage needs class labels, the data set has none ({holds})")
+    if inputs.image_size and not manifest.holds_images:
         raise UserError(f"{manifest.folder}: this stage needs images, the data set has none ({holds})")
-    if needs.text_length and "txt" not in manifest.members:
+    if inputs.text_length and "txt" not in manifest.members:
         raise UserError(f"{manifest.folder}: this stage needs captions (txt), the data set has none ({holds})")
-    if needs.num_codes:
+    if inputs.num_codes:
         if codes.MEMBER not in manifest.members:
             raise UserError(
                 f"{manifest.folder}: this stage needs image codes, the data set has none ({holds}); make them with "
                 "launch/encode.py"
             )
         vocab, grids = manifest.info.get("vocab", 0), manifest.info.get("grids")
-        if vocab > needs.code_vocab:
+        if vocab > inputs.code_vocab:
             raise UserError(
                 f"{manifest.folder}: its codes come from a vocabulary of {vocab}, the model has room for "
-                f"{needs.code_vocab}; set the model's image vocabulary to {vocab}"
+                f"{inputs.code_vocab}; set the model's image vocabulary to {vocab}"
             )
-        if grids is not None and codes.count(grids) != needs.num_codes:
+        if grids is not None and codes.count(grids) != inputs.num_codes:
             raise UserError(
-                f"{manifest.folder}: its pictures are {codes.describe(grids)}, the model takes {needs.num_codes}; "
+                f"{manifest.folder}: its pictures are {codes.describe(grids)}, the model takes {inputs.num_codes}; "
                 f"set the model's grid to {', '.join(map(str, grids))}"
             )
 

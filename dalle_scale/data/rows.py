@@ -22,7 +22,7 @@ from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import Plan, Slots
 from dalle_scale.data.pool import Careful
 from dalle_scale.data.reader import BadSample, Reader, Span
-from dalle_scale.types import Batch, Needs, UserError
+from dalle_scale.types import Batch, BatchSpec, UserError
 
 _BUFFERS = 4
 
@@ -77,7 +77,7 @@ class RowReader:
         self,
         plan: Plan,
         folders: tuple[Path, ...],
-        needs: Needs,
+        inputs: BatchSpec,
         text_tokenizer: str | None,
         cache: ShardCache | None,
         threads: int = 1,
@@ -85,7 +85,7 @@ class RowReader:
         """threads: that decode pictures in a process."""
         self.plan = plan
         self._folders = folders
-        self.needs = needs
+        self.inputs = inputs
         self._text_path = text_tokenizer
         self._cache = cache
         self.threads = threads
@@ -102,7 +102,7 @@ class RowReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Other processes get plain values, no open files and no index."""
-        return RowReader, (self.plan, self._folders, self.needs, self._text_path, self._cache, self.threads)
+        return RowReader, (self.plan, self._folders, self.inputs, self._text_path, self._cache, self.threads)
 
     def read(self, number: int, careful: Careful | None = None) -> Rows:
         """As in `pool.BatchReader`."""
@@ -121,8 +121,8 @@ class RowReader:
         for manifest, source in zip(manifests, self.plan.sources, strict=True):
             if manifest.digest != source.digest:
                 raise UserError(f"{manifest.folder}: the data set was changed while it is in use; start again")
-        reads_text = self._text_path is not None and self.needs.text_length
-        self.open(manifests, text.open_text(str(self._text_path), self.needs.text_vocab) if reads_text else None)
+        reads_text = self._text_path is not None and self.inputs.text_length
+        self.open(manifests, text.open_text(str(self._text_path), self.inputs.text_vocab) if reads_text else None)
 
 
 class _Buffers:
@@ -149,7 +149,7 @@ class _Assembly:
     def __init__(self, owner: RowReader, number: int, careful: Careful | None) -> None:
         self._owner = owner
         self._number = number
-        self._needs = owner.needs
+        self._inputs = owner.inputs
         self._careful = careful
         self._slots: Slots = owner.plan.slots(number)
         self._seeds = owner.plan.seeds(self._slots)
@@ -159,7 +159,7 @@ class _Assembly:
         text_tokenizer = self._owner.text
         cut_before = text_tokenizer.truncated_samples if text_tokenizer else 0
         loaders = {"image": self._images, "text": self._captions, "codes": self._codes}
-        batch: Batch = {key: loaders[key]() for key in self._needs.keys}
+        batch: Batch = {key: loaders[key]() for key in self._inputs.keys}
         slots = self._slots
         bad = [self._bad(row, reason) for row, reason in sorted(self._reasons.items())]
         ids = np.where(slots.sample >= 0, self._owner.offsets[slots.source] + slots.sample, -1)
@@ -179,7 +179,7 @@ class _Assembly:
 
     def _images(self) -> Tensor:
         """uint8 [B, 3, S, S], channels last in memory."""
-        size, augment = self._needs.image_size, self._needs.augment
+        size, augment = self._inputs.image_size, self._inputs.augment
         pixels = self._owner.buffers.take((len(self._seeds), size, size, 3))  # empty slots are cleared in `rows`
         spans: dict[int, Span] = {}
         self._load_rows(lambda row, sample, reader: spans.update({row: reader.image_span(sample)}))
@@ -212,12 +212,12 @@ class _Assembly:
 
         self._load_rows(load)
         assert self._owner.text is not None
-        needs = self._needs
-        return self._owner.text.encode(captions, needs.text_length, needs.bpe_dropout, self._seeds.tolist())
+        inputs = self._inputs
+        return self._owner.text.encode(captions, inputs.text_length, inputs.bpe_dropout, self._seeds.tolist())
 
     def _codes(self) -> Tensor:
         """int64 [B, N]."""
-        num_codes, vocab = self._needs.num_codes, self._needs.code_vocab
+        num_codes, vocab = self._inputs.num_codes, self._inputs.code_vocab
         out = np.zeros((len(self._seeds), num_codes), np.int64)
 
         def load(row: int, sample: int, reader: Reader) -> None:

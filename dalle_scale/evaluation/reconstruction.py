@@ -31,7 +31,7 @@ from dalle_scale.evaluation.metrics import code_length
 from dalle_scale.evaluation.metrics.ssim import WINDOW, ssim
 from dalle_scale.nn.codebook_stats import perplexity, psnr_db, used_share
 from dalle_scale.nn.likelihoods import Bernoulli
-from dalle_scale.types import Batch, ImageTokenizer, Needs, UserError
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, UserError
 
 Row = dict[str, Any]
 
@@ -151,12 +151,11 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def _open_subject(name: str, folder: Path, device: torch.device, dtype: str) -> Subject:
     opened = export.load(folder, device, dtype)
-    make = getattr(opened.stage, "tokenizer", None)
-    if make is None:
-        if not hasattr(opened.stage, "evaluate") or "image" not in opened.stage.needs.keys:
+    tokenizer = opened.stage.tokenizer(opened.nets)
+    if tokenizer is None:
+        if not hasattr(opened.stage, "evaluate") or "image" not in opened.stage.inputs.keys:
             raise UserError(f"{folder}: stage '{opened.name}' is not an image tokenizer; give the export of one (dvae)")
-        return Subject(name, opened, opened.stage.needs.image_size, None)
-    tokenizer: ImageTokenizer = make(opened.nets)
+        return Subject(name, opened, opened.stage.inputs.image_size, None)
     if tokenizer.image_size < WINDOW:
         size = f"{tokenizer.image_size} x {tokenizer.image_size}"
         raise UserError(f"{folder}: pictures of {size} are smaller than the window of SSIM, {WINDOW} x {WINDOW}")
@@ -208,10 +207,10 @@ def open_pictures(
     Raises:
         UserError: no data set with images, or an empty one; captions are missing, or their text tokenizer.
     """
-    needs, text = Needs(image_size=image_size), None
+    inputs, text = BatchSpec(image_size=image_size), None
     if prior and prior.text_length:
         if "txt" in Manifest.open(folder).members:
-            needs = replace(needs, text_length=prior.text_length, text_vocab=prior.text_vocab)
+            inputs = replace(inputs, text_length=prior.text_length, text_vocab=prior.text_vocab)
             text = prior.text_tokenizer
         elif not prior.without_captions:
             raise UserError(f"{folder}: has no captions, and {prior.folder} models codes given captions only")
@@ -219,7 +218,7 @@ def open_pictures(
     stream = open_stream(
         DataConfig(train=str(folder), text_tokenizer=text, max_bad_share=1.0),  # the table says how many are lost
         str(folder),
-        needs,
+        inputs,
         seed=0,
         batch_samples=batch * world_size,
         micro_batch_samples=batch,

@@ -38,7 +38,7 @@ def start_codebooks(
     parts = torch.split(images, max(1, pixels_at_once // images[0, 0].numel()))
     for quantizer, features in levels:
         found = torch.cat([features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in parts])
-        quantizer.initialise(found, log.progress)
+        quantizer.initialize(found, log.progress)
 
 
 def first_images(batches: Iterable[Batch], count: int, what: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 Two stems. "resnet" is the paper's: a 7x7 convolution at full resolution, then groups with max-pooling between them.
 "patch" folds each downsampling x downsampling square into channels and works at the resolution of the codes
-throughout: far cheaper, and the form that k-means can initialise. The decoders mirror them.
+throughout: far cheaper, and the form that k-means can initialize. The decoders mirror them.
 
 Logits and assignments have the codes last, [B, h, w, K]: what softmax and matrix products want, and for
 channels-last pictures a view. The 1x1 convolutions on either side of the relaxation run in fp32 whatever the rest

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_scale.models.dvae import Bottleneck
-from dalle_scale.nn.blocks import conv, initialised
+from dalle_scale.nn.blocks import conv, initialized
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
             layers += _group(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), len(widths))
         self.trunk = nn.Sequential(*layers)
         output = nn.Conv2d(widths[-1], 2 * channels, kernel)
-        self.output = initialised(output, std=1 / math.sqrt(widths[-1] * kernel**2))
+        self.output = initialized(output, std=1 / math.sqrt(widths[-1] * kernel**2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.trunk(self.input(x.to(self.input.weight.dtype)))
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], blocks: int, channels: int, kernel: int, maps: int) -> None:
         super().__init__()
-        self.input = initialised(nn.ConvTranspose2d(channels, widths[-1], kernel), std=1 / math.sqrt(channels))
+        self.input = initialized(nn.ConvTranspose2d(channels, widths[-1], kernel), std=1 / math.sqrt(channels))
         layers: list[nn.Module] = []
         for group in reversed(range(len(widths))):
             before = widths[min(group + 1, len(widths) - 1)]

@@ -1,4 +1,4 @@
-"""Parts of convolutional nets: convolutions with their initialisation, doubling and halving of maps, recomputation."""
+"""Parts of convolutional nets: convolutions with their initialization, doubling and halving of maps, recomputation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dalle_scale.nn.conv import Conv
 Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def initialised(layer: Layer, std: float) -> Layer:
+def initialized(layer: Layer, std: float) -> Layer:
     """The layer with weights ~ N(0, std) and biases 0."""
     nn.init.normal_(layer.weight, std=std)
     assert layer.bias is not None
@@ -28,12 +28,12 @@ def initialised(layer: Layer, std: float) -> Layer:
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     """Convolution that keeps the size; weights ~ N(0, 1 / sqrt(n_in kernel^2)), biases 0."""
-    return initialised(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), std=1 / math.sqrt(n_in * kernel**2))
+    return initialized(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), std=1 / math.sqrt(n_in * kernel**2))
 
 
 def own_conv(n_in: int, n_out: int, kernel: int) -> Conv:
     """`conv` in the fastest way on CPUs, with ReLU before and a sum after as it is called."""
-    return initialised(Conv(n_in, n_out, kernel), std=1 / math.sqrt(n_in * kernel**2))
+    return initialized(Conv(n_in, n_out, kernel), std=1 / math.sqrt(n_in * kernel**2))
 
 
 def run(module: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:

@@ -127,7 +127,7 @@ def build_lpips(config: PerceptualConfig, device: torch.device | str = "cpu") ->
 
 @torch.no_grad()
 def _randomise(features: nn.Sequential, seed: int) -> None:
-    """He initialisation from one seed, biases 0: the activations keep their size through the depth."""
+    """He initialization from one seed, biases 0: the activations keep their size through the depth."""
     generator = torch.Generator().manual_seed(seed)
     for layer in features:
         if isinstance(layer, nn.Conv2d):

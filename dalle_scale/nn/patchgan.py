@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_scale.nn.blocks import initialised
+from dalle_scale.nn.blocks import initialized
 from dalle_scale.nn.half_on_cpu import GroupNorm
 from dalle_scale.types import StrictModel
 
@@ -125,4 +125,4 @@ class MovingAverage(nn.Module):
 
 def _conv(n_in: int, n_out: int, stride: int) -> nn.Conv2d:
     """4x4 with padding 1; the bias stays where a norm follows, whose groups do not take out all of it."""
-    return initialised(nn.Conv2d(n_in, n_out, 4, stride=stride, padding=1), std=0.02)
+    return initialized(nn.Conv2d(n_in, n_out, 4, stride=stride, padding=1), std=0.02)

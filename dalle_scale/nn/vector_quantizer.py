@@ -181,7 +181,7 @@ class Quantizer(nn.Module):
         self._counted = False
 
     @torch.no_grad()
-    def initialise(self, features: Tensor, progress: Progress = silent) -> None:
+    def initialize(self, features: Tensor, progress: Progress = silent) -> None:
         """Start at the k-means centroids of features [M, D]; for rank 0, before its buffers are broadcast.
 
         Raises:

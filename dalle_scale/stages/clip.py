@@ -28,7 +28,7 @@ from torch import Tensor
 from dalle_scale import dist, types
 from dalle_scale.nn.half_on_cpu import attention_kernel
 from dalle_scale.nn.torchvision_compat import import_open_clip
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 
 
 class Stage(types.Stage):
@@ -49,7 +49,7 @@ class Stage(types.Stage):
         text_vocab: int = Field(default=16_384, gt=0)
         text_length: int = Field(default=256, gt=0)  # caption tokens, empty places included
         bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
-        augment: Literal["none", "dvae", "transformer"] = "none"  # as in types.Needs
+        augment: Literal["none", "dvae", "transformer"] = "none"  # as in types.BatchSpec
         loss: Literal["softmax", "siglip"] = "softmax"
         # inverse temperature at the start; None = 1 / 0.07 of softmax, 10 of siglip (arXiv 2303.15343, Sec. 3.2)
         logit_scale: float | None = Field(default=None, gt=0)
@@ -81,9 +81,9 @@ class Stage(types.Stage):
     config: Config
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> BatchSpec:
         c = self.config
-        return Needs(
+        return BatchSpec(
             image_size=c.image_size,
             augment=c.augment,
             text_length=c.text_length,
@@ -124,7 +124,7 @@ class Stage(types.Stage):
         model.visual.positional_embedding.is_embedding = True
         return {"model": model}
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """`contrastive_loss` or, where there is a bias, `sigmoid_loss`, in nats. On rank r of W it covers r's rows of
         the global logits; its mean over the ranks is the loss of the joint batch, and so is its gradient."""
         pixels = self._pixels(nets, batch["image"])

@@ -21,7 +21,7 @@ from dalle_scale import types
 from dalle_scale.models.transformer.masks import Kind, Layout, visible
 from dalle_scale.models.transformer.model import Transformer, paper_order
 from dalle_scale.nn.gumbel import gumbel_noise, gumbel_steps
-from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
 
@@ -48,7 +48,7 @@ class Stage(types.Stage):
         text_weight: float = Field(default=0.125, ge=0, le=1)
         caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share emptied while training, for guided sampling
         bpe_dropout: float = Field(default=0.1, ge=0, lt=1)
-        augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.Needs
+        augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.BatchSpec
         encode_in_step: bool = False  # read pictures and encode them with the frozen `tokenizer:`, not stored codes
 
     config: Config
@@ -81,7 +81,7 @@ class Stage(types.Stage):
                 )
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> BatchSpec:
         """Captions, and either stored codes or the pictures to encode.
 
         Raises:
@@ -90,7 +90,7 @@ class Stage(types.Stage):
         c = self.config
         if c.encode_in_step and self.upstream is None:
             raise UserError("model.encode_in_step: true, but there is no image tokenizer; set tokenizer: <its export>")
-        return Needs(
+        return BatchSpec(
             text_length=c.text_length,
             text_vocab=c.text_vocab,
             bpe_dropout=c.bpe_dropout,
@@ -122,7 +122,7 @@ class Stage(types.Stage):
             return paper_order(c.layers)
         return tuple(c.attention[layer % len(c.attention)] for layer in range(c.layers))
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """See the module's docstring. Terms: `loss`, and `text` and `image`, the cross entropies in nats a position.
 
         While training, a share `caption_dropout` of the samples has an empty caption. These teach the codes alone:
@@ -132,13 +132,13 @@ class Stage(types.Stage):
         c = self.config
         weight = text_weight = batch["weight"]
         text = batch["text"] if c.text_length else self.no_captions(weight)
-        if c.text_length and c.caption_dropout and nets[turn].training:
+        if c.text_length and c.caption_dropout and nets[net].training:
             noise = gumbel_noise(batch["seed"], step=0, count=1)
             dropped = noise < -math.log(-math.log(c.caption_dropout))  # bool [B, 1]; the distribution function
             text = torch.where(dropped, self.empty_caption(text.device), text)
             text_weight = weight * ~dropped[:, 0] / (1 - c.caption_dropout)
         codes = self._codes(batch)
-        text_loss, image_loss = nets[turn](text, codes, (text_weight, weight))
+        text_loss, image_loss = nets[net](text, codes, (text_weight, weight))
         if not c.text_length:
             return Losses(image_loss, {"loss": image_loss.detach(), "image": image_loss.detach()})
         total = c.text_weight * text_loss + (1 - c.text_weight) * image_loss

@@ -42,7 +42,7 @@ from dalle_scale.models.unet.model import UNet
 from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
 from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
-from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
 SCALE_SAMPLES = 2048  # pictures whose latents are measured
@@ -152,10 +152,10 @@ class Stage(types.Stage):
         self.diffusion = Diffusion(betas_of(config.schedule, config.timesteps))
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> BatchSpec:
         """Pictures, and captions if the model takes them."""
         c = self.config
-        return Needs(
+        return BatchSpec(
             image_size=c.image_size,
             augment=c.augment,
             text_length=c.text_length,
@@ -178,17 +178,17 @@ class Stage(types.Stage):
             text_vocab=c.text_vocab,
             text_length=c.text_length,
         )
-        if c.latent_channels:  # not a number until `initialise` has measured it
+        if c.latent_channels:  # not a number until `initialize` has measured it
             model.register_buffer("latent_scale", torch.tensor(c.latent_scale or math.nan))
         return {"model": model}
 
-    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+    def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """Measure the latents' scale where the config names none (arXiv 2112.10752, App. G)."""
         if self.codec is not None and self.config.latent_scale is None:
             deviation = self.codec.encode(first_images(batches, SCALE_SAMPLES, "latents")).std()
             cast(Tensor, nets["model"].latent_scale).fill_(1 / deviation)
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """See the module's docstring. Outside of training the noise is that of update 0, so that the losses of two
         validations differ by the weights alone.
 
@@ -196,9 +196,9 @@ class Stage(types.Stage):
         over the rows of a quarter by how many there are on average, so that their mean is the mse); with a learned
         variance bound (bits per value, without L_T).
         """
-        training = nets[turn].training
+        training = nets[net].training
         number = _DRAWS * step if training else 0
-        weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(nets[turn], batch["image"])
+        weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(nets[net], batch["image"])
         draws = uniform_noise(seeds, number + 1, 2)
         times = (draws[:, 0].double() * len(self.diffusion)).long()
         text = self._captions(batch, draws[:, 1] < self.config.caption_dropout if training else None)
@@ -210,7 +210,7 @@ class Stage(types.Stage):
             text, images = (None if rows is None else torch.cat([rows, rows]) for rows in (text, images))
         noise = normal_noise(seeds, number, x0[0].numel()).view_as(x0)
         x = self.diffusion.noisy(x0, times, noise)
-        predicted, share = self._split(nets[turn](x, times, text, seeds, number + 2))
+        predicted, share = self._split(nets[net](x, times, text, seeds, number + 2))
         target = self.diffusion.target(self.config.target, x0, noise, times)
         mse = (predicted - target).square().flatten(1).mean(dim=1)
 

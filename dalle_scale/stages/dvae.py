@@ -26,7 +26,7 @@ from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
 from dalle_scale.nn.likelihoods import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 
 _LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time (512 MiB in fp32)
 
@@ -148,8 +148,8 @@ class Stage(types.Stage):
         self._usage = UsageWindow(config.vocab, config.usage_window_samples)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": DVAE(self.config, self.likelihood.channels)}
@@ -162,7 +162,7 @@ class Stage(types.Stage):
         """Temperature of the relaxation at an update."""
         return cosine(step, self.config.tau_start, self.config.tau_end, self.config.tau_updates)
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """The negative ELB of the paper divided by the number of pixel values.
 
         Reconstruction is joint over S x S x 3 values and the KL over h x w codes, so the mean KL of a position weighs
@@ -172,14 +172,14 @@ class Stage(types.Stage):
         """
         images, weight = batch["image"], batch["weight"]
         beta, tau = self.beta(step), self.tau(step)
-        maps, kl, codes = nets[turn](images, tau, batch["seed"], step)
+        maps, kl, codes = nets[net](images, tau, batch["seed"], step)
         nll = self.likelihood.nll(maps, phi(images)).mean(dim=(1, 2, 3))
         kl = kl.mean(dim=(1, 2))
         codes_per_value = self.config.grid**2 / (3 * self.config.image_size**2)
         total = ((nll + beta * codes_per_value * kl) * weight).mean()
         with torch.no_grad():
             mse = self._squared_error(maps, images)
-            if nets[turn].training and total.requires_grad:
+            if nets[net].training and total.requires_grad:
                 self._usage.add(codes.flatten(1), mse, weight > 0)
             means = (torch.stack([nll, kl, mse]) * weight).mean(dim=1)
         terms = dict(zip(("nll", "kl", "mse"), means, strict=True))
@@ -194,7 +194,7 @@ class Stage(types.Stage):
         """Originals above what their hard codes decode to: uint8 [N, 3, 2 S, S]."""
         return reconstruction.preview(partial(self._round_trip, nets), batch)
 
-    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+    def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
         if self.config.init != "kmeans":
             return

@@ -23,7 +23,7 @@ from dalle_scale.nn.counter_rng import normal_noise
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian, Likelihood, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel, UserError
 
 _PREVIEW_STEPS = 8  # pictures of an interpolation: a row of the log's sheet
 
@@ -139,8 +139,8 @@ class Stage(types.Stage):
             self.likelihood = DiscretisedLogistic()
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VAE(self.config, self.likelihood.channels)}
@@ -149,7 +149,7 @@ class Stage(types.Stage):
         """Weight of the KL term at an update."""
         return cosine(step, 0.0, self.config.beta, self.config.beta_warmup_updates)
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """(nll + beta * KL with free bits) / pixel values, in nats; nll and KL are sums over a picture.
 
         Terms: nll (nats per value), kl (nats per picture, without free bits), mse (of the reconstruction from a draw,
@@ -157,7 +157,7 @@ class Stage(types.Stage):
         """
         images, weight = batch["image"], batch["weight"]
         beta = self.beta(step)
-        maps, mean, log_variance = nets[turn](images, batch["seed"], step)
+        maps, mean, log_variance = nets[net](images, batch["seed"], step)
         nll = self.likelihood.nll(maps, phi(images)).mean(dim=(1, 2, 3))
         channel_kl = DiagonalGaussian(mean, log_variance).kl().sum(dim=(2, 3))
         paid = channel_kl.clamp(min=self.config.free_bits_nats).sum(dim=1)

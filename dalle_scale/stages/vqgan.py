@@ -46,7 +46,7 @@ from dalle_scale.nn.patchgan import (
     lecam,
 )
 from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 22  # in work without gradients: 64 pictures of 256 x 256
 _LARGEST_LAMBDA = 1e4
@@ -57,7 +57,7 @@ class VQGANConfig(StrictModel):
     """One VQGAN; the architecture's defaults are the paper's f16 model for ImageNet. Starts are in updates."""
 
     image_size: int = Field(default=256, ge=2)  # pixels
-    augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.Needs
+    augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.BatchSpec
 
     width: int = Field(default=128, ge=1)
     multipliers: tuple[PositiveInt, ...] = Field(  # of each group; halved between groups
@@ -171,20 +171,20 @@ class Stage(types.Stage):
         self._logits: list[Tensor] = []  # of this update's micro-batches: [2], means over real and made pictures
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQGAN(self.config), "discriminator": Discriminator(self.config)}
 
-    def turns(self, step: int) -> tuple[str, ...]:
+    def nets_to_update(self, step: int) -> tuple[str, ...]:
         return ("model",) if step < self.config.discriminator_start else ("model", "discriminator")
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """Terms of "model": rec (L1 where pixels span -1 .. 1), perceptual, commitment (x beta, and the codebook loss
         where it has one); from `judged_from` on gan, lambda. Of "discriminator": disc, lecam, and the mean logits of
         real and made pictures."""
-        return self._model_loss(nets, batch, step) if turn == "model" else self._discriminator_loss(nets, batch)
+        return self._model_loss(nets, batch, step) if net == "model" else self._discriminator_loss(nets, batch)
 
     def _model_loss(self, nets: Nets, batch: Batch, step: int) -> Losses:
         images, weight, config = batch["image"], batch["weight"], self.config
@@ -260,7 +260,7 @@ class Stage(types.Stage):
         self._gradients, self._logits = [], []
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+    def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features that the fresh encoder makes of training images."""
         model = cast(VQGAN, nets["model"])
         start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)

@@ -25,7 +25,7 @@ from dalle_scale.nn.field_checks import check_downsampling
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.likelihoods import Gaussian
 from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
 
@@ -95,20 +95,20 @@ class Stage(types.Stage):
         self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQVAE(self.config)}
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """Equation 3 of the paper, averaged over pixel values and over positions and channels of the features.
 
         Terms: nll ("gaussian": nats per value), mse (0..255 scale), quantizer_loss (with update "ema" the commitment
         term times beta).
         """
         images, weight = batch["image"], batch["weight"]
-        pixels, codes, quantizer_loss = nets[turn](images, weight, batch["seed"])
+        pixels, codes, quantizer_loss = nets[net](images, weight, batch["seed"])
         named = {}
         if self.config.likelihood == "gaussian":
             named["nll"] = Gaussian(self.config.gaussian_std).nll(pixels, to_pixels(images)).mean(dim=(1, 2, 3))
@@ -119,7 +119,7 @@ class Stage(types.Stage):
         with torch.no_grad():
             mse = reconstruction.squared_error(to_levels(pixels), images)
             named |= {"mse": mse, "quantizer_loss": quantizer_loss}
-            if nets[turn].training and total.requires_grad:
+            if nets[net].training and total.requires_grad:
                 self._usage.add(codes.flatten(1), mse, weight > 0)
             means = (torch.stack([value.detach() for value in named.values()]) * weight).mean(dim=1)
         return Losses(total, dict(zip(named, means, strict=True)))
@@ -130,7 +130,7 @@ class Stage(types.Stage):
         cast(VQVAE, nets["model"]).quantizer.after_step(step)
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+    def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar)."""
         model = cast(VQVAE, nets["model"])
         start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)

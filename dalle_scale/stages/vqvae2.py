@@ -25,7 +25,7 @@ from dalle_scale.models.vqvae import Decoder, Encoder, to_bytes, to_levels, to_p
 from dalle_scale.nn.codebook_stats import UsageWindow
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.vector_quantizer import Quantized, Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 
 _PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
 
@@ -160,25 +160,25 @@ class Stage(types.Stage):
         self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples, config.grids)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.image_size, augment=self.config.augment)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQVAE2(self.config)}
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """Squared error of pixels in -1 .. 1, averaged over the pixel values, and the levels' quantizer losses, each
         averaged over positions and channels (Sec. 2.1, Eq. 2).
 
         Terms: mse (0..255 scale), quantizer_loss (with update "ema" the commitment terms times beta).
         """
         images, weight = batch["image"], batch["weight"]
-        pixels, codes, quantizer_loss = nets[turn](images, weight, batch["seed"])
+        pixels, codes, quantizer_loss = nets[net](images, weight, batch["seed"])
         distortion = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
         total = ((distortion + quantizer_loss) * weight).mean()
         with torch.no_grad():
             mse = reconstruction.squared_error(to_levels(pixels), images)
-            if nets[turn].training and total.requires_grad:
+            if nets[net].training and total.requires_grad:
                 self._usage.add(flat(codes), mse, weight > 0)
             terms = {"mse": (mse * weight).mean(), "quantizer_loss": (quantizer_loss * weight).mean()}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
@@ -191,7 +191,7 @@ class Stage(types.Stage):
             model.quantizer(level).after_step(step)
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 
-    def initialise(self, nets: Nets, batches: Iterator[Batch]) -> None:
+    def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar), from
         the top down, since each level sees the codes above it."""
         model = cast(VQVAE2, nets["model"])

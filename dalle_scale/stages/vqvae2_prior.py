@@ -24,7 +24,7 @@ from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.stages.dalle import check_sampling, cross_entropy
-from dalle_scale.types import Batch, ImageTokenizer, Losses, Needs, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
 
@@ -120,10 +120,10 @@ class Stage(types.Stage):
                     raise UserError(f"model.{name}: {ours}, but the image tokenizer has {theirs}; set it to that")
 
     @property
-    def needs(self) -> Needs:
+    def inputs(self) -> BatchSpec:
         """The codes of all levels, and captions if the model takes them."""
         c = self.config
-        return Needs(
+        return BatchSpec(
             num_codes=sum(grid**2 for grid in c.grids),
             code_vocab=c.vocab,
             text_length=c.text_length,
@@ -156,10 +156,10 @@ class Stage(types.Stage):
         start, end = self.config.first_code, self.config.first_code + self.config.grid**2
         return (codes[:, :start] if start else None), codes[:, start:end]
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """Cross entropy, the mean over the codes of the level. Terms: nll (nats per code), bits_per_code."""
         upper, codes = self.levels(batch["codes"])
-        logits = nets[turn](codes, upper, batch.get("text"), batch["seed"], step)
+        logits = nets[net](codes, upper, batch.get("text"), batch["seed"], step)
         total = (cross_entropy(logits, codes) * batch["weight"]).mean()
         return Losses(total, {"nll": total.detach(), "bits_per_code": total.detach() / math.log(2)})
 
@@ -237,9 +237,9 @@ class Stage(types.Stage):
         convolution causal and the hidden half of the attention count too: they are computed."""
 
         def forward() -> None:
-            needs = self.needs
-            upper, codes = self.levels(torch.zeros(1, needs.num_codes, dtype=torch.int64))
-            text = torch.zeros(1, needs.text_length, dtype=torch.int64) if needs.text_length else None
+            inputs = self.inputs
+            upper, codes = self.levels(torch.zeros(1, inputs.num_codes, dtype=torch.int64))
+            text = torch.zeros(1, inputs.text_length, dtype=torch.int64) if inputs.text_length else None
             self.nets()["model"](codes, upper, text)
 
         return 3 * flops(forward)

@@ -44,8 +44,8 @@ def planned(config: RunConfig, **changes: Any) -> dict[str, Any]:
 def real(config: RunConfig) -> tuple[Any, dict[str, nn.Module], Batch]:
     """Stage, nets on the CPU, and a batch of 2 with content."""
     stage = activation_memory.open_stage(config)
-    batch, generator = activation_memory._batch(stage.needs, 2), torch.Generator().manual_seed(0)
-    tops = {"image": 256, "text": stage.needs.text_vocab, "codes": stage.needs.code_vocab, "id": 9, "seed": 9}
+    batch, generator = activation_memory._batch(stage.inputs, 2), torch.Generator().manual_seed(0)
+    tops = {"image": 256, "text": stage.inputs.text_vocab, "codes": stage.inputs.code_vocab, "id": 9, "seed": 9}
     for key, top in tops.items():
         if key in batch:
             batch[key].random_(0, top, generator=generator)

@@ -12,7 +12,7 @@ from dalle_scale.config import DataConfig
 from dalle_scale.data.ledger import read
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import open_stream
-from dalle_scale.types import Needs
+from dalle_scale.types import BatchSpec
 
 PICTURES = os.environ.get("PILLOW_TEST_IMAGES", "")
 
@@ -31,7 +31,7 @@ def test_every_odd_picture_is_kept_or_has_a_reason(tmp_path):
     stream = open_stream(
         DataConfig(train=str(out / "train"), max_bad_share=1.0),
         str(out / "train"),
-        Needs(image_size=32, augment="dvae"),
+        BatchSpec(image_size=32, augment="dvae"),
         seed=0,
         train=True,
         ledger=tmp_path / "ledger.jsonl",

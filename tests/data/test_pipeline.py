@@ -21,10 +21,10 @@ from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import Stream, open_stream
 from dalle_scale.data.pool import Careful
 from dalle_scale.data.rows import RowReader
-from dalle_scale.types import Batch, Needs, UserError
+from dalle_scale.types import Batch, BatchSpec, UserError
 
 SAMPLES, SIZE, GRID, VOCAB, TEXT_VOCAB = 53, 8, 3, 50, 300
-NEEDS = Needs(
+INPUTS = BatchSpec(
     image_size=SIZE,
     augment="dvae",
     text_length=6,
@@ -33,7 +33,7 @@ NEEDS = Needs(
     num_codes=GRID**2,
     code_vocab=VOCAB,
 )
-PLAIN = Needs(image_size=SIZE, text_length=40, text_vocab=TEXT_VOCAB, num_codes=GRID**2, code_vocab=VOCAB)
+PLAIN = BatchSpec(image_size=SIZE, text_length=40, text_vocab=TEXT_VOCAB, num_codes=GRID**2, code_vocab=VOCAB)
 
 
 def sample(index: int) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def bpe(tmp_path_factory) -> str:
     return f"{path}.model"
 
 
-def stream(folder: Path, bpe: str | None, needs: Needs = NEEDS, **changes) -> Stream:
+def stream(folder: Path, bpe: str | None, inputs: BatchSpec = INPUTS, **changes) -> Stream:
     config = DataConfig(
         train=str(folder),
         text_tokenizer=bpe,
@@ -80,7 +80,7 @@ def stream(folder: Path, bpe: str | None, needs: Needs = NEEDS, **changes) -> St
     )
     options = {"seed": 1, "batch_samples": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
     options.setdefault("micro_batch_samples", options["batch_samples"] // options["world_size"])
-    return open_stream(config, str(folder), needs, **options)
+    return open_stream(config, str(folder), inputs, **options)
 
 
 def whole(streams: list[Stream], start: int, stop: int) -> list[Batch]:
@@ -257,7 +257,7 @@ def test_cut_captions_are_said_once(folder, bpe, capsys):
     pieces = sentencepiece.SentencePieceProcessor(model_file=bpe)
     cut = sum(len(pieces.encode(sample(index)["txt"].decode())) > 3 for index in range(SAMPLES))
     assert cut > 10
-    list(stream(folder, bpe, Needs(text_length=3, text_vocab=TEXT_VOCAB)).batches(0, 12))
+    list(stream(folder, bpe, BatchSpec(text_length=3, text_vocab=TEXT_VOCAB)).batches(0, 12))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and f"{cut} of {SAMPLES} samples" in lines[0] and "cut to the text length" in lines[0]
     list(stream(folder, bpe, PLAIN).batches(0, 12))
@@ -274,28 +274,28 @@ def test_no_descriptor_is_left_open(folder, bpe):
 
 
 @pytest.mark.parametrize(
-    ("needs", "message"),
+    ("inputs", "message"),
     [
-        (Needs(num_codes=16, code_vocab=VOCAB), "pictures are 3 x 3 codes, the model takes 16"),
-        (Needs(num_codes=9, code_vocab=VOCAB - 1), "vocabulary of 50, the model has room for 49"),
-        (Needs(text_length=4, text_vocab=TEXT_VOCAB - 1), "300 tokens, the model has room for 299"),
+        (BatchSpec(num_codes=16, code_vocab=VOCAB), "pictures are 3 x 3 codes, the model takes 16"),
+        (BatchSpec(num_codes=9, code_vocab=VOCAB - 1), "vocabulary of 50, the model has room for 49"),
+        (BatchSpec(text_length=4, text_vocab=TEXT_VOCAB - 1), "300 tokens, the model has room for 299"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(folder, bpe, needs, message):
+def test_what_does_not_fit_the_model_is_refused(folder, bpe, inputs, message):
     with pytest.raises(UserError, match=message):
-        stream(folder, bpe, needs)
+        stream(folder, bpe, inputs)
 
 
 def test_what_the_data_does_not_hold_is_refused(tmp_path, folder, bpe):
     with ShardWriter(tmp_path / "bare") as writer:
         writer.add("a", {"json": b"{}"})
-    for needs, message in [
-        (Needs(image_size=8), "needs images, the data set has none .it holds: json"),
-        (Needs(text_length=4, text_vocab=TEXT_VOCAB), "needs captions"),
-        (Needs(num_codes=9, code_vocab=VOCAB), "needs image codes"),
+    for inputs, message in [
+        (BatchSpec(image_size=8), "needs images, the data set has none .it holds: json"),
+        (BatchSpec(text_length=4, text_vocab=TEXT_VOCAB), "needs captions"),
+        (BatchSpec(num_codes=9, code_vocab=VOCAB), "needs image codes"),
     ]:
         with pytest.raises(UserError, match=message):
-            stream(tmp_path / "bare", bpe, needs)
+            stream(tmp_path / "bare", bpe, inputs)
     with pytest.raises(UserError, match=r"data\.text_tokenizer"):
         stream(folder, None, PLAIN)
     with pytest.raises(UserError, match=r"no such text tokenizer"):

@@ -17,9 +17,9 @@ from dalle_scale.curation.shard_writer import ShardWriter, commit
 from dalle_scale.data import codes
 from dalle_scale.data.manifest import Manifest, index_path, index_table
 from dalle_scale.data.pipeline import open_stream
-from dalle_scale.types import Needs, UserError
+from dalle_scale.types import BatchSpec, UserError
 
-NEEDS = Needs(num_codes=9, code_vocab=50)
+INPUTS = BatchSpec(num_codes=9, code_vocab=50)
 SAMPLES = 240
 
 
@@ -74,7 +74,7 @@ def stream(folder, cache=None, workers=0, cache_gib=1.0, window_shards=4):
     config = DataConfig(
         train=str(folder), workers=workers, cache=cache and str(cache), cache_gib=cache_gib, window_shards=window_shards
     )
-    return open_stream(config, str(folder), NEEDS, seed=1, batch_samples=16, micro_batch_samples=16, rank=0,
+    return open_stream(config, str(folder), INPUTS, seed=1, batch_samples=16, micro_batch_samples=16, rank=0,
                        world_size=1, train=True, ledger=None)  # fmt: skip
 
 

@@ -364,13 +364,13 @@ def test_kmeans_start(values: dict[str, Any]) -> None:
     centres = 10 * torch.randn(K, D, generator=torch.Generator().manual_seed(0))
     noise = 0.01 * torch.randn(20, K, D, generator=torch.Generator().manual_seed(1))
     quantizer = make(init="kmeans", **values)
-    quantizer.initialise((centres + noise).flatten(0, 1))
+    quantizer.initialize((centres + noise).flatten(0, 1))
     codes = quantizer.encode(centres.T[None, :, :, None])
     assert len(codes.unique()) == K
     if not values:
         torch.testing.assert_close(quantizer.codebook[codes.flatten()], centres, rtol=0, atol=0.02)
     with pytest.raises(UserError, match=r"15 vectors cannot give 16 codes; raise quantizer\.init_samples"):
-        quantizer.initialise(centres[:15])
+        quantizer.initialize(centres[:15])
 
 
 def test_resumes_bit_exact() -> None:

@@ -71,7 +71,7 @@ def start(net: Net) -> None:
     """What the stage does on rank 0 before the nets are shared."""
     if net.quantizer.config.init == "kmeans":
         with torch.no_grad():
-            net.quantizer.initialise(net.encoder(batch(STEPS)[0]).permute(0, 2, 3, 1).flatten(0, 2))
+            net.quantizer.initialize(net.encoder(batch(STEPS)[0]).permute(0, 2, 3, 1).flatten(0, 2))
 
 
 def on_rank(rank: int, folder: str) -> None:

@@ -144,10 +144,10 @@ def test_codes_are_encoded_in_the_step_without_gradient():
 
 
 def test_needs():
-    stored = Stage(Stage.Config(**SMALL)).needs
+    stored = Stage(Stage.Config(**SMALL)).inputs
     assert stored.keys == ("text", "codes")
     assert (stored.num_codes, stored.code_vocab, stored.text_vocab, stored.bpe_dropout) == (9, 13, 11, 0.1)
-    encoded = Stage(Stage.Config(**SMALL, encode_in_step=True), Brightness()).needs
+    encoded = Stage(Stage.Config(**SMALL, encode_in_step=True), Brightness()).inputs
     assert encoded.keys == ("image", "text")
     assert (encoded.image_size, encoded.augment) == (6, "transformer")
 
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_named(changes, message):
 
 def test_encoding_in_the_step_wants_a_tokenizer():
     with pytest.raises(UserError, match="set tokenizer"):
-        _ = Stage(Stage.Config(**SMALL, encode_in_step=True)).needs
+        _ = Stage(Stage.Config(**SMALL, encode_in_step=True)).inputs
 
 
 def test_attention_kinds():
@@ -219,7 +219,7 @@ def test_drawing_equals_the_plain_loop(attention, guidance, primed):
 def test_without_captions():
     """Codes alone: loss and draws by definition, and no parameter for text."""
     stage, nets = make(text_length=0)
-    assert stage.needs.keys == ("codes",)
+    assert stage.inputs.keys == ("codes",)
     assert not any("text" in name for name, _ in nets["model"].named_parameters())
     codes, seeds = make_batch(make()[0], 4)["codes"], torch.arange(4) + 9
     losses = stage.loss("model", nets, {"codes": codes, "seed": seeds, "weight": torch.ones(4)}, 0)

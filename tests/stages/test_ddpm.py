@@ -273,7 +273,7 @@ def test_latents(variance: str) -> None:
     latents, _ = encoder()
     stage = Stage(run_config.parse(Stage.Config, {**LATENT, "variance": variance}, where="test"), latents)  # type: ignore[arg-type]
     nets, batch = stage.nets(), batch_of(3, size=16)
-    assert stage.needs.keys == ("image",) and stage.needs.image_size == 16
+    assert stage.inputs.keys == ("image",) and stage.inputs.image_size == 16
     losses = stage.loss("model", nets, batch, step=0)
     losses.total.backward()
     assert losses.total.isfinite() and all(p.grad is not None for p in nets["model"].parameters())
@@ -292,7 +292,7 @@ def test_the_scale_of_latents_is_measured(tmp_path: Path) -> None:
     nets, batches = stage.nets(), [batch_of(4, size=16), batch_of(3, size=16, first=9)]
     batches[1]["weight"][2] = 0
     assert not stage.loss("model", nets, batches[0], step=0).total.isfinite(), "used before it is measured"
-    stage.initialise(nets, iter(batches))
+    stage.initialize(nets, iter(batches))
     pictures = torch.cat([batches[0]["image"], batches[1]["image"][:2]])
     maps = stage.maps(nets["model"], pictures)
     assert float(maps.std()) == pytest.approx(1) and stage.loss("model", nets, batches[0], step=0).total.isfinite()

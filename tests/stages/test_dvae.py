@@ -49,7 +49,7 @@ def shapes(count: int, size: int = 16, seed: int = 0) -> Tensor:
 
 def test_paper_defaults() -> None:
     stage = Stage(Stage.Config())
-    assert stage.needs.image_size == 256 and stage.needs.augment == "dvae"
+    assert stage.inputs.image_size == 256 and stage.inputs.augment == "dvae"
     assert stage.config.grid == 32 and stage.config.vocab == 8192
     with torch.device("meta"):
         model = stage.nets()["model"]
@@ -163,7 +163,7 @@ def test_kmeans_start_reaches_every_parameter_after_two_updates() -> None:
     what feeds only those moves later still; channels beyond the patch meet zero weights at first."""
     stage, model = make(**KMEANS, beta_start=1.0)
     batch = batch_of(shapes(64))
-    stage.initialise({"model": model}, iter([batch]))
+    stage.initialize({"model": model}, iter([batch]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(3):
         optimizer.zero_grad()
@@ -200,7 +200,7 @@ def test_kmeans_start_is_lossless_when_the_codebook_holds_all_patches(likelihood
     choice[0, 0] = torch.arange(4)
     images = patches[choice].permute(0, 3, 1, 4, 2, 5).reshape(64, 3, 16, 16).to(torch.uint8)
     nets = {"model": model}
-    stage.initialise(nets, iter([batch_of(images)]))
+    stage.initialize(nets, iter([batch_of(images)]))
     tokenizer = stage.tokenizer(nets)
     codes = tokenizer.encode(images)
     assert torch.equal(tokenizer.decode(codes), images)
@@ -215,7 +215,7 @@ def test_kmeans_start_is_kmeans_and_beats_random_weights() -> None:
     nets = {"model": model}
     batch = batch_of(images)
     before = stage.evaluate(nets, [batch])
-    stage.initialise(nets, iter([rows(batch, slice(0, 40)), rows(batch, slice(40, 96))]))
+    stage.initialize(nets, iter([rows(batch, slice(0, 40)), rows(batch, slice(40, 96))]))
     after = stage.evaluate(nets, [batch])
     assert after["psnr_db"] > before["psnr_db"] + 5 and after["codes_used"] > 0.9
 
@@ -229,7 +229,7 @@ def test_kmeans_start_is_kmeans_and_beats_random_weights() -> None:
     assert float((nearest == tokenizer.encode(images).flatten()).float().mean()) > 0.99
 
 
-def test_initialise_takes_only_what_it_needs() -> None:
+def test_initialize_takes_only_what_it_needs() -> None:
     def endless() -> Any:
         for index in range(4):
             batch = batch_of(shapes(20, seed=index))
@@ -239,7 +239,7 @@ def test_initialise_takes_only_what_it_needs() -> None:
         raise AssertionError("asked for more than init_samples")
 
     stage, model = make(**{**KMEANS, "vocab": 4096})
-    stage.initialise({"model": model}, endless())
+    stage.initialize({"model": model}, endless())
     used = torch.cat([shapes(20, seed=index)[1:] for index in range(4)])[:64]
     patches = F.unfold(used.float(), 4, stride=4).transpose(1, 2).flatten(0, 1)
     held = int((model.encoder.output.bias != -1e4).sum())
@@ -249,7 +249,7 @@ def test_initialise_takes_only_what_it_needs() -> None:
 def test_random_init_leaves_the_weights_alone() -> None:
     stage, model = make(**TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    stage.initialise({"model": model}, iter([]))
+    stage.initialize({"model": model}, iter([]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -47,8 +47,8 @@ def test_stage(name: str) -> None:
         for parameter in net.parameters():
             parameter.data = parameter.data.bfloat16()
     buffers = {key: buffer.dtype for net in nets.values() for key, buffer in net.named_buffers()}
-    batch = fake_batch(stage.needs, 4)
-    for turn in stage.turns(3):
+    batch = fake_batch(stage.inputs, 4)
+    for turn in stage.nets_to_update(3):
         with Watch() as watch:
             losses = stage.loss(turn, nets, batch, 3)
         # open_clip's own: attention's softmax, which is fp32 inside, and exp of the scale, a weight of 16 bits here

@@ -126,8 +126,8 @@ def test_losses_by_hand(lecam_weight: float) -> None:
 def test_discriminator_trains_before_it_counts() -> None:
     """Update 3: it starts; update 5: the model hears of it."""
     stage, nets = make(discriminator_start=3, discriminator_warmup_updates=2, adaptive_weight=False)
-    assert [stage.turns(step) for step in (0, 2)] == [("model",)] * 2
-    assert [stage.turns(step) for step in (3, 4, 5, 99)] == [("model", "discriminator")] * 4
+    assert [stage.nets_to_update(step) for step in (0, 2)] == [("model",)] * 2
+    assert [stage.nets_to_update(step) for step in (3, 4, 5, 99)] == [("model", "discriminator")] * 4
     batch, other = batch_of(4), copy.deepcopy(nets)
     for parameter in other["discriminator"].parameters():
         parameter.data.add_(0.1)
@@ -249,7 +249,7 @@ def test_training_lowers_the_loss_with_both_players() -> None:
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.5, 0.9)) for name, net in nets.items()}
     history = []
     for step in range(24):
-        for turn in stage.turns(step):
+        for turn in stage.nets_to_update(step):
             losses = stage.loss(turn, nets, batch_of(8), step)
             optimizers[turn].zero_grad()
             losses.total.backward()
@@ -265,7 +265,7 @@ def test_kmeans_start() -> None:
     used = {}
     for init in ("random", "kmeans"):
         stage, nets = make(quantizer={"vocab": 16, "init": init, "init_samples": 12})
-        stage.initialise(nets, iter([batch_of(8), batch_of(8, seed=1)]))
+        stage.initialize(nets, iter([batch_of(8), batch_of(8, seed=1)]))
         used[init] = stage.evaluate(nets, [batch_of(8)])["codes_used"]
     assert used["kmeans"] > 0.6 and used["kmeans"] > used["random"]
 

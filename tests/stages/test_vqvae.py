@@ -108,7 +108,7 @@ def test_the_optimizer_has_no_codebook() -> None:
 
 def test_training_lowers_the_error_and_reports_usage() -> None:
     stage, model = make(FOUND, usage_every=10, usage_window_samples=160)
-    stage.initialise({"model": model}, iter([batch_of(quarters(64))]))
+    stage.initialize({"model": model}, iter([batch_of(quarters(64))]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = [step_of(stage, model, optimizer, batch_of(quarters(16, seed=step)), step) for step in range(40)]
     assert history[-1]["mse"] < 0.8 * history[0]["mse"]
@@ -130,7 +130,7 @@ def test_kmeans_start() -> None:
 
     stage, model = make(FOUND)
     before = model.quantizer.codebook.clone()
-    stage.initialise({"model": model}, endless())
+    stage.initialize({"model": model}, endless())
     used = torch.cat([quarters(12, seed=index)[1:] for index in range(4)])[:40]
     features = model.features(used).detach().permute(0, 2, 3, 1).flatten(0, 2)
     assert not torch.equal(model.quantizer.codebook, before)
@@ -138,11 +138,11 @@ def test_kmeans_start() -> None:
     assert float(error) < 0.5 * float((features - features.mean(dim=0)).square().sum(dim=1).mean())
     stage, model = make({"vocab": 24})
     before = model.quantizer.codebook.clone()
-    stage.initialise({"model": model}, iter([]))
+    stage.initialize({"model": model}, iter([]))
     assert torch.equal(model.quantizer.codebook, before)
     stage, model = make({"vocab": 24, "init": "kmeans", "init_samples": 1})
     with pytest.raises(UserError, match=r"16 vectors cannot give 24 codes; raise quantizer\.init_samples, now 1"):
-        stage.initialise({"model": model}, iter([batch_of(quarters(4))]))
+        stage.initialize({"model": model}, iter([batch_of(quarters(4))]))
 
 
 def test_evaluation_counts_right_and_changes_nothing() -> None:

@@ -31,7 +31,7 @@ def make(quantizer: dict[str, Any] | None = None, **values: Any) -> tuple[Stage,
 
 def test_grids_of_the_paper() -> None:
     stage = Stage(Stage.Config())
-    assert stage.config.grids == (32, 64) and stage.needs.image_size == 256
+    assert stage.config.grids == (32, 64) and stage.inputs.image_size == 256
     faces = Stage.Config(image_size=1024, downsampling=8, levels=3)
     assert faces.grids == (32, 64, 128)
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def test_every_parameter_gets_a_gradient(levels: int, update: str) -> None:
 def test_training_lowers_the_error_and_reports_each_level(levels: int) -> None:
     stage, model = make(FOUND, levels=levels, usage_every=10, usage_window_samples=160)
     nets = {"model": model}
-    stage.initialise(nets, iter([batch_of(quarters(40))]))
+    stage.initialize(nets, iter([batch_of(quarters(40))]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for step in range(30):
@@ -102,7 +102,7 @@ def test_training_lowers_the_error_and_reports_each_level(levels: int) -> None:
 def test_kmeans_start_goes_down_the_levels() -> None:
     """Each level is clustered as it will be seen: with the new codes of those above it."""
     stage, model = make(FOUND, levels=3)
-    stage.initialise({"model": model}, iter([batch_of(quarters(40))]))
+    stage.initialize({"model": model}, iter([batch_of(quarters(40))]))
     model.eval()
     images = quarters(40)[:24]
     hidden, maps = model.hidden(images), None

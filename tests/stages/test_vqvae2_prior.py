@@ -33,15 +33,15 @@ def make(upstream=None, spread=0.6, **changes) -> tuple[Stage, Nets]:
 
 
 def make_batch(stage: Stage, count: int = 6) -> Batch:
-    needs, generator = stage.needs, torch.Generator().manual_seed(3)
+    inputs, generator = stage.inputs, torch.Generator().manual_seed(3)
     batch = {
-        "codes": torch.randint(needs.code_vocab, (count, needs.num_codes), generator=generator),
+        "codes": torch.randint(inputs.code_vocab, (count, inputs.num_codes), generator=generator),
         "seed": torch.randint(0, 1 << 40, (count,), generator=generator),
         "weight": torch.ones(count),
     }
-    if needs.text_length:
-        batch["text"] = torch.randint(needs.text_vocab, (count, needs.text_length), generator=generator)
-        batch["text"][:, -1] = needs.text_vocab + needs.text_length - 1
+    if inputs.text_length:
+        batch["text"] = torch.randint(inputs.text_vocab, (count, inputs.text_length), generator=generator)
+        batch["text"][:, -1] = inputs.text_vocab + inputs.text_length - 1
     return batch
 
 
@@ -213,9 +213,9 @@ def test_an_image_tokenizer_of_one_level():
 
 
 def test_needs():
-    needs = make(**BOTTOM, bpe_dropout=0.1)[0].needs
-    assert (needs.num_codes, needs.code_vocab, needs.text_length, needs.text_vocab) == (20, 7, 4, 11)
-    assert needs.bpe_dropout == 0.1 and make()[0].needs.keys == ("codes",)
+    inputs = make(**BOTTOM, bpe_dropout=0.1)[0].inputs
+    assert (inputs.num_codes, inputs.code_vocab, inputs.text_length, inputs.text_vocab) == (20, 7, 4, 11)
+    assert inputs.bpe_dropout == 0.1 and make()[0].inputs.keys == ("codes",)
 
 
 @pytest.mark.parametrize(

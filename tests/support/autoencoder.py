@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 from dalle_scale.types import Stage as StageBase
 
 
@@ -46,27 +46,27 @@ class Stage(StageBase):
     class Config(StrictModel):
         size: int = 8
         width: int = Field(default=16, gt=0)
-        shift: float = 0.0  # of the weights, by `initialise`
+        shift: float = 0.0  # of the weights, by `initialize`
         nan_at: int = -1  # update whose loss is not finite
 
     config: Config
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.size)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.size)
 
     def nets(self) -> Nets:
         return {"model": Net(self.config.size, self.config.width)}
 
-    def initialise(self, nets: Nets, batches) -> None:
+    def initialize(self, nets: Nets, batches) -> None:
         if self.config.shift:
             with torch.no_grad():
                 nets["model"].up.bias += self.config.shift * next(batches)["image"].float().mean() / 255
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         target = batch["image"].float() / 127.5 - 1
         noise = torch.sin(batch["seed"].double() % 1000)[:, None, None, None].float() * 0.1
-        error = (nets[turn](batch["image"]).float() - target - noise).pow(2).mean(dim=(1, 2, 3))
+        error = (nets[net](batch["image"]).float() - target - noise).pow(2).mean(dim=(1, 2, 3))
         total = (error * batch["weight"]).mean()
         if step == self.config.nan_at:
             total = total * float("nan")
@@ -104,3 +104,7 @@ class Tokenizer:
 
     def decode(self, codes: Tensor) -> Tensor:
         return (codes * 64)[:, :, None, None].expand(-1, 3, 8, 8).to(torch.uint8)
+
+    def decode_grid(self, *levels: Tensor) -> Tensor:
+        squares = (levels[0] * 64).to(torch.uint8)[:, None]
+        return squares.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)

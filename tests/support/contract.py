@@ -6,7 +6,7 @@ import torch
 from support.processes import ROOT
 
 from dalle_scale import config, stages
-from dalle_scale.types import Batch, Needs, Nets, Stage
+from dalle_scale.types import Batch, BatchSpec, Nets, Stage
 
 TINY = ROOT / "configs" / "tiny"
 
@@ -23,7 +23,7 @@ def build(name: str) -> tuple[Stage, Nets]:
     return stage, stage.nets()
 
 
-def fake_batch(needs: Needs, count: int, seed: int = 0) -> Batch:
+def fake_batch(inputs: BatchSpec, count: int, seed: int = 0) -> Batch:
     """Random content of the right shapes, types and ranges."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -31,11 +31,11 @@ def fake_batch(needs: Needs, count: int, seed: int = 0) -> Batch:
         return torch.randint(high, (count, *shape), generator=generator)
 
     batch = {"id": torch.arange(count), "seed": integers(1 << 40), "weight": torch.ones(count)}
-    if needs.image_size:
-        batch["image"] = integers(256, 3, needs.image_size, needs.image_size).to(torch.uint8)
-    if needs.text_length:
-        batch["text"] = integers(needs.text_vocab, needs.text_length)
-        batch["text"][:, -1] = needs.text_vocab + needs.text_length - 1
-    if needs.num_codes:
-        batch["codes"] = integers(needs.code_vocab, needs.num_codes)
+    if inputs.image_size:
+        batch["image"] = integers(256, 3, inputs.image_size, inputs.image_size).to(torch.uint8)
+    if inputs.text_length:
+        batch["text"] = integers(inputs.text_vocab, inputs.text_length)
+        batch["text"][:, -1] = inputs.text_vocab + inputs.text_length - 1
+    if inputs.num_codes:
+        batch["codes"] = integers(inputs.code_vocab, inputs.num_codes)
     return batch

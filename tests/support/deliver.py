@@ -20,10 +20,12 @@ import torch
 
 from dalle_scale.config import DataConfig
 from dalle_scale.data.pipeline import Stream, open_stream
-from dalle_scale.types import Batch, Needs
+from dalle_scale.types import Batch, BatchSpec
 
 BATCH_SAMPLES = 168  # divides by every world size of the tests
-NEEDS = Needs(image_size=8, augment="dvae", text_length=6, text_vocab=300, bpe_dropout=0.2, num_codes=9, code_vocab=50)
+INPUTS = BatchSpec(
+    image_size=8, augment="dvae", text_length=6, text_vocab=300, bpe_dropout=0.2, num_codes=9, code_vocab=50
+)
 
 
 def open_ranks(
@@ -48,7 +50,7 @@ def open_ranks(
         open_stream(
             config,
             folder,
-            NEEDS,
+            INPUTS,
             seed=1,
             batch_samples=BATCH_SAMPLES,
             micro_batch_samples=micro,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dalle_scale.types import Batch, Losses, Needs, Nets, StrictModel
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 from dalle_scale.types import Stage as StageBase
 
 
@@ -18,14 +18,14 @@ class Stage(StageBase):
     config: Config
 
     @property
-    def needs(self) -> Needs:
-        return Needs(image_size=self.config.size)
+    def inputs(self) -> BatchSpec:
+        return BatchSpec(image_size=self.config.size)
 
     def nets(self) -> Nets:
         return {"model": nn.Linear(1, 1)}
 
-    def loss(self, turn: str, nets: Nets, batch: Batch, step: int) -> Losses:
-        return Losses(nets[turn](torch.zeros(1, 1)).sum())
+    def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
+        return Losses(nets[net](torch.zeros(1, 1)).sum())
 
     def tokenizer(self, nets: Nets) -> Tokenizer:
         return Tokenizer(self.config.size)

@@ -14,14 +14,13 @@ PICTURES = 3
 
 def digests(models: list[list[str]]) -> dict[str, str]:
     """Of each model (the exports that draw together): sha256 of its samples, and of a round trip of its tokenizer."""
-    from dalle_scale import stages
     from dalle_scale.checkpoint import export
     from dalle_scale.sampling.sampler import Sampler
 
     found = {}
     for folders in models:
         opened = export.load(folders[0])
-        if hasattr(stages.resolve(opened.name), "tokenizer"):
+        if opened.stage.tokenizer(opened.nets) is not None:
             tokenizer = opened.stage.tokenizer(opened.nets)
             generator = torch.Generator().manual_seed(0)
             side = tokenizer.image_size

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_scale.nn.blocks import initialised
+from dalle_scale.nn.blocks import initialized
 from dalle_scale.nn.causal_conv import CausalConv
 from dalle_scale.nn.counter_rng import uniform_noise
 from dalle_scale.nn.half_on_cpu import attend_all
@@ -203,7 +203,7 @@ Cache: TypeAlias = "tuple[Rows, Rows] | AttentionCache"
 
 def linear(n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:
     """Weights ~ N(0, gain / sqrt(n_in)), biases 0."""
-    return initialised(nn.Linear(n_in, n_out), std=gain / math.sqrt(n_in))
+    return initialized(nn.Linear(n_in, n_out), std=gain / math.sqrt(n_in))
 
 
 def embedding(vocab: int, width: int) -> nn.Embedding:

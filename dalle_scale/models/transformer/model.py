@@ -89,9 +89,9 @@ class Transformer(nn.Module):
         if text_length:
             self.text_head = Head(width, text_vocab + text_length)
         self.image_head = Head(width, image_vocab)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Draw the weights and mark embeddings and unembeddings for the optimiser."""
         residual_std = 0.02 * (2 * len(self.blocks)) ** -0.5
         for name, parameter in self.named_parameters():

@@ -81,7 +81,7 @@ def train(config: RunConfig, stage: Stage, players: build.Players) -> Numbers:
     numbers = []
     for step in range(config.updates):
         found: dict[str, Tensor] = {}
-        for turn in stage.turns(step):
+        for turn in stage.nets_to_update(step):
             resting = {name: player.module for name, player in players.items() if name != turn}
             micro_batches = share_of(global_batch(step), config.micro_batch_samples(dist.world_size()))
             with players.turn(turn) as nets:
@@ -213,7 +213,7 @@ def check_equals_plain_torch(zero: int) -> None:
     stage, players = assert_equals_reference(make_config(zero, BATCH // dist.world_size() // 2))
     before = copy.deepcopy([dict(module.named_buffers()) for module in players.modules.values()])
     with players.evaluating() as nets:
-        for turn in stage.turns(4):
+        for turn in stage.nets_to_update(4):
             assert stage.loss(turn, nets, share_of(global_batch(0), 4)[0], 4).total.isfinite()
     assert not stage._gradients and not stage._logits
     stage.after_step(players.modules, 4)
