@@ -53,7 +53,7 @@ def test_every_stage_that_gives_pictures_is_here(models: list[list[str]]) -> Non
 
 
 def test_the_same_pictures(models: list[list[str]]) -> None:
-    program = [sys.executable, str(ROOT / "tests" / "fresh.py"), *(",".join(folders) for folders in models)]
+    program = [sys.executable, str(ROOT / "tests" / "support" / "fresh.py"), *(",".join(folders) for folders in models)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums run in the order of this process
     done = subprocess.run(program, env=environment() | threads, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
