@@ -133,11 +133,11 @@ def drawing(grid: int) -> Measurement:
 
     @torch.inference_mode()
     def draw() -> float:
-        _, caches = net.begin(text, torch.zeros(CANDIDATES, dtype=torch.int64))
+        _, decoding = net.prefill(text, torch.zeros(CANDIDATES, dtype=torch.int64))
 
         def steps() -> None:
             for index in range(grid**2):
-                net.step(codes, index, caches)
+                net.decode_step(codes, index, decoding)
 
         return timed(steps, grid**2 * CANDIDATES)
 

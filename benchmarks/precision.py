@@ -172,9 +172,9 @@ def step_of_sampling(case: Case, config: RunConfig, dtype: str) -> Callable[[], 
 
     @torch.inference_mode()
     def step() -> None:
-        _, drawing = net.begin(text, torch.zeros_like(codes))
+        _, decoding = net.prefill(text, torch.zeros_like(codes))
         for index in range(net.layout.grid**2 - 1):
-            net.step(codes, index, drawing)
+            net.decode_step(codes, index, decoding)
 
     return step
 

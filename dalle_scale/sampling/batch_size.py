@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from dalle_scale.models.transformer.block import Block
-from dalle_scale.models.transformer.kv_ring import near_states
+from dalle_scale.models.transformer.kv_cache import image_buffer
 from dalle_scale.models.transformer.model import Transformer
 
 SAFE_SHARE = 0.8  # of the free memory; the rest is for decoding, CLIP and what the allocator cannot use
@@ -31,7 +31,7 @@ def batch_samples(model: Transformer, guided: bool, captions: int, samples: int,
     column = model.layout.grid * 2 * _state_bytes(model)  # which a column layer copies to read it, on a GPU
     of_sample = (cache_bytes(model) + column) * (1 + guided) + _logit_bytes(model)
     of_caption = caption_bytes(model) + model.layout.prefix * _PREFIX_COPIES * _state_bytes(model)
-    room = SAFE_SHARE * free_bytes(device) - joined_bytes(model) - (2 + guided) * of_caption
+    room = SAFE_SHARE * free_bytes(device) - fused_qkv_bytes(model) - (2 + guided) * of_caption
     fitting = room / (of_sample + of_caption * captions / max(1, samples))
     return max(1, min(int(fitting), MOST_SAMPLES[device.type]))
 
@@ -43,7 +43,7 @@ def even(samples: int, most: int) -> int:
 
 def cache_bytes(model: Transformer) -> int:
     """Of the keys and values of one picture in all layers, without those of its caption."""
-    states = {kind: near_states(kind, model.layout).states for kind in set(model.kinds)}
+    states = {kind: image_buffer(kind, model.layout).states for kind in set(model.kinds)}
     return sum(states[kind] for kind in model.kinds) * 2 * _state_bytes(model)
 
 
@@ -52,8 +52,8 @@ def caption_bytes(model: Transformer) -> int:
     return len(model.kinds) * model.layout.prefix * 2 * _state_bytes(model)
 
 
-def joined_bytes(model: Transformer) -> int:
-    """Of the copies of matrices that drawing reads together."""
+def fused_qkv_bytes(model: Transformer) -> int:
+    """Of the fused QKV projections, copies that `DecodingBlock` makes."""
     return len(model.kinds) * 3 * model.start.shape[1] * _state_bytes(model)
 
 

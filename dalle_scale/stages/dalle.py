@@ -220,10 +220,10 @@ class Stage(types.Stage):
         num_codes, vocab = self.config.grid**2, self.config.image_vocab
         if guided:
             text = torch.cat([text, self.empty_caption(text.device).expand_as(text)])
-        captions, owners = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
+        captions, prefix_index = text[:1], torch.zeros(len(text), dtype=torch.int64, device=text.device)
         if self.config.text_length:
-            captions, owners = torch.unique(text, dim=0, return_inverse=True)
-        logits, drawing = model.begin(captions, owners)
+            captions, prefix_index = torch.unique(text, dim=0, return_inverse=True)
+        logits, decoding = model.prefill(captions, prefix_index)
         codes = torch.empty(len(seeds), num_codes, dtype=torch.int64, device=text.device)
         if prime is not None:
             codes[:, :primed] = prime
@@ -238,7 +238,7 @@ class Stage(types.Stage):
                 if on_code is not None:
                     on_code(index + 1 - primed, num_codes - primed)
             if index + 1 < num_codes:
-                logits = model.step(codes[:, index].repeat(1 + guided), index, drawing)
+                logits = model.decode_step(codes[:, index].repeat(1 + guided), index, decoding)
         return codes
 
     @torch.inference_mode()

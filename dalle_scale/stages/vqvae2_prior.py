@@ -204,12 +204,12 @@ class Stage(types.Stage):
         check_sampling(temperature, top_k=0, top_p=1.0, guidance=1.0)
         model = cast(PixelSNAIL, nets["model"])
         codes = torch.empty(len(seeds), self.config.grid**2, dtype=torch.int64, device=seeds.device)
-        drawing = model.begin(len(seeds), upper, text)
+        decoding = model.prefill(len(seeds), upper, text)
         for index in range(codes.shape[1]):
             row, column = divmod(index, self.config.grid)
             if column == 0:
                 noise = self.noise(seeds, row)
-            logits = model.step(codes[:, index - 1] if index else None, drawing)
+            logits = model.decode_step(codes[:, index - 1] if index else None, decoding)
             codes[:, index] = (logits / temperature + noise[:, column]).argmax(-1)
         return codes
 

@@ -46,17 +46,17 @@ def drawn_bits(folder: Path, codes: Tensor, text: Tensor | None, upper: Tensor |
     transformer = hasattr(model, "image_head")
     if transformer:
         text = torch.empty(len(codes), 0, dtype=torch.int64) if text is None else text
-        logits, state = model.begin(text, torch.arange(len(codes)))
+        logits, state = model.prefill(text, torch.arange(len(codes)))
     else:
-        state = model.begin(len(codes), upper, text)
+        state = model.prefill(len(codes), upper, text)
     bits = torch.zeros(len(codes), dtype=torch.float64)
     for index in range(codes.shape[1]):
         if not transformer:
-            logits = model.step(codes[:, index - 1] if index else None, state)
+            logits = model.decode_step(codes[:, index - 1] if index else None, state)
         shares = logits.double().exp()
         bits -= torch.log2(shares.gather(1, codes[:, index, None])[:, 0] / shares.sum(1))
         if transformer and index + 1 < codes.shape[1]:
-            logits = model.step(codes[:, index], index, state)
+            logits = model.decode_step(codes[:, index], index, state)
     return bits
 
 

@@ -80,7 +80,7 @@ def test_16_bits_draw_nearly_the_same(folder, dtype):
     assert nets[1].image_head.weight.dtype == torch.float32
     text, owners = exact.text.encode(PROMPTS, 8), torch.arange(3)
     with torch.inference_mode():
-        want, got = (net.begin(text, owners)[0] for net in nets)
+        want, got = (net.prefill(text, owners)[0] for net in nets)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * want.std().item())
     assert len(next(short.draw(PROMPTS, 2, 0)).images) == 6

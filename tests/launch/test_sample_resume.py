@@ -16,7 +16,7 @@ from support.processes import ROOT, free_port, in_ranks, run_until
 from support.programs import run_here, run_rank
 from support.ranking import PROMPTS, SCORE_ROUNDING, clip_export
 
-from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.kv_cache import KVCache
 from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.sampling import batch_size, runner
 from dalle_scale.sampling.sampler import Batch, Options, Sampler
@@ -256,8 +256,8 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
 # ---- memory ----
 
 
-def bytes_of(cache: Cache) -> int:
-    values = [*vars(cache).values(), *vars(cache.near).values()]
+def bytes_of(cache: KVCache) -> int:
+    values = [*vars(cache).values(), *vars(cache.image).values()]
     kept = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     return sum(tensor.nbytes for tensor in kept)
 
@@ -269,11 +269,11 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
     net = Transformer(**sizes, kinds=kinds, conv_kernel=3).to(dtype)
     owners = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
-        _, drawing = net.begin(torch.randint(20, (2, 5)), owners)
-        net.step(torch.zeros(5, dtype=torch.int64), 0, drawing)
-    caches = [bytes_of(block._cache) for block in drawing.blocks]
+        _, decoding = net.prefill(torch.randint(20, (2, 5)), owners)
+        net.decode_step(torch.zeros(5, dtype=torch.int64), 0, decoding)
+    caches = [bytes_of(block._cache) for block in decoding.blocks]
     assert 5 * batch_size.cache_bytes(net) + 2 * batch_size.caption_bytes(net) == sum(caches)
-    assert sum(block._states[0].nbytes for block in drawing.blocks) == batch_size.joined_bytes(net)
+    assert sum(block._fused_qkv[0].nbytes for block in decoding.blocks) == batch_size.fused_qkv_bytes(net)
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_scale.models.transformer.attention import Attention, attend
-from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.kv_cache import KVCache
 from dalle_scale.models.transformer.masks import Kind, Layout, visible
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -109,26 +109,26 @@ def test_gradient_reaches_exactly_the_visible_states(kind):
     assert torch.equal(reached, brute_force(kind, layout))
 
 
-@pytest.mark.parametrize("owners", [[1, 0, 1], [0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [2, 2, 0, 1, 2]])
+@pytest.mark.parametrize("prefix_index", [[1, 0, 1], [0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [2, 2, 0, 1, 2]])
 @pytest.mark.parametrize("grid, kernel", [(1, 3), (2, 3), (3, 1), (5, 3), (5, 5), (6, 5), (9, 5), (4, 11)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, owners):
+def test_cache_gives_the_attention_of_whole_sequences(kind, grid, kernel, prefix_index):
     """With states of the shapes that there are, and of fixed ones; each form with a cache of its own."""
     torch.manual_seed(0)
     layout = Layout(prefix=PREFIX, grid=grid, conv_kernel=kernel)
     attention = Attention(width=8, heads=2, kind=kind, layout=layout).double()
-    owners = torch.tensor(owners)
-    prefixes = torch.randn(int(owners.max()) + 1, PREFIX, 8, dtype=torch.float64)
-    images = torch.randn(len(owners), grid**2, 8, dtype=torch.float64)
-    whole = attention(torch.cat([prefixes[owners], images], dim=1))
-    by_number, by_tensor = Cache(kind, layout, owners), Cache(kind, layout, owners)
+    prefix_index = torch.tensor(prefix_index)
+    prefixes = torch.randn(int(prefix_index.max()) + 1, PREFIX, 8, dtype=torch.float64)
+    images = torch.randn(len(prefix_index), grid**2, 8, dtype=torch.float64)
+    whole = attention(torch.cat([prefixes[prefix_index], images], dim=1))
+    by_number, by_tensor = KVCache(kind, layout, prefix_index), KVCache(kind, layout, prefix_index)
     for cache in (by_number, by_tensor):
-        torch.testing.assert_close(attention(prefixes, cache)[owners], whole[:, :PREFIX])
+        torch.testing.assert_close(attention(prefixes, cache)[prefix_index], whole[:, :PREFIX])
     for index in range(grid**2):
         query, key, value = (of(images[:, index]) for of in (attention.query, attention.key, attention.value))
-        states = torch.stack([query / (8 / 2) ** 0.5, key, value], dim=1).view(len(owners), 3, 2, 4)
+        states = torch.stack([query / (8 / 2) ** 0.5, key, value], dim=1).view(len(prefix_index), 3, 2, 4)
         for cache, place in ((by_number, index), (by_tensor, torch.tensor([index]))):
-            step = attention.output(cache.step(states, place).view(len(owners), 8))
+            step = attention.output(cache.decode_step(states, place).view(len(prefix_index), 8))
             torch.testing.assert_close(step, whole[:, PREFIX + index])
 
 
@@ -137,13 +137,13 @@ def test_cache_keeps_what_the_layer_looks_back_to(kind, states):
     """Of the window also what lies ready to be read; and one prefix for all samples of a caption."""
     layout = Layout(prefix=2, grid=32)
     attention = Attention(width=4, heads=1, kind=kind, layout=layout)
-    cache = Cache(kind, layout, torch.zeros(3, dtype=torch.int64))
+    cache = KVCache(kind, layout, torch.zeros(3, dtype=torch.int64))
     attention(torch.randn(1, 2, 4), cache)
     assert [tensor.numel() for tensor in (cache._prefix_keys, cache._prefix_values)] == [2 * 4, 2 * 4]
     kept = [
-        value.numel() for value in vars(cache.near).values() if torch.is_tensor(value) and value.is_floating_point()
+        value.numel() for value in vars(cache.image).values() if torch.is_tensor(value) and value.is_floating_point()
     ]
-    assert sum(kept) == 3 * states * (4 + 4) == 3 * cache.near.states * (4 + 4)
+    assert sum(kept) == 3 * states * (4 + 4) == 3 * cache.image.states * (4 + 4)
 
 
 def test_masks_asked_for_first_while_sampling_serve_training():

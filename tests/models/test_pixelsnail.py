@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale.models.pixelsnail import layers
-from dalle_scale.models.pixelsnail.layers import CausalAttention, Drawing, Rows
+from dalle_scale.models.pixelsnail.layers import CausalAttention, Decoding, RowBuffer
 from dalle_scale.models.pixelsnail.model import CaptionMean, PixelSNAIL
 from dalle_scale.nn.causal_conv import CausalConv
 
@@ -87,7 +87,7 @@ def test_causal_convolution(kernel, strict):
 def test_rows_give_the_convolution_pixel_by_pixel(strict):
     torch.manual_seed(0)
     conv, x, extra = CausalConv(3, 5, 5, strict), torch.randn(2, 6, 6, 3), torch.randn(2, 6, 6, 5)
-    rows, got = Rows(conv, 2, 6), torch.empty(2, 6, 6, 5)
+    rows, got = RowBuffer(conv, 2, 6), torch.empty(2, 6, 6, 5)
     with torch.no_grad():
         for row, column in itertools.product(range(6), range(6)):
             if column == 0:
@@ -176,39 +176,39 @@ def test_pixel_by_pixel_equals_whole_squares(changes, grid):
     model = make(**{**changes, "grid": grid})
     codes, upper, text = make_inputs(model, count=3)
     with torch.no_grad():
-        drawing = model.begin(3, upper, text)
-        steps = [model.step(codes[:, index - 1] if index else None, drawing) for index in range(grid**2)]
+        decoding = model.prefill(3, upper, text)
+        steps = [model.decode_step(codes[:, index - 1] if index else None, decoding) for index in range(grid**2)]
         torch.testing.assert_close(torch.stack(steps, dim=1), model(codes, upper, text), rtol=1e-5, atol=1e-5)
 
 
-def test_a_drawing_keeps_one_column_of_work_a_pixel():
+def test_decoding_keeps_one_column_of_work_a_pixel():
     """No input of a step grows with the pixels drawn but the keys, and memory is allocated once."""
     model = make(**TOP)
-    drawing = model.begin(1)
+    decoding = model.prefill(1)
     with torch.no_grad():
-        model.step(None, drawing)
-        cache = drawing.caches[-1]
+        model.decode_step(None, decoding)
+        cache = decoding.caches[-1]
         assert isinstance(cache, layers.AttentionCache)
-        address, seen = cache.key.data_ptr(), []
+        address, seen = cache.buffer._buffer.data_ptr(), []
         handles = [
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
             for module in model.modules()
             if isinstance(module, nn.Linear | nn.LayerNorm)
         ]
         for _ in range(GRID**2 - 1):
-            model.step(torch.zeros(1, dtype=torch.int64), drawing)
+            model.decode_step(torch.zeros(1, dtype=torch.int64), decoding)
         for handle in handles:
             handle.remove()
-    assert cache.key.data_ptr() == address and max(seen) <= 2 * 8
+    assert cache.buffer._buffer.data_ptr() == address and max(seen) <= 2 * 8
 
 
-def test_condition_of_a_drawing_by_row():
+def test_condition_of_decoding_by_row():
     condition = torch.randn(2, 3, 3, 4)
-    drawing = Drawing(2, 3, condition)
-    drawing.index = 6
-    row = drawing.condition_row()
+    decoding = Decoding(2, 3, condition)
+    decoding.index = 6
+    row = decoding.condition_row()
     assert row is not None and torch.equal(row, condition[:, 2])
-    assert Drawing(2, 3, None).condition_row() is None
+    assert Decoding(2, 3, None).condition_row() is None
 
 
 def test_dropout():

@@ -129,31 +129,33 @@ def test_text_and_image_logits_have_their_own_vocabulary():
 @pytest.mark.parametrize("kinds", MIXES)
 def test_cached_logits_are_the_uncached(kinds):
     model, (text, codes) = small(kinds).double(), inputs(batch=3)
-    owners = torch.tensor([2, 0, 0, 1, 2])
+    prefix_index = torch.tensor([2, 0, 0, 1, 2])
     codes = torch.randint(0, IMAGE_VOCAB, (5, GRID**2), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        expected = model(text[owners], codes)[1]
-        logits, drawing = model.begin(text, owners)
-        _, fixed_shapes = model.begin(text, owners)
+        expected = model(text[prefix_index], codes)[1]
+        logits, decoding = model.prefill(text, prefix_index)
+        _, fixed_shapes = model.prefill(text, prefix_index)
         for index in range(GRID**2):
             torch.testing.assert_close(logits, expected[:, index])
             if index + 1 < GRID**2:
-                logits = model.step(codes[:, index], index, drawing)
-                in_tensor = model.step(codes[:, index], torch.tensor([index]), fixed_shapes)  # as a CUDA graph has it
+                logits = model.decode_step(codes[:, index], index, decoding)
+                in_tensor = model.decode_step(
+                    codes[:, index], torch.tensor([index]), fixed_shapes
+                )  # as a CUDA graph has it
                 torch.testing.assert_close(in_tensor, logits)
 
 
-def test_drawing_in_16_bits_is_close_to_whole_sequences():
+def test_decoding_in_16_bits_is_close_to_whole_sequences():
     model, (text, codes) = small(), inputs()
     cast(model, "bf16")
     with torch.inference_mode():
         expected = model(text, codes)[1]
-        logits, drawing = model.begin(text, torch.arange(2))
+        logits, decoding = model.prefill(text, torch.arange(2))
         for index in range(GRID**2):
             assert logits.dtype == torch.float32
             assert (logits - expected[:, index]).abs().max() < 0.03 * expected.abs().max()
             if index + 1 < GRID**2:
-                logits = model.step(codes[:, index], index, drawing)
+                logits = model.decode_step(codes[:, index], index, decoding)
 
 
 def test_matrices_stored_by_columns_are_the_same_net():
@@ -195,7 +197,7 @@ def test_logits_are_fp32_in_a_bf16_model():
         assert ours.dtype == torch.float32
         assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
     with torch.inference_mode():
-        assert model.begin(text, torch.arange(2))[0].dtype == torch.float32
+        assert model.prefill(text, torch.arange(2))[0].dtype == torch.float32
 
 
 def test_roles_of_parameters():

@@ -1,8 +1,8 @@
 """The parts of PixelSNAIL (arXiv 1712.09763, Sec. 2): causal convolutions, gated residual blocks, causal attention.
 
 States are [B, H, W, C], pixels first, so that whatever works on each pixel alone takes whole squares and single pixels
-alike. Each causal part computes whole squares (`forward`) or the next pixel of B squares (`begin`, then `step` a pixel
-at a time): the same numbers but for the rounding of sums.
+alike. Each causal part computes whole squares (`forward`) or the next pixel of B squares (`prefill`, then `decode_step`
+for each pixel): the same numbers but for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_scale.models.transformer.kv_cache import RingBuffer
 from dalle_scale.nn.blocks import initialized
 from dalle_scale.nn.causal_conv import CausalConv
 from dalle_scale.nn.counter_rng import uniform_noise
@@ -22,8 +23,8 @@ from dalle_scale.nn.half_on_cpu import attend_all
 _BLOCKS_MAX = 1 << 16  # of one net: the noise of update u and block b is number u * _BLOCKS_MAX + b
 
 
-class Rows:
-    """One causal convolution while B squares are drawn pixel by pixel: the rows of its input that it still sees."""
+class RowBuffer:
+    """Input rows that one causal convolution still sees while B squares are decoded pixel by pixel."""
 
     def __init__(self, conv: CausalConv, count: int, grid: int) -> None:
         n_out, n_in = conv.above.shape[:2]
@@ -52,14 +53,14 @@ class Rows:
         return torch.addmm(self._base[:, column], window, self._matrix)
 
 
-class Drawing:
-    """B squares in the making: where they are, and what each part of the net keeps (`PixelSNAIL.begin`)."""
+class Decoding:
+    """B squares in the middle of being sampled: the next code, and the cache of each part of the net."""
 
     def __init__(self, count: int, grid: int, condition: Tensor | None) -> None:
         self.count, self.grid, self.condition = count, grid, condition
         self.index = 0  # of the next code
-        self.previous: Tensor | None = None  # embedding [B, C] of the last code drawn
-        self.codes: Rows | None = None  # of the first convolution
+        self.previous: Tensor | None = None  # embedding [B, C] of the last code
+        self.codes: RowBuffer | None = None  # of the first convolution
         self.caches: list[Cache] = []  # of each block
 
     @property
@@ -101,16 +102,18 @@ class CausalBlock(nn.Module):
             y = _dropout(y, self.dropout, seeds, step * _BLOCKS_MAX + self.number)
         return x + F.glu(self.second(y), dim=-1)
 
-    def begin(self, drawing: Drawing) -> tuple[Rows, Rows]:
-        """What to keep while drawing."""
-        return Rows(self.first, drawing.count, drawing.grid), Rows(self.second, drawing.count, drawing.grid)
+    def prefill(self, decoding: Decoding) -> tuple[RowBuffer, RowBuffer]:
+        """The cache of this part, still empty."""
+        return RowBuffer(self.first, decoding.count, decoding.grid), RowBuffer(
+            self.second, decoding.count, decoding.grid
+        )
 
-    def step(self, x: Tensor, drawing: Drawing, rows: tuple[Rows, Rows]) -> Tensor:
+    def decode_step(self, x: Tensor, decoding: Decoding, rows: tuple[RowBuffer, RowBuffer]) -> Tensor:
         """State of one pixel [B, C] -> [B, C]."""
         first, second = rows
-        column = drawing.column
+        column = decoding.column
         if column == 0:
-            first.start_row(None if self.condition is None else self.condition(drawing.condition_row()))
+            first.start_row(None if self.condition is None else self.condition(decoding.condition_row()))
             second.start_row()
         first.put(F.elu(self.norm(x)), column)
         second.put(F.elu(first.read(column)), column)
@@ -137,12 +140,11 @@ class PixelBlock(nn.Module):
 
 
 class AttentionCache:
-    """Keys and values of B squares while they are drawn. Slot 0 is nothing; slot p + 1 belongs to pixel p."""
+    """Keys and values of all pixels of B squares. Slot 0 is nothing; slot p + 1 belongs to pixel p."""
 
     def __init__(self, count: int, heads: int, slots: int, width: int, like: Tensor) -> None:
-        # Heads beside samples: products then take slices of slots as they lie
-        self.key = like.new_zeros(count * heads, slots, width // heads)
-        self.value = torch.zeros_like(self.key)
+        self.buffer = RingBuffer(1, slots)
+        self.buffer.allocate(count * heads, like.new_empty(width // heads))
         self.state: Tensor | None = None  # of the last pixel, [B, C]
 
 
@@ -177,28 +179,28 @@ class CausalAttention(nn.Module):
         out: Tensor = self.merge(x, mixed.transpose(1, 2).reshape(x.shape))
         return out
 
-    def begin(self, drawing: Drawing) -> AttentionCache:
-        """What to keep while drawing."""
-        return AttentionCache(drawing.count, self.heads, drawing.grid**2, len(self.query.weight), self.query.weight)
+    def prefill(self, decoding: Decoding) -> AttentionCache:
+        """The cache of this part, still empty."""
+        return AttentionCache(decoding.count, self.heads, decoding.grid**2, len(self.query.weight), self.query.weight)
 
-    def step(self, x: Tensor, drawing: Drawing, cache: AttentionCache) -> Tensor:
+    def decode_step(self, x: Tensor, decoding: Decoding, cache: AttentionCache) -> Tensor:
         """State of one pixel [B, C] -> [B, C]. The last pixel's key is made now that its code is known."""
-        rows, _, width = cache.key.shape
-        index = drawing.index
+        index, width = decoding.index, x.shape[1] // self.heads
+        newest = x.new_zeros(2, len(x), self.heads, width)
         if index:
-            assert cache.state is not None and drawing.previous is not None
-            content = torch.cat([cache.state, drawing.previous], dim=-1)
-            cache.key[:, index] = self.key(content).view(rows, width)
-            cache.value[:, index] = self.value(content).view(rows, width)
+            assert cache.state is not None and decoding.previous is not None
+            content = torch.cat([cache.state, decoding.previous], dim=-1)
+            newest = torch.stack([self.key(content), self.value(content)]).view(newest.shape)
+        (keys, values), _ = cache.buffer.append(newest, index)
         cache.state = self.norm(x)
-        query = self.query(cache.state).view(rows, 1, width) * width**-0.5
-        shares = torch.bmm(query, cache.key[:, : index + 1].mT).softmax(-1, dtype=torch.float32).to(x.dtype)
-        out: Tensor = self.merge(x, torch.bmm(shares, cache.value[:, : index + 1]).view(x.shape))
+        query = self.query(cache.state).view(-1, 1, width) * width**-0.5
+        shares = torch.bmm(query, keys.mT).softmax(-1, dtype=torch.float32).to(x.dtype)
+        out: Tensor = self.merge(x, torch.bmm(shares, values).view(x.shape))
         return out
 
 
 Block: TypeAlias = CausalBlock | CausalAttention
-Cache: TypeAlias = "tuple[Rows, Rows] | AttentionCache"
+Cache: TypeAlias = "tuple[RowBuffer, RowBuffer] | AttentionCache"
 
 
 def linear(n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:

@@ -16,8 +16,8 @@ Chosen here where papers differ or say nothing: LayerNorm over channels at the s
 normalisation, whose start depends on data; learned row and column embeddings; multi-head attention with heads of
 width / heads.
 
-Drawing keeps what is known (`Drawing`): the last rows of every convolution's input, keys and values of all pixels. A
-pixel then costs one column of work, and what the rows above add to a row is computed once for the whole row.
+Sampling keeps a cache (`Decoding`): the last rows of every convolution's input, keys and values of all pixels. A pixel
+then costs one column of work, and what the rows above add to a row is computed once for the whole row.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from dalle_scale.models.pixelsnail.layers import (
     CausalAttention,
     CausalBlock,
     CausalConv,
-    Drawing,
+    Decoding,
     PixelBlock,
-    Rows,
+    RowBuffer,
     embedding,
     linear,
     positions,
@@ -170,26 +170,26 @@ class PixelSNAIL(nn.Module):
             x = run(block, x, embedded, condition, seeds, step, recompute=self.activation_checkpointing)
         return self._logits(x.flatten(0, 2)).view(*codes.shape, -1)
 
-    def begin(self, count: int, upper: Tensor | None = None, text: Tensor | None = None) -> Drawing:
-        """Start drawing `count` squares, with conditions as in `forward`; `step` goes on."""
-        drawing = Drawing(count, self.grid, self._condition(upper, text))
-        drawing.codes = Rows(self.input, count, self.grid)
-        drawing.caches = [cast(Block, block).begin(drawing) for block in self.blocks]
-        return drawing
+    def prefill(self, count: int, upper: Tensor | None = None, text: Tensor | None = None) -> Decoding:
+        """Compute the condition of `count` squares to sample, as in `forward`; `decode_step` continues."""
+        decoding = Decoding(count, self.grid, self._condition(upper, text))
+        decoding.codes = RowBuffer(self.input, count, self.grid)
+        decoding.caches = [cast(Block, block).prefill(decoding) for block in self.blocks]
+        return decoding
 
-    def step(self, codes: Tensor | None, drawing: Drawing) -> Tensor:
+    def decode_step(self, codes: Tensor | None, decoding: Decoding) -> Tensor:
         """The last code of each square, int64 [B] (None at the start) -> fp32 logits [B, vocab] of the next."""
-        rows, column = drawing.codes, drawing.column
-        assert rows is not None and (codes is None) == (drawing.index == 0)
+        rows, column = decoding.codes, decoding.column
+        assert rows is not None and (codes is None) == (decoding.index == 0)
         if codes is not None:
-            drawing.previous = self.code(codes)
-            rows.put(drawing.previous, (column or self.grid) - 1)
+            decoding.previous = self.code(codes)
+            rows.put(decoding.previous, (column or self.grid) - 1)
         if column == 0:
             rows.start_row()
-        x = rows.read(column) + (self.row[drawing.index // self.grid] + self.column[column])
-        for block, cache in zip(self.blocks, drawing.caches, strict=True):
-            x = cast(CausalBlock, block).step(x, drawing, cast("tuple[Rows, Rows]", cache))
-        drawing.index += 1
+        x = rows.read(column) + (self.row[decoding.index // self.grid] + self.column[column])
+        for block, cache in zip(self.blocks, decoding.caches, strict=True):
+            x = cast(CausalBlock, block).decode_step(x, decoding, cast("tuple[RowBuffer, RowBuffer]", cache))
+        decoding.index += 1
         return self._logits(x)
 
     def _condition(self, upper: Tensor | None, text: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Causal self-attention over a caption and a grid of image codes, full or sparse (arXiv 2102.12092, App. B.1).
 
-Who sees whom is in attention_mask.py. Text and image keys share one softmax (footnote 7 of the paper: two were worse).
+Visible keys of each query: masks.py. Text and image keys share one softmax (footnote 7 of the paper: two were worse).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle_scale.models.transformer import flex
 from dalle_scale.models.transformer.cpu_sparse import attend_blocks
-from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.kv_cache import KVCache
 from dalle_scale.models.transformer.masks import Kind, Layout, visible
 from dalle_scale.nn.half_on_cpu import attend_all
 from dalle_scale.nn.linear import Linear
@@ -53,10 +53,10 @@ class Attention(nn.Module):
         self.value = Linear(width, width)
         self.output = Linear(width, width)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache the prefixes that samples begin with."""
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """States [B, L, D] -> [B, L, D]: whole sequences, or with a cache to fill the prefixes of the samples."""
         split = (*x.shape[:2], self.heads, -1)
         query, key, value = (of(x).view(split).transpose(1, 2) for of in (self.query, self.key, self.value))
-        mixed = attend(query, key, value, self.kind, self.layout) if cache is None else cache.begin(query, key, value)
+        mixed = attend(query, key, value, self.kind, self.layout) if cache is None else cache.prefill(query, key, value)
         out: Tensor = self.output(mixed.transpose(1, 2).reshape(x.shape))
         return out

@@ -27,7 +27,7 @@ _tried: dict[Hashable, bool] = {}
 
 
 def rule(kind: Kind, layout: Layout) -> Rule:
-    """`attention_mask.visible` as arithmetic of the numbers of states, which in column layers are those of `turned`."""
+    """`masks.visible` as arithmetic of the numbers of states, which in column layers are those of `turned`."""
     prefix, grid, reach = layout.prefix, layout.grid, layout.conv_kernel // 2
 
     def row(query: Tensor, key: Tensor) -> Tensor:

@@ -13,17 +13,18 @@ projections back onto the residual path divided by sqrt(2 * layers), biases 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dalle_scale.models.transformer.block import Block
-from dalle_scale.models.transformer.decode import Drawing, DrawingBlock, Graph
-from dalle_scale.models.transformer.kv_cache import Cache
+from dalle_scale.models.transformer.block import Block, DecodingBlock
+from dalle_scale.models.transformer.decode_graph import DecodeGraph
+from dalle_scale.models.transformer.kv_cache import KVCache
 from dalle_scale.models.transformer.masks import Kind, Layout
+from dalle_scale.nn.blocks import run
 from dalle_scale.nn.chunked_cross_entropy import weighted_entropy
 from dalle_scale.nn.linear import Linear
 from dalle_scale.nn.residual_scaling import BranchScale
@@ -51,12 +52,20 @@ class Head(nn.Module):
         return weighted_entropy(x.float().flatten(0, 1), self.weight.float(), targets.flatten(), shares)
 
 
+@dataclass
+class Decoding:
+    """Images in the middle of being sampled."""
+
+    blocks: list[DecodingBlock]  # each with its KV cache
+    graph: DecodeGraph | None = None  # of a step, on a GPU
+
+
 class Transformer(nn.Module):
     """T caption tokens and grid x grid image codes -> logits of each from all that comes before it.
 
     An empty caption position p (counted from 0) holds the pad text_vocab + p: a token with its own embedding, seen
     by all later states and predicted like any other, so the text vocabulary has text_vocab + T entries. With T = 0
-    nothing is there but the two start states: a prior over codes alone.
+    only the two start states precede the image: a prior over codes alone.
     """
 
     def __init__(
@@ -111,7 +120,7 @@ class Transformer(nn.Module):
     def store_by_columns(self) -> None:
         """Lay out the matrices in memory column by column, in place; shapes and values stay what they are.
 
-        For CPUs, whose products of few rows, which take the time in drawing, read them faster so. A `TransposedLinear`
+        CPUs read them faster so in products of few rows, which take most of the time of sampling. A `TransposedLinear`
         lies like that already.
         """
         for module in self.modules():
@@ -132,10 +141,7 @@ class Transformer(nn.Module):
         position = (self.image_row[:, None] + self.image_column).flatten(0, 1)
         x = torch.cat([*self._prefix(text), self.image_code(codes) + position], dim=1)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = run(block, x, recompute=self.activation_checkpointing)
         x = self.norm(x)
         of_text, of_codes = ((text, weights[0]), (codes, weights[1])) if weights is not None else ((), ())
         image = self.image_head(x[:, self.text_length + 1 : -1], *of_codes)
@@ -143,35 +149,35 @@ class Transformer(nn.Module):
             return image.new_zeros(()) if weights is not None else image.new_empty(len(x), 0, 0), image
         return self.text_head(x[:, : self.text_length], *of_text), image
 
-    def begin(self, text: Tensor, owners: Tensor) -> tuple[Tensor, Drawing]:
-        """Start drawing N images from U captions.
+    def prefill(self, text: Tensor, prefix_index: Tensor) -> tuple[Tensor, Decoding]:
+        """Compute the prefixes of U captions, from which N images are sampled.
 
-        text int64 [U, T], owners int64 [N] (the caption of each image) -> (fp32 logits of code 0 [N, image_vocab],
-        what `step` goes on from).
+        text int64 [U, T], prefix_index int64 [N] (the caption of each image) -> (fp32 logits of code 0
+        [N, image_vocab], the state that `decode_step` continues).
         """
         x = torch.cat(self._prefix(text), dim=1)
         blocks = []
         for kind, block in zip(self.kinds, self.blocks, strict=True):
-            cache = Cache(kind, self.layout, owners)
+            cache = KVCache(kind, self.layout, prefix_index)
             x = block(x, cache)
-            blocks.append(DrawingBlock(cast(Block, block), cache))
+            blocks.append(DecodingBlock(cast(Block, block), cache))
         logits: Tensor = self.image_head(self.norm(x[:, -1]))
-        return logits[owners], Drawing(blocks)
+        return logits[prefix_index], Decoding(blocks)
 
-    def step(self, codes: Tensor, index: int | Tensor, drawing: Drawing) -> Tensor:
+    def decode_step(self, codes: Tensor, index: int | Tensor, decoding: Decoding) -> Tensor:
         """Code `index` of N images, int64 [N] -> fp32 logits of the code after it [N, image_vocab].
 
-        On a GPU the first call records a graph that all play. An index in a tensor, int64 [1], makes no difference to
-        the result; that is what is recorded.
+        On a GPU the first call records a graph that all replay. An index in a tensor, int64 [1], makes no difference to
+        the result; that form is recorded.
         """
         if codes.device.type == "cuda" and isinstance(index, int):
-            if drawing.graph is None:
-                drawing.graph = Graph(lambda codes, index: self.step(codes, index, drawing), codes, index)
-            return drawing.graph(codes, index)
+            if decoding.graph is None:
+                decoding.graph = DecodeGraph(lambda codes, at: self.decode_step(codes, at, decoding), codes, index)
+            return decoding.graph(codes, index)
         position = self.image_row[index // self.layout.grid] + self.image_column[index % self.layout.grid]
         x = self.image_code(codes) + position
-        for block in drawing.blocks:
-            x = block.step(x, index)
+        for block in decoding.blocks:
+            x = block.decode_step(x, index)
         logits: Tensor = self.image_head(self.norm(x))
         return logits
 
