@@ -10,7 +10,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["dalle_scale", "dalle_scale.*"]),
-    package_data={"dalle_scale.nn": ["*.c", "*.cpp"]},
+    package_data={"dalle_scale.nn": ["*.c", "*.cpp"], "dalle_scale.report": ["templates/*"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -31,6 +31,7 @@ setup(
         "pydantic>=2.6",
         "pyyaml>=6.0",
         "safetensors>=0.5",
+        "jinja2>=3.1",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],

@@ -27,6 +27,7 @@ from dalle_scale import log
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.programs import Command, Programs
 from dalle_scale.report import gallery
+from dalle_scale.report.page import Picture
 from dalle_scale.sampling import rerank
 from dalle_scale.types import UserError
 
@@ -163,7 +164,7 @@ def judge(run: Path, recipe: Recipe) -> tuple[list[gallery.Row], dict[str, dict[
             f"best_of_{CANDIDATES}": share_found(scorer, best, captions, own),
         }
         cells = list(zip(captions, truth, first, best, strict=True))[:SHOWN]
-        rows += [gallery.Row(caption, tuple(map(gallery.Picture, images)), title) for caption, *images in cells]
+        rows += [gallery.Row(caption, tuple(map(Picture, images)), title) for caption, *images in cells]
     return rows, found
 
 

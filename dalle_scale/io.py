@@ -15,10 +15,10 @@ def sync(folder: Path) -> None:
         _sync_one(path)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a small file that appears whole or not at all."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a small file that appears whole or not at all; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync_one(temporary)
     temporary.rename(path)
     _sync_one(path.parent)

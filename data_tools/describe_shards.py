@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation import statistics_page
-from dalle_scale.curation.shard_writer import atomic
 from dalle_scale.curation.statistics import LARGEST, PER_OCTAVE, Distribution, Options, Summary, blocks_of, summarise
 from dalle_scale.data.manifest import Manifest
+from dalle_scale.report.page import write_page
 from dalle_scale.types import UserError
 
 Bin = tuple[float, float, float]  # from, below, how many
@@ -56,12 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         summary.merge(block)
     numbers = document(manifest, summary)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (out, statistics_page.page(numbers)),
-        (out.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n"),
-    ):
-        with atomic(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_page(out, statistics_page.page(numbers))
+    io.write(out.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
     log.say(f"{out}: {summary.ok:,} of {manifest.num_samples:,} samples can be read")
 
 

@@ -27,12 +27,12 @@ from PIL import Image, ImageDraw
 
 from dalle_scale import log
 from dalle_scale.checkpoint.export import open_tokenizer
-from dalle_scale.curation.shard_writer import atomic
 from dalle_scale.data import codes
 from dalle_scale.data.decode import Pixels, decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.report import gallery
+from dalle_scale.report.page import Picture
 from dalle_scale.types import ImageTokenizer, UserError
 
 LONGEST_SIDE = 256  # pixels; a larger picture is shown smaller
@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(row)
         bad += is_bad
     notes = [f"{len(rows):,} of {total:,} samples in {manifest.num_shards:,} shards; {bad:,} of these cannot be read"]
-    write(args.out, f"Data set {manifest.folder.name}", [COLUMNS[part] for part in source.parts], rows, notes)
+    columns = [COLUMNS[part] for part in source.parts]
+    gallery.save(args.out.parent, f"Data set {manifest.folder.name}", columns, rows, notes, args.out.name)
     log.say(f"{args.out}.html, {args.out}.png: {len(rows)} samples, {bad} of them cannot be read")
 
 
@@ -165,7 +166,7 @@ def show(source: Source, sample: int) -> tuple[gallery.Row, bool]:
             picture = to_tensor(fitted(pixels))
         except BadSample as error:
             picture, about, bad = to_tensor(placeholder()), f"cannot be read: {plain(error)}", True
-        pictures.append(gallery.Picture(picture, note=f"{manifest.key(sample)} · {shard} · {about}"))
+        pictures.append(Picture(picture, note=f"{manifest.key(sample)} · {shard} · {about}"))
     return gallery.Row(caption, tuple(pictures)), bad
 
 
@@ -221,15 +222,6 @@ def placeholder() -> Pixels:
 def to_tensor(pixels: Pixels) -> torch.Tensor:
     """[H, W, 3] -> uint8 [3, H, W]."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def write(out: Path, title: str, columns: list[str], rows: list[gallery.Row], notes: list[str]) -> None:
-    """The sheet as <out>.html and <out>.png."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(Path(f"{out}.html")) as temporary:
-        temporary.write_text(gallery.page(title, columns, rows, notes), encoding="utf-8")
-    with atomic(Path(f"{out}.png")) as temporary:
-        gallery.draw(title, columns, rows, notes).save(temporary, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

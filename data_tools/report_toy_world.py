@@ -29,6 +29,7 @@ from dalle_scale.curation.toy import judge
 from dalle_scale.curation.toy.world import Scene, Thing
 from dalle_scale.data.pipeline import open_stream
 from dalle_scale.report import gallery
+from dalle_scale.report.page import Picture
 from dalle_scale.stages import dvae
 from dalle_scale.types import UserError
 
@@ -101,9 +102,9 @@ def share(marks: Iterable[bool]) -> float:
     return round(float(np.mean(list(marks))), 4)
 
 
-def cell(shown: Shown) -> gallery.Picture:
+def cell(shown: Shown) -> Picture:
     """A picture of the gallery with its mark."""
-    return gallery.Picture(torch.from_numpy(shown.image.copy()).permute(2, 0, 1), shown.right)
+    return Picture(torch.from_numpy(shown.image.copy()).permute(2, 0, 1), shown.right)
 
 
 def tokenizer_quality(run: Path) -> dict[str, float]:

@@ -20,7 +20,8 @@ from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
 from dalle_scale.evaluation.clip import RECALLS, TIE, Classes, Pairs, Row, Subject
 from dalle_scale.evaluation.reconstruction import Pictures
-from dalle_scale.report import gallery
+from dalle_scale.report import gallery, tables
+from dalle_scale.report.page import Picture
 
 SHOWN_CAPTIONS, SHOWN_PICTURES = 16, 5
 
@@ -141,7 +142,7 @@ def _retrieval(models: Sequence[Row]) -> list[str]:
         rows.append([model["name"], *counts, *(f"{row[name]:.1%}" for name in names), *cosines])
     chance = models[0]["retrieval"]
     rows.append(["chance", "", "", "", *(f"{chance[f'chance_{name}']:.1%}" for name in names), "", ""])
-    return ["", "## Retrieval", "", *_table(head, rows)]
+    return ["", "## Retrieval", "", *tables.markdown([head, *rows])]
 
 
 def _classification(models: Sequence[Row]) -> list[str]:
@@ -157,8 +158,13 @@ def _classification(models: Sequence[Row]) -> list[str]:
     for name, cell in first["per_class"].items():
         shares = (row["per_class"][name]["accuracy"] for row in found.values())
         classes.append([name, f"{cell['pictures']:,}", *("–" if s is None else f"{s:.1%}" for s in shares)])
-    lines = ["", "## Zero-shot classification", "", *_table(head, rows), ""]
-    return [*lines, *_table(["class", "pictures", *found], classes), "", "The confusion matrices are in clip.json."]
+    lines = ["", "## Zero-shot classification", "", *tables.markdown([head, *rows]), ""]
+    return [
+        *lines,
+        *tables.markdown([["class", "pictures", *found], *classes]),
+        "",
+        "The confusion matrices are in clip.json.",
+    ]
 
 
 def _best_of(samples: Row, rows: Sequence[Row]) -> list[str]:
@@ -171,13 +177,7 @@ def _best_of(samples: Row, rows: Sequence[Row]) -> list[str]:
         for row in rows
     ]
     about = f"{title} (samples.jsonl {samples['samples_jsonl_sha256'][:16]}). To plot: best_of.csv."
-    return ["", "## Best of N", "", about, "", *_table(head, cells)]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    rule = ["---", *("---:" for _ in head[1:])]
-    return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])]
+    return ["", "## Best of N", "", about, "", *tables.markdown([head, *cells])]
 
 
 def show(out: Path, subject: Subject, pairs: Pairs, folder: Path) -> Path:
@@ -187,10 +187,10 @@ def show(out: Path, subject: Subject, pairs: Pairs, folder: Path) -> Path:
     best = cosines.topk(min(SHOWN_PICTURES, len(pairs.images)), dim=1)
     reader = Reader(Manifest.open(folder))
 
-    def picture(place: int, caption: int, cosine: float) -> gallery.Picture:
+    def picture(place: int, caption: int, cosine: float) -> Picture:
         pixels = square(decode(reader.read_image(int(pairs.ids[place]))), subject.image_size)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        return gallery.Picture(image, bool(pairs.own[place] == caption), f"cosine {cosine:.3f}")
+        return Picture(image, bool(pairs.own[place] == caption), f"cosine {cosine:.3f}")
 
     rows = []
     for number, (caption, places, values) in enumerate(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, ValidationError, model_validator
 
 from dalle_scale import io
+from dalle_scale.report import tables
 from dalle_scale.types import StrictModel, UserError
 
 FORMAT: Literal["dalle_scale fidelity 1"] = "dalle_scale fidelity 1"
@@ -167,8 +168,7 @@ def read(path: Path) -> Result:
 
 def markdown(result: Result) -> str:
     """The numbers as a table, each with what it was computed on, and the protocol."""
-    head = ["measure", "value", "± std", "samples", "reference", "how"]
-    rows = [head, ["---", "---:", "---:", "---:", "---:", "---"]]
+    rows = [["measure", "value", "± std", "samples", "reference", "how"]]
     shown = {"measure", "name", "value", "std", "samples", "reference_samples"}
     for number in result.numbers:
         fields = number.model_dump()
@@ -176,8 +176,8 @@ def markdown(result: Result) -> str:
         how = ", ".join(f"{_words(key)} {value}" for key, value in fields.items() if key not in shown)
         cells = [fields["name"], f"{fields['value']:.6g}", "–" if std is None else f"{std:.3g}"]
         cells += [f"{fields['samples']:,}", "–" if reference is None else f"{reference:,}", how]
-        rows.append([cell.replace("|", "\\|") for cell in cells])
-    lines = ["# Fidelity of pictures", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        rows.append(cells)
+    lines = ["# Fidelity of pictures", "", *tables.markdown(rows, text_columns=(0, 5)), ""]
     for title, part in (("samples", result.samples), ("reference", result.reference), ("extractor", result.extractor)):
         lines += [f"## {title}", "", *_told(part.model_dump()), ""]
     about = {"batch_samples": result.batch_samples, "device": result.device, "torch": result.torch}

@@ -8,27 +8,18 @@ together under its heading. A picture may carry a mark: green frame and tick for
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dalle_scale import io
+from dalle_scale.report.page import Card, Cards, Page, Picture, Section, render, shown_side, to_pillow
 from dalle_scale.types import UserError
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One cell of a row."""
-
-    image: Tensor  # uint8 [3, H, W]
-    right: bool | None = None  # None: no mark
-    note: str = ""  # one short line below the picture
 
 
 @dataclass(frozen=True)
@@ -41,16 +32,21 @@ class Row:
 
 
 def save(
-    folder: str | Path, title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()
+    folder: str | Path,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    notes: Sequence[str] = (),
+    name: str = "gallery",
 ) -> None:
-    """Write `folder/gallery.png` and `folder/gallery.html`.
+    """Write `folder/<name>.png` and `folder/<name>.html`, each whole or not at all.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         title: heading of the page.
-        columns: what the pictures of a row are, as many as each row has pictures.
+        columns: the meaning of each image of a row; every row has as many images.
         rows: rows of one group must follow one another.
-        notes: lines below the title: what was run, what came out.
+        notes: lines below the title: the program that was run, its outcome.
 
     Raises:
         UserError: there are no rows.
@@ -61,19 +57,16 @@ def save(
         assert len(row.pictures) == len(columns), f"{len(row.pictures)} pictures in {len(columns)} columns"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(title, columns, rows, notes).save(folder / "gallery.png", optimize=True)
-    (folder / "gallery.html").write_text(page(title, columns, rows, notes), encoding="utf-8")
+    sheet = BytesIO()
+    draw(title, columns, rows, notes).save(sheet, "PNG", optimize=True)
+    io.write(folder / f"{name}.png", sheet.getvalue())
+    io.write(folder / f"{name}.html", page(title, columns, rows, notes))
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Runs of rows that share a group label."""
     for label, members in groupby(rows, key=lambda row: row.group):
         yield label, list(members)
-
-
-def _pillow(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] -> Pillow."""
-    return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
 
 
 # ---- PNG ----
@@ -98,8 +91,7 @@ class _Layout:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> _Layout:
         longest_side = max(max(picture.image.shape[1:]) for row in rows for picture in row.pictures)
-        zoom = max(1, round(128 / longest_side))  # whole, so that every pixel of a small picture is a square
-        return cls(min(longest_side * zoom, 384), 5 if _marked(rows) else 1, len(rows[0].pictures))
+        return cls(shown_side(longest_side), 5 if _marked(rows) else 1, len(rows[0].pictures))
 
     @property
     def cell(self) -> int:
@@ -192,7 +184,7 @@ def _framed(picture: Picture, layout: _Layout) -> Image.Image:
     enlarged = width >= picture.image.shape[2]
     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
     framed = Image.new("RGB", (width + 2 * layout.frame, height + 2 * layout.frame), _COLOURS[picture.right])
-    framed.paste(_pillow(picture.image).resize((width, height), method), (layout.frame, layout.frame))
+    framed.paste(to_pillow(picture.image).resize((width, height), method), (layout.frame, layout.frame))
     return framed
 
 
@@ -257,69 +249,12 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     return lines
 
 
-# ---- HTML ----
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --faint: #59636e; --rule: #d1d9e0; --card: #f6f8fa;
-        --right: #1a7f37; --wrong: #cf222e; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #0d1117; --ink: #e6edf3; --faint: #9198a1; --rule: #3d444d; --card: #151b23;
-          --right: #3fb950; --wrong: #f85149; } }
-* { box-sizing: border-box; }
-body { margin: 2rem auto; max-width: 100rem; padding: 0 1.5rem; background: var(--paper); color: var(--ink);
-       font: 16px/1.45 system-ui, sans-serif; }
-h1 { margin: 0 0 .5rem; font-size: 1.8rem; } h2 { margin: 2.2rem 0 1rem; font-size: 1.25rem;
-       border-bottom: 1px solid var(--rule); padding-bottom: .3rem; }
-p { margin: .2rem 0; color: var(--faint); }
-.cards { display: flex; flex-wrap: wrap; gap: 1rem; }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: .8rem 1rem;
-        max-width: 100%; }
-.caption { margin: 0 0 .6rem; color: var(--ink); width: 0; min-width: 100%; overflow-wrap: anywhere; }
-.pictures { display: flex; flex-wrap: wrap; gap: .7rem; }
-figure { margin: 0; width: var(--side); }
-figure img { display: block; width: 100%; height: auto; border: 1px solid var(--rule); border-radius: 3px; }
-figcaption { margin-top: .3rem; font-size: .8rem; line-height: 1.3; color: var(--faint); overflow-wrap: anywhere; }
-figcaption b { display: block; font-weight: normal; color: var(--ink); }
-.right img { border: 4px solid var(--right); } .wrong img { border: 4px solid var(--wrong); }
-.mark { display: inline-block; width: 1.1rem; border-radius: 3px; margin-right: .35rem; color: var(--card);
-        font-weight: bold; text-align: center; }
-.right .mark { background: var(--right); } .wrong .mark { background: var(--wrong); }
-"""
-
-
 def page(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
-    """The gallery as one HTML document without links to anything outside it; arguments as in `save`."""
-    side = max(max(picture.image.shape[1:]) for row in rows for picture in row.pictures)
-    style = f"{_STYLE}:root {{ --side: {min(max(1, round(128 / side)) * side, 384)}px; }}\n"
-    style += "img { image-rendering: pixelated; }\n" * (side < 128)
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f"<p>{html.escape(line)}</p>" for line in [*notes, *_legend(rows)]]
+    """Return the gallery as one HTML document; arguments as in `save`."""
+    cards = [Card(list(zip(columns, row.pictures, strict=True)), row.caption) for row in rows]
+    whole = Cards.of(cards)
+    sections, start = [], 0
     for label, members in _groups(rows):
-        body += [f"<h2>{html.escape(label)}</h2>"] * bool(label)
-        body += ['<div class="cards">', *(_card(columns, row) for row in members), "</div>"]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _card(columns: Sequence[str], row: Row) -> str:
-    """One row as HTML."""
-    figures = []
-    for name, picture in zip(columns, row.pictures, strict=True):
-        buffer = io.BytesIO()
-        _pillow(picture.image).save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        word, sign = {None: ("", ""), True: ("right", "✓"), False: ("wrong", "✗")}[picture.right]
-        mark = f'<span class="mark" role="img" aria-label="{word}">{sign}</span>' if word else ""
-        note = f"<b>{html.escape(picture.note)}</b>" if picture.note else ""
-        alt = html.escape(f"{name}: {row.caption}")
-        figures.append(
-            f'<figure class="{word}"><img src="data:image/png;base64,{data}" alt="{alt}">'
-            f"<figcaption>{mark}{html.escape(name)}{note}</figcaption></figure>"
-        )
-    caption = f'<p class="caption">{html.escape(row.caption)}</p>'
-    return f'<div class="card">{caption}<div class="pictures">{"".join(figures)}</div></div>'
+        sections.append(Section(label, [replace(whole, cards=cards[start : start + len(members)])]))
+        start += len(members)
+    return render(Page(title, [*notes, *_legend(rows)], sections))

@@ -13,6 +13,7 @@ from typing import Any
 
 from dalle_scale import io
 from dalle_scale.report import gallery
+from dalle_scale.report.page import Picture
 from dalle_scale.sampling import rejection, rerank
 from dalle_scale.types import UserError
 
@@ -73,7 +74,7 @@ def _show(out: Path, ranking: Ranking, lines: list[str]) -> None:
     table = []
     for members in list(kept.values())[:GALLERY_PROMPTS]:
         images = rerank.read_pictures([ranking.samples / row["file"] for row in members[:width]])
-        shown = (gallery.Picture(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
+        shown = (Picture(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
         table.append(gallery.Row(members[0]["prompt"], tuple(shown)))
     notes = [f"{len(ranking.rows)} candidates for {len(kept)} captions, ranked by {ranking.clip}", *lines]
     if len(kept) > len(table) or any(len(members) > width for members in kept.values()):

@@ -20,6 +20,7 @@ from dalle_scale.config import RunConfig
 from dalle_scale.engine import ds_config, optim
 from dalle_scale.models import dvae
 from dalle_scale.nn import blocks
+from dalle_scale.report.page import render
 from dalle_scale.types import Batch, UserError
 
 TINY = ROOT / "configs" / "tiny"
@@ -316,7 +317,7 @@ def test_the_program(tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert (tmp_path / "plan" / "plan.md").read_text() == plan_page.markdown(numbers)
     page = (tmp_path / "plan" / "plan.html").read_text()
-    assert page == plan_page.page(numbers) and page.count("<svg") == 2 and "http" not in page
+    assert page == render(plan_page.page(numbers)) and page.count("<svg") == 2 and "http" not in page
     wrong = run("--machines=0")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: cluster: machines = 0")
     assert wrong.stderr.count("\n") == 1
