@@ -4,7 +4,7 @@ On CPUs torch's own 1x1 convolution takes twice as long as the matrix product of
 longer than nn/winograd_tiles.py, so those are the ways here for large channels-last maps in fp32. ReLU before and sum
 after are part of the convolution: what a backward pass needs is the input alone. Where that came out of a 1x1
 convolution it is not kept but computed again, which takes a hundredth of the time. Everything else, 16 bits above all,
-is left to torch.
+and everything where there is no C compiler, is left to torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dalle_scale.nn import winograd_tiles
+from dalle_scale.nn import winograd_tiles, winograd_transforms
 from dalle_scale.nn.winograd_transforms import put_rows, relu_of, workspace
 
 _FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
@@ -70,7 +70,9 @@ def convolve(
 
 
 def _has_own_way(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:
-    """Whether torch's is not the fastest. Ours is compiled and looks at no types and sizes."""
+    """Whether torch's is not the fastest, or there is no compiler. Ours is compiled and looks at no types and sizes."""
+    if not winograd_transforms.available():
+        return False
     tensors = _tensors((x, weight, bias, residual))
     if not all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == x.dtype for t in tensors):
         return False

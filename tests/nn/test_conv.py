@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_scale.nn import conv, winograd_tiles
+from dalle_scale.nn import conv, winograd_tiles, winograd_transforms
 from dalle_scale.nn.conv import Conv, convolve
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not winograd_transforms.available():
+        pytest.skip("no C compiler")
     monkeypatch.setattr(winograd_tiles, "_FEWEST_CHANNELS", 1)
     monkeypatch.setattr(conv, "_FEWEST_PRODUCTS", 1)
 
@@ -271,9 +273,14 @@ def test_results_may_be_changed_in_place(kernel: int, always: None) -> None:
         (7, (1, 92, 128, 128), 23, False),
     ],
 )
-def test_where_its_own_way_is_taken(kernel: int, shape: tuple[int, ...], outputs: int, taken: bool) -> None:
+def test_where_its_own_way_is_taken(
+    kernel: int, shape: tuple[int, ...], outputs: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nowhere without a compiler."""
     x = torch.empty(shape, memory_format=torch.channels_last)
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.empty(outputs, shape[1], kernel, kernel, dtype=dtype)
         given = x.to(dtype), weight, torch.empty(outputs, dtype=dtype), None
-        assert conv._has_own_way(*given) == (taken and dtype == torch.float32)
+        for compiler in (True, False):
+            monkeypatch.setattr(winograd_transforms, "available", lambda compiler=compiler: compiler)
+            assert conv._has_own_way(*given) == (taken and dtype == torch.float32 and compiler)

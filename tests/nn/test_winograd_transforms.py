@@ -1,13 +1,14 @@
-"""Transforms in their compiled form against those in torch: values within rounding, threads, workspace."""
+"""Compiled transforms against the same written out: values within rounding, threads, workspace."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from support.winograd_reference import Reference
 from torch import Tensor
 
 from dalle_scale.nn import winograd_transforms as transforms
@@ -27,38 +28,23 @@ ROUNDINGS = 2 * 8 + 4  # of a result at the most: sums of six terms along either
 
 @pytest.fixture(params=[1, 2, 4])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if transforms._function("take_tiles", torch.float32) is None:
+    if not transforms.available():
         pytest.skip("no C compiler")
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
-def in_torch(call: Callable[[], object], absolute: bool = False) -> None:
-    """Calls with the transforms in torch; absolute, with the absolute values of their matrices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "_function", lambda name, dtype: None)
-        if absolute:
-            for name in ("_A", "_B", "_G"):
-                matrix = getattr(transforms, name)
-                patch.setattr(transforms, name, tuple(tuple(map(abs, row)) for row in matrix))
-        call()
-
-
 def compare(run: Callable[..., Tensor], tensors: dict[str, Tensor | None], masks: dict[str, Tensor | None]) -> None:
-    """The compiled form in fp64 and fp32 against the one in torch in fp64, within the rounding errors that the absolute
-    values of all terms allow."""
-    found: list[Tensor] = []
+    """The compiled form in fp64 and fp32 against the reference in fp64, within the rounding errors that the absolute
+    values of all terms allow. run: called with the functions to take, then the tensors by name."""
 
-    def called(of: Callable[[Tensor], Tensor]) -> None:
+    def called(functions: Any, of: Callable[[Tensor], Tensor]) -> Tensor:
         given = {name: None if t is None else of(t.clone()) for name, t in tensors.items()}
-        found.append(
-            run(**given, **{name: None if t is None else t.to(of(t).dtype) for name, t in masks.items()}).clone()
-        )
+        others = {name: None if t is None else t.to(of(t).dtype) for name, t in masks.items()}
+        return run(functions, **given, **others).clone()
 
-    called(lambda t: t)
-    called(lambda t: t.float())
-    in_torch(functools.partial(called, lambda t: t))
-    in_torch(functools.partial(called, lambda t: t.abs()), absolute=True)
-    double, single, expected, terms = found
+    double, single = called(transforms, lambda t: t), called(transforms, lambda t: t.float())
+    expected = called(Reference(absolute=False), lambda t: t)
+    terms = called(Reference(absolute=True), lambda t: t.abs())
     assert double.dtype == torch.float64 and single.dtype == torch.float32
     for ours, dtype in ((double, torch.float64), (single, torch.float32)):
         errors = (ours.double() - expected).abs()
@@ -72,19 +58,19 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("take", [transforms.take_windows, transforms.take_tiles])
+@pytest.mark.parametrize("take", ["take_windows", "take_tiles"])
 @pytest.mark.parametrize(("shape", "samples", "rows"), CASES)
 def test_taking_apart(
     shape: tuple[int, ...],
     samples: tuple[int, int],
     rows: tuple[int, int],
-    take: Callable[..., Tensor],
+    take: str,
     relu: bool,
     threads: None,
 ) -> None:
     block = Block(slice(*samples), slice(*rows))
     maps = random(*shape[:4])
-    compare(lambda maps: take(maps, block, shape[4], relu, "first"), {"maps": maps}, {})
+    compare(lambda of, maps: getattr(of, take)(maps, block, shape[4], relu, "first"), {"maps": maps}, {})
 
 
 @pytest.mark.parametrize("ends", ["nothing", "all", "each", "mask"])
@@ -113,13 +99,13 @@ def test_putting_together(
     }
 
     def put(
-        products: Tensor, out: Tensor, below: Tensor, bias: Tensor | None, add: Tensor | None, mask: Tensor
+        of: Any, products: Tensor, out: Tensor, below: Tensor, bias: Tensor | None, add: Tensor | None, mask: Tensor
     ) -> Tensor:
         ends = bias, add, mask
         if windows:
-            transforms.put_windows(products, out, block, below, *ends)
+            of.put_windows(products, out, block, below, *ends)
         else:
-            transforms.put_tiles(products, out, block, *ends)
+            of.put_tiles(products, out, block, *ends)
         return torch.cat([out.flatten(), below.flatten()])
 
     compare(put, tensors, {"mask": random(*map_shape, seed=6) if ends == "mask" else None})
@@ -132,11 +118,11 @@ def test_filters(rows: int, columns: int, width: int, transposed: bool, flipped:
     """And their gradient, which is the transposed matrix's."""
     size = (columns, rows) if transposed else (rows, columns)
 
-    def take(weight: Tensor) -> Tensor:
-        return transforms.take_filters(weight.transpose(0, 1) if transposed else weight, width, flipped)
+    def take(of: Any, weight: Tensor) -> Tensor:
+        return of.take_filters(weight.transpose(0, 1) if transposed else weight, width, flipped)
 
     compare(take, {"weight": random(*size, 3, 3)}, {})
-    compare(lambda places: transforms.put_filters(places, columns, flipped), {"places": random(36, rows, width)}, {})
+    compare(lambda of, places: of.put_filters(places, columns, flipped), {"places": random(36, rows, width)}, {})
 
 
 @pytest.mark.parametrize("ends", [(False, False, False), (True, True, False), (False, False, True)])
@@ -145,16 +131,16 @@ def test_rows(ends: tuple[bool, bool, bool], threads: None) -> None:
         random(*size) if given else None for given, size in zip(ends, [(41,), (9, 41), (9, 41)], strict=True)
     )
 
-    def put(sums: Tensor, bias: Tensor | None, add: Tensor | None, mask: Tensor | None) -> Tensor:
+    def put(of: Any, sums: Tensor, bias: Tensor | None, add: Tensor | None, mask: Tensor | None) -> Tensor:
         out = sums.new_empty(9, 41)
-        transforms.put_rows(sums, out, bias, add, mask)
+        of.put_rows(sums, out, bias, add, mask)
         return out
 
     compare(put, {"sums": random(9, 48, seed=1), "bias": bias, "add": add}, {"mask": mask})
 
 
 @pytest.mark.parametrize("take", [transforms.take_windows, transforms.take_tiles])
-def test_what_is_no_number_stays_none(take: Callable[..., Tensor]) -> None:
+def test_what_is_no_number_stays_none(take: Callable[..., Tensor], threads: None) -> None:
     """Through relu, in its own channel: those that fill up stay 0."""
     maps, block = random(1, 8, 8, 5), Block(slice(0, 1), slice(0, 2))
     maps[0, 3, 3, 4], maps[0, 7, 7, 0] = torch.nan, torch.inf
