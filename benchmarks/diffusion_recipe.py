@@ -79,7 +79,7 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
     commands = {}
     for steps in STEPS:
         shutil.rmtree(out / f"samples_{steps}", ignore_errors=True)  # sampling would go on with them, and is timed
-        how = [f"--model={export}", "--method=ddim", "--clip", f"--steps={steps}"]
+        how = [f"--model={export}", "method=ddim", "clip=true", f"steps={steps}"]
         how += [f"--prompt-file={prompts}/prompts.jsonl", f"--candidates={CANDIDATES.get(steps, MANY)}"]
         how.append(f"--out={out}/samples_{steps}")
         commands[f"sample {steps}"] = PROGRAMS.python("launch/sample.py", *how)
@@ -88,7 +88,7 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
         if steps not in CANDIDATES:
             commands[f"compare {steps}"] = PROGRAMS.python("launch/fidelity.py", *compared)
         if steps in TRIPS:
-            walked = [f"--model={export}", f"--steps={steps}", f"--out={out}/between_{steps}", "--count=2"]
+            walked = [f"--model={export}", f"steps={steps}", f"--out={out}/between_{steps}", "--count=2"]
             walked += ["--images", *images]
             commands[f"walk {steps}"] = PROGRAMS.python("launch/interpolate.py", *walked)
     return seconds | PROGRAMS.run(commands)

@@ -66,7 +66,7 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions]:
 
     def draw() -> None:
         nets["model"].eval()
-        stage.sample_images(nets, seeds, options=Options("ddim", asked["steps"]))
+        stage.sample_images(nets, seeds, options=Options(method="ddim", steps=asked["steps"]))
         nets["model"].train()
 
     step = trained(lambda: stage.loss("model", nets, batch, next(updates)).total, optimizer)

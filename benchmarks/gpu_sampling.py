@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dalle_scale import config as configs
 from dalle_scale import log
 from dalle_scale.cluster.activation_memory import open_stage
+from dalle_scale.models.transformer import cache_size
 from dalle_scale.nn.residual_scaling import cast
 from dalle_scale.sampling import batch_size
 
@@ -46,7 +47,9 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     gpu_clock.release(device)
     generator = torch.Generator().manual_seed(0)
     caption = torch.randint(stage.config.text_vocab, (1, stage.config.text_length), generator=generator).to(device)
-    fitting = sizes.samples or batch_size.batch_samples(model, False, 1, sizes.candidates, device)
+    fitting = sizes.samples or batch_size.batch_samples(
+        cache_size.sampling_memory(model, guided=False), 1, sizes.candidates, device
+    )
     batch = batch_size.even(sizes.candidates, fitting)
 
     def drawn(seeds: Tensor) -> Tensor:
@@ -79,9 +82,9 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
             "different_candidates": len(torch.unique(torch.cat(found), dim=0)),
             "memory_a_candidate": {
                 "measured_bytes": None if peak is None or before is None else round((peak - before) / batch),
-                "cache_bytes": batch_size.cache_bytes(model),
+                "cache_bytes": cache_size.cache_bytes(model),
             },
-            "caption_bytes": batch_size.caption_bytes(model),
+            "caption_bytes": cache_size.caption_bytes(model),
             "peak_bytes": peak,
         }
     )

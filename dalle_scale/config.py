@@ -6,6 +6,7 @@ indivisible batch says what to change. The `model:` section belongs to the stage
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,14 @@ from pydantic import BaseModel, Field, ValidationError
 from dalle_scale.types import StrictModel, UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+RENAMED: dict[str, str] = {  # keys of 0.1 -> keys of today; of no effect where a section has no such key
+    "updates": "steps",
+    "batch_samples": "global_batch_size",
+    "micro_batch_samples": "micro_batch_size",
+    "machines": "nodes",
+}
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class SourceConfig(StrictModel):
@@ -179,7 +188,32 @@ def parse(model: type[Model], tree: dict[str, Any], where: str) -> Model:
             raise UserError(f"{where}: unknown key '{key}'; {_nearest(model, problem['loc'])}") from None
         if problem["type"] == "missing":
             raise UserError(f"{where}: key '{key}' is missing") from None
-        raise UserError(f"{where}: {key} = {problem['input']!r}: {problem['msg']}") from None
+        about = f"{key} = {problem['input']!r}: " if key else ""
+        raise UserError(f"{where}: {about}{problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def parse_options(model: type[Model], given: Sequence[str], where: str = "options") -> Model:
+    """Build `model` from `key=value` words of a command line; each value is read as YAML.
+
+    Raises:
+        UserError: as `parse`, or a word without "=".
+    """
+    tree: dict[str, Any] = {}
+    for word in given:
+        _apply(tree, word)
+    return parse(model, tree, where)
+
+
+def list_options(model: type[BaseModel]) -> str:
+    """A line for each field of a model: name, type, default, range and description."""
+    lines = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
+        bounds = [item for item in info.metadata if dataclasses.is_dataclass(item) and not isinstance(item, type)]
+        limits = [f"{_SIGNS[key]} {limit}" for item in bounds for key, limit in dataclasses.asdict(item).items()]
+        facts = [kind.replace("typing.", ""), *limits, f"default {info.default}", info.description or ""]
+        lines.append(f"{name}: {', '.join(filter(None, facts))}")
+    return "\n".join(lines) or "no options"
 
 
 def dump(config: BaseModel, path: str | Path, note: str = "") -> None:
@@ -228,5 +262,7 @@ def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
         inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if inner is not None:
             fields = inner.model_fields
+    if (renamed := RENAMED.get(str(location[-1]))) in fields:
+        return f"it is called '{renamed}' since 0.2"
     near = difflib.get_close_matches(str(location[-1]), list(fields), n=1, cutoff=0.4)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"

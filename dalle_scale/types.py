@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes a second to import, and what only reads or writ
 
 Batch: TypeAlias = "dict[str, Tensor]"
 Nets: TypeAlias = "dict[str, nn.Module]"
+OnCode: TypeAlias = Callable[[int, int], None]  # called with (codes sampled so far, codes to sample) of each image
 
 
 class UserError(ValueError):
@@ -114,7 +115,7 @@ class SampleRequest:
     text: Tensor  # caption tokens int64 [N, T]; [N, 0] for a model without captions
     options: Any  # an instance of the sampler's `Options`
     prime: Tensor | None = None  # int64 [N, P], the first P codes, given
-    on_progress: Callable[[int, int], None] | None = None  # called with (codes sampled so far, codes of an image)
+    on_progress: OnCode | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,15 @@ class ImageSampler(Protocol):
     tokenizer: ImageTokenizer | None  # decodes the codes that `sample` returns; None = it returns images
     takes_half: bool  # its matrices may be bf16 or fp16
 
-    def sample(self, request: SampleRequest) -> Tensor:
+    def prepare(self) -> None:
+        """Lay out the weights for sampling, once they have their type."""
+        ...
+
+    def sample(self, request: SampleRequest, /) -> Tensor:
         """Codes int64 [N, ...], or uint8 images [N, 3, S, S] where there is no tokenizer."""
         ...
 
-    def resolve(self, options: Any, primed: bool = False) -> dict[str, Any]:
+    def resolve(self, options: Any, primed: bool, /) -> dict[str, Any]:
         """Options with the model's defaults written out, for a record.
 
         Raises:
@@ -148,8 +153,8 @@ class ImageSampler(Protocol):
         """
         ...
 
-    def memory(self, options: Any) -> SampleMemory | None:
-        """None where it is not known."""
+    def memory(self, options: Any, /) -> SampleMemory | None:
+        """Bytes of an image; None where nobody counted them."""
         ...
 
 
@@ -164,7 +169,7 @@ class CodePrior(Protocol):
     text_vocab: int
     without_captions: bool  # also models, or only, codes without a caption
 
-    def bits(self, codes: Tensor, text: Tensor | None = None) -> Tensor:
+    def bits(self, codes: Tensor, text: Tensor | None, /) -> Tensor:
         """-log2 probability of its level, summed over an image: codes of all levels int64 [B, N], captions int64
         [B, T] (None = without) -> fp64 [B]."""
         ...
@@ -176,7 +181,7 @@ class Evaluable(Protocol):
 
     in_bytes: bool  # its bound `elbo_bits_per_dim`, if it has one, is of images of bytes
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch], /) -> dict[str, float]:
         """Numbers over all samples of all ranks (a collective)."""
         ...
 
@@ -189,11 +194,11 @@ class ImageTextEncoder(Protocol):
     text_vocab: int
     scale: float  # factor of cosines before a softmax
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor, /) -> Tensor:
         """uint8 images [N, 3, H, W] of any size -> unit vectors fp32 [N, E]."""
         ...
 
-    def text_features(self, text: Tensor) -> Tensor:
+    def text_features(self, text: Tensor, /) -> Tensor:
         """Caption tokens int64 [N, T] -> unit vectors fp32 [N, E]."""
         ...
 
@@ -205,17 +210,8 @@ class LatentSpace(Protocol):
     Options: type[StrictModel]
     noise_index: int  # of the noise that stands for a seed, as the stage's sampler counts it
 
-    def codec(self, options: Any) -> LatentCodec:
+    def codec(self, options: Any, /) -> LatentCodec:
         """Images to these latents and back. Raises UserError for options that the model does not take."""
-        ...
-
-
-@runtime_checkable
-class PictureSource(Protocol):
-    """A stage that samples images from seeds alone."""
-
-    def sample_images(self, nets: Nets, seeds: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Seeds int64 [N] -> uint8 images [N, 3, S, S], each a function of its own seed."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""Pictures between pictures, in the latents of a VAE or of a diffusion model (DDIM).
+"""Interpolate between images, in the latents of a VAE or of a diffusion model (DDIM).
 
-    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --steps 50 --out runs/between
-    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --steps 50 --images a.png b.png --out runs/between
+    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --out runs/between steps=50
+    python launch/interpolate.py --model runs/cifar10_32/ddpm/export --out runs/between steps=50 --images a.png b.png
 
 Without --images the ends are drawn from nothing. With --images each picture goes to latents and back, and there is a
 path from each to the next; the error of that round trip is told as in Table 2 of the paper of DDIM: the mean squared
@@ -30,7 +30,8 @@ def main() -> None:
         raise UserError(f"--paths {args.paths} --count {args.count}: at least one path of two pictures is needed")
     if args.images and len(args.images) < 2:
         raise UserError("--images: one picture, but a path has two ends; name at least two")
-    space = interpolate.open_space(export.load(args.model, dist.device()), args.steps, args.spacing)
+    opened = export.load(args.model, dist.device())
+    space = interpolate.open_space(opened, args.options)
     if args.images:
         pictures = torch.stack([read_picture(path, space.codec.image_size) for path in args.images])
         paths = interpolate.between_images(space, pictures, args.count)
@@ -44,8 +45,7 @@ def main() -> None:
         "images": [str(path) for path in args.images],
         "seed": None if args.images else args.seed,
         "count": args.count,
-        "steps": args.steps,
-        "spacing": args.spacing,
+        **space.options.model_dump(),
         "round_trip_mse": paths.round_trip_mse,
     }
     io.write(args.out / "interpolation.json", json.dumps(told, indent=1) + "\n")
@@ -64,12 +64,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--paths", type=int, default=6, help="how many, without --images")
     parser.add_argument("--count", type=int, default=11, help="pictures of a path, both ends included")
-    parser.add_argument(
-        "--steps", type=int, help="evaluations of a diffusion model each way; default: all of its times"
-    )
-    parser.add_argument("--spacing", default="uniform", help="which times: uniform, quadratic or log_snr")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of a diffusion model: steps, spacing")
     parser.add_argument("--seed", type=int, default=0, help="of the ends, without --images")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

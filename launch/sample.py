@@ -1,9 +1,10 @@
-"""Pictures from captions, or from nothing where a model was trained without.
+"""Sample images from captions, or from nothing where a model was trained without.
 
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 16 --out runs/mine
     deepspeed --num_gpus 8 launch/sample.py --model runs/demo/dalle/export --prompt-file captions.txt --out runs/mine
     python launch/sample.py --model runs/demo/dalle/export --prompts "a red circle" --candidates 512 \\
-        --rerank runs/demo/clip/export --keep 8 --out runs/mine
+        --rerank runs/demo/clip/export --keep 8 --out runs/mine temperature=0.9 top_k=100
+    python launch/sample.py --list-options runs/demo/dalle/export
 
 Writes <out>/sampling.json that says how they are drawn, <out>/images/<prompt>_<candidate>.png, and when all are there
 <out>/samples.jsonl with a row for each picture and, when there are few, <out>/grid.png with a row for each prompt. The
@@ -12,7 +13,7 @@ command goes on where it was interrupted, and with more --candidates it draws th
 each batch while the next is drawn, and writes what launch/rerank.py writes into <out>/reranked.
 
 A model without captions (a VAE, a transformer with text_length 0) takes no prompts; --candidates says how many
-pictures. --method to --clip are for diffusion models.
+images. Options of sampling follow as key=value; each model has its own, which --list-options prints.
 """
 
 from __future__ import annotations
@@ -20,38 +21,45 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dalle_scale import config as configs
 from dalle_scale import dist, log
 from dalle_scale.sampling import prompts as prompt_files
 from dalle_scale.sampling import rerank, rerank_page, runner
 from dalle_scale.sampling.output_folder import Store, fingerprint
-from dalle_scale.sampling.sampler import DIFFUSION_OPTIONS, DTYPES, Options, Sampler
+from dalle_scale.sampling.sampler import DTYPES, Sampler, list_options
 from dalle_scale.types import UserError
 
 
 def main() -> None:
     """Open, draw what is missing, write."""
     args = parse_args()
-    prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
+    if args.list_options:
+        log.say(list_options(args.list_options))
+        return
     check(args)
+    prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
     sampler = Sampler(args.model, dist.device(), args.text_tokenizer, args.dtype)
     if not prompts and sampler.text:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     prompts = prompts or [""]
     prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", *DIFFUSION_OPTIONS)}
-    options = Options(prime=prime, size=tuple(args.size) if args.size else None, **given)
-    sampler.check(prompts, args.candidates, options)
+    options = configs.parse_options(sampler.sampler.Options, args.options)
+    sampler.check(prompts, args.candidates, options, primed=bool(args.prime))
     store, how = Store(args.out, prompts, args.candidates, args.seed), {}
     if dist.is_main():  # it alone reads all weights once more
         inputs = {"prime": fingerprint(args.prime), "text_tokenizer": fingerprint(args.text_tokenizer)}
-        how = sampler.record(options) | store.record() | {"prime_rows": args.prime_rows, **inputs}
+        how = (
+            sampler.record(options, primed=bool(args.prime))
+            | store.record()
+            | {"prime_rows": args.prime_rows, **inputs}
+        )
         store.check(how)
     scores = runner.Scores(rerank.open_scorer(args.rerank, dist.device()), store) if args.rerank else None
     dist.join()
     missing = store.begin(how)
     if len(missing) < len(store.places):
         log.say(f"{len(store.places) - len(missing)} of {len(store.places)} pictures are there; draws the rest")
-    runner.draw(sampler, options, store, missing, scores, args.batch)
+    runner.sample(sampler, options, store, missing, scores, args.batch, prime)
     found = scores.collected() if scores else None
     dist.barrier()
     if dist.is_main():
@@ -67,6 +75,9 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be wrong before the model is opened."""
+    for name in ("model", "out"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: is missing; give --model EXPORT and --out FOLDER, or --list-options EXPORT")
     if (args.prime is None) != (args.prime_rows is None):
         raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
     if args.batch is not None and args.batch < 1:
@@ -83,23 +94,20 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, action="append", help="export: <run>/export; of vqvae2_prior one a level")
+    add("options", nargs="*", metavar="key=value", help="of sampling; see --list-options")
+    add("--model", type=Path, action="append", help="export: <run>/export; of vqvae2_prior one a level")
+    add(
+        "--list-options",
+        type=Path,
+        nargs="+",
+        metavar="EXPORT",
+        help="print the sampling options of an export, and stop",
+    )
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
-    add("--out", type=Path, required=True, help="folder to write to")
+    add("--out", type=Path, help="folder to write to")
     add("--candidates", type=int, default=1, help="pictures a prompt")
     add("--seed", type=int, default=0)
-    add("--temperature", type=float, default=1.0)
-    add("--top-k", type=int, default=0, help="keep only this many of the likeliest codes; 0 = all")
-    add("--top-p", type=float, default=1.0, help="keep the likeliest codes that hold this share; 1 = all")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 = off")
-    add("--method", help="of a diffusion model: ancestral, ddim or dpm++; default: the model's, as --steps")
-    add("--steps", type=int, help="evaluations of a diffusion model")
-    add("--spacing", help="which times: uniform, quadratic or log_snr; default: log_snr for dpm++, else uniform")
-    add("--eta", type=float, help="of ddim: share of the ancestral noise, 0 to 1; default: 0")
-    add("--variance", help="of ancestral: fixed_large, fixed_small or learned; default: as the model was trained")
-    add("--clip", action=argparse.BooleanOptionalAction, help="predicted pictures to [-1, 1]; default: ancestral only")
-    add("--size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="of codes, for pictures larger than in training")
     add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
     add(
         "--dtype",
@@ -112,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     add("--keep", type=int, help="of --rerank: best candidates a prompt to copy and show (default 1)")
     add("--text-tokenizer", help="only for an export that does not hold its own")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

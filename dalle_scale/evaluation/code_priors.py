@@ -16,24 +16,15 @@ from torch import Tensor
 
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.export import UPSTREAM_PART, Export
-from dalle_scale.stages import dalle, vqvae2_prior
-from dalle_scale.types import ImageTokenizer, UserError
+from dalle_scale.types import CodePrior, ImageTokenizer, UserError
 
 
 @dataclass(frozen=True)
 class _Level:
-    """An opened export, and which codes it models."""
+    """An opened export, and its prior over the codes of a level."""
 
     export: Export
-    stage: dalle.Stage | vqvae2_prior.Stage
-    vocab: int
-    grids: tuple[int, ...]  # of all levels
-    level: int  # its own
-    without_captions: bool  # models codes without a caption (too)
-
-    @property
-    def takes_captions(self) -> bool:
-        return self.stage.config.text_length > 0
+    prior: CodePrior
 
 
 class Prior:
@@ -43,19 +34,19 @@ class Prior:
         """Raises:
         UserError: a level is missing or there twice, or levels take captions of several lengths.
         """
-        self._levels = sorted(levels, key=lambda level: level.level)
-        numbers, count = [level.level for level in self._levels], len(levels[0].grids)
+        self._levels = sorted(levels, key=lambda level: level.prior.level)
+        numbers, count = [level.prior.level for level in self._levels], len(levels[0].prior.grids)
         if numbers != list(range(count)):
             known = ", ".join(str(level.export.folder) for level in self._levels)
             raise UserError(
                 f"{known}: priors of levels {numbers} of {count}; give that of each level 0 .. {count - 1} once"
             )
-        captioned = [level for level in self._levels if level.takes_captions]
-        sizes = {(level.stage.config.text_length, level.stage.config.text_vocab) for level in captioned}
+        captioned = [level for level in self._levels if level.prior.text_length]
+        sizes = {(level.prior.text_length, level.prior.text_vocab) for level in captioned}
         if len(sizes) > 1:
             raise UserError(f"text_length and text_vocab: {sorted(sizes)}; priors of one tokenizer take the same")
         self.text_length, self.text_vocab = sizes.pop() if sizes else (0, 0)
-        self.without_captions = all(level.without_captions for level in self._levels)
+        self.without_captions = all(level.prior.without_captions for level in self._levels)
         self._text_tokenizer = text_tokenizer or (captioned[0].export.part("text_tokenizer") if captioned else None)
 
     @property
@@ -79,7 +70,7 @@ class Prior:
         """
         bits = torch.zeros(len(codes), dtype=torch.float64)
         for level in self._levels:
-            bits += level.stage.code_bits(level.export.nets, codes, text if level.takes_captions else None).cpu()
+            bits += level.prior.bits(codes, text if level.prior.text_length else None).cpu()
         return bits
 
 
@@ -111,14 +102,10 @@ def open_priors(
 
 def _open_level(folder: Path, device: torch.device) -> _Level:
     opened = export.load(folder, device)
-    stage = opened.stage
-    if isinstance(stage, dalle.Stage):
-        c = stage.config
-        return _Level(opened, stage, c.image_vocab, (c.grid,), 0, not c.text_length or c.caption_dropout > 0)
-    if isinstance(stage, vqvae2_prior.Stage):
-        p = stage.config
-        return _Level(opened, stage, p.vocab, p.grids, p.level, not p.text_length)
-    raise UserError(f"{folder}: stage '{opened.name}' does not model codes; give a prior, dalle or vqvae2_prior")
+    prior = opened.stage.code_prior(opened.nets)
+    if prior is None:
+        raise UserError(f"{folder}: stage '{opened.name}' does not model codes; give a prior, dalle or vqvae2_prior")
+    return _Level(opened, prior)
 
 
 def _owners(level: _Level, tokenizers: Mapping[str, tuple[Export, ImageTokenizer]]) -> list[str]:
@@ -126,7 +113,7 @@ def _owners(level: _Level, tokenizers: Mapping[str, tuple[Export, ImageTokenizer
     tokenizer that it holds, if it holds one. Raises UserError."""
     folder, own = level.export.folder, level.export.part(UPSTREAM_PART)
     sizes = {name: _describe(tokenizer.grids, tokenizer.vocab) for name, (_, tokenizer) in tokenizers.items()}
-    wanted = _describe(level.grids, level.vocab)
+    wanted = _describe(level.prior.grids, level.prior.vocab)
     fitting = [name for name, size in sizes.items() if size == wanted]
     if not fitting:
         there = "; ".join(f"{name} has {size}" for name, size in sizes.items()) or "none makes codes"

@@ -30,7 +30,6 @@ from dalle_scale.evaluation.code_priors import Prior, open_priors
 from dalle_scale.evaluation.metrics import code_length
 from dalle_scale.evaluation.metrics.ssim import WINDOW, ssim
 from dalle_scale.nn.codebook_stats import perplexity, psnr_db, used_share
-from dalle_scale.nn.likelihoods import Bernoulli
 from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, UserError
 
 Row = dict[str, Any]
@@ -153,7 +152,7 @@ def _open_subject(name: str, folder: Path, device: torch.device, dtype: str) -> 
     opened = export.load(folder, device, dtype)
     tokenizer = opened.stage.tokenizer(opened.nets)
     if tokenizer is None:
-        if not hasattr(opened.stage, "evaluate") or "image" not in opened.stage.inputs.keys:
+        if opened.stage.evaluator(opened.nets) is None or "image" not in opened.stage.inputs.keys:
             raise UserError(f"{folder}: stage '{opened.name}' is not an image tokenizer; give the export of one (dvae)")
         return Subject(name, opened, opened.stage.inputs.image_size, None)
     if tokenizer.image_size < WINDOW:
@@ -337,8 +336,8 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
         tally.join()
 
     batches = watched()
-    evaluate = getattr(subject.export.stage, "evaluate", None)
-    own: dict[str, float] = evaluate(subject.export.nets, batches) if evaluate else {}
+    evaluator = subject.export.stage.evaluator(subject.export.nets)
+    own = evaluator.evaluate(batches) if evaluator else {}
     for _ in batches:  # what the stage did not ask for
         pass
     about = {
@@ -349,7 +348,7 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
     }
     row = {**about, **tally.numbers(subject.image_size)}
     for name, value in own.items():
-        if name == "elbo_bits_per_dim" and _codes_bytes(subject):
+        if name == "elbo_bits_per_dim" and subject.tokenizer is None and evaluator and evaluator.in_bytes:
             row["bits_per_dim"] = float(value)
         elif name not in COLUMNS:
             row[name] = float(value)
@@ -372,11 +371,6 @@ def examples(subject: Subject, pictures: Pictures, device: torch.device) -> dict
             pair = images[slot].cpu(), decoded[slot].cpu()
             shown[int(places[slot])] = Example(*pair, float(psnr[slot]), float(similarity[slot]))
     return shown
-
-
-def _codes_bytes(subject: Subject) -> bool:
-    """Whether the stage's own bound is one of pictures of bytes; a Bernoulli VAE's is of black and white ones."""
-    return subject.tokenizer is None and not isinstance(getattr(subject.export.stage, "likelihood", None), Bernoulli)
 
 
 def _round_trip(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,17 +25,7 @@ MADE_BY = (
     "stage",
     "weights",  # raw, or ema and its decay; of each model
     "update",  # of training, which these are; of each model
-    "method",  # of sampling: ancestral, ddim, dpm++
-    "steps",  # of diffusion, as the next four
-    "spacing",  # of the steps
-    "eta",
-    "variance",
-    "clip",  # whether predicted pictures are clipped
-    "guidance",
-    "temperature",
-    "top_k",
-    "top_p",
-    "size",  # rows and columns of codes
+    "options",  # of sampling, each stage its own
     "prime_rows",  # rows of codes that were given
     "seed",
     "prompts",  # where they come from, how many
@@ -184,14 +174,12 @@ def markdown(result: Result) -> str:
     return "\n".join([*lines, "## computed with", "", *_told(about), ""])
 
 
-def _told(fields: dict[str, Any]) -> list[str]:
+def _told(fields: dict[str, Any], before: str = "") -> list[str]:
     """Fields as a list; those of `made_by` among them."""
     lines = []
     for key, value in fields.items():
-        if isinstance(value, dict):
-            lines += [f"- {_words(key)} {_words(name)}: {inner}" for name, inner in value.items()]
-        else:
-            lines.append(f"- {_words(key)}: {value}")
+        name = f"{before}{_words(key)}"
+        lines += _told(value, f"{name} ") if isinstance(value, dict) else [f"- {name}: {value}"]
     return lines
 
 

@@ -7,26 +7,26 @@ keeps the length of noise.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from dalle_scale.checkpoint.export import Export
+from dalle_scale.config import parse_options
 from dalle_scale.models.diffusion import samplers
-from dalle_scale.models.latent_codec import Latents
 from dalle_scale.nn.counter_rng import normal_noise
-from dalle_scale.stages import ddpm, vae
-from dalle_scale.types import UserError
+from dalle_scale.types import LatentCodec, StrictModel, UserError
 
 
 @dataclass(frozen=True)
 class Space:
     """Pictures to latents and back."""
 
-    codec: Latents
-    noise: int  # number of the noise that stands for a seed, the same as in the stage's `sample_images`
+    codec: LatentCodec
+    noise: int  # index of the noise that stands for a seed, the same as in the stage's sampler
+    options: StrictModel  # of the way to the latents and back
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,20 @@ class Paths:
         return float((ends.double() - self.originals.double()).square().mean() / 255**2)
 
 
-def open_space(opened: Export, steps: int | None, spacing: samplers.Spacing = "uniform") -> Space:
-    """The latents of an export. A diffusion model with captions is told none.
+def open_space(opened: Export, options: Sequence[str] = ()) -> Space:
+    """The latents of an export.
 
     Args:
-        steps: evaluations of a diffusion model each way; None = all of its times.
+        options: `key=value`, of the stage's latents.
 
     Raises:
-        UserError: a stage without latents of pictures, steps for one that takes none, or more than it has times.
+        UserError: a stage without latents of images, or options that it does not take.
     """
-    stage = opened.stage
-    if isinstance(stage, vae.Stage):
-        if steps is not None:
-            raise UserError("steps: for diffusion models, and 'vae' is none; leave it out")
-        return Space(stage.latents(opened.nets), 0)
-    if not isinstance(stage, ddpm.Stage):
+    latents = opened.stage.latent_space(opened.nets)
+    if latents is None:
         raise UserError(f"{opened.folder}: stage '{opened.name}' has no latents to walk in; give a vae or a ddpm")
-    levels, net = stage.diffusion.alphas_cumprod, opened.nets["model"]
-    samplers.times(levels, steps, spacing)  # refused here rather than after the first picture
-
-    def predict(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-        text = stage.empty_caption(x.device).expand(len(x), -1) if stage.config.text_length else None
-        return stage.predict(net, x, times, text)
-
-    walk = {"steps": steps, "spacing": spacing}
-    to_latents = partial(samplers.encode, predict, levels, **walk)
-    to_maps = partial(samplers.decode, predict, levels, **walk)
-    codec = Latents(
-        net,
-        encode=lambda images: to_latents(stage.maps(net, images)),
-        decode=lambda latents: stage.pictures(net, to_maps(latents)),
-        shape=stage.config.map_shape,
-        image_size=stage.config.image_size,
-    )
-    return Space(codec, len(levels))
+    chosen = parse_options(latents.Options, options)
+    return Space(latents.codec(chosen), latents.noise_index, chosen)
 
 
 def between_seeds(space: Space, seeds: Tensor, count: int) -> Paths:
@@ -96,5 +76,5 @@ def between_images(space: Space, images: Tensor, count: int) -> Paths:
 
 def _along(space: Space, start: Tensor, end: Tensor, count: int) -> Tensor:
     path = samplers.interpolate(start, end, count)
-    pictures = space.codec.decode(path.flatten(0, 1)).cpu()
-    return pictures.unflatten(0, (len(start), count))
+    images = space.codec.decode(path.flatten(0, 1)).cpu()
+    return images.view(len(start), count, *images.shape[1:])

@@ -54,7 +54,7 @@ class Store:
             earlier = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise UserError(f"{path}: not a JSON object; take another --out, or remove {self.folder}") from None
-        now = json.loads(json.dumps(record))
+        earlier, now = _flat(earlier), _flat(json.loads(json.dumps(record)))
         for name in [*now, *earlier]:
             if name not in _MAY_DIFFER and earlier.get(name) != now.get(name):
                 raise UserError(
@@ -129,6 +129,12 @@ def fingerprint(name: str | Path | None) -> str | None:
     if not name:
         return None
     return digest(Path(name)) if Path(name).exists() else str(name)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its options beside the rest."""
+    options: dict[str, Any] = record.get("options", {})
+    return {name: value for name, value in record.items() if name != "options"} | options
 
 
 def _short(value: object) -> str:

@@ -31,7 +31,6 @@ from dalle_scale import log
 from dalle_scale.checkpoint import export
 from dalle_scale.data.text import open_text
 from dalle_scale.nn.torchvision_compat import import_open_clip, import_transformers
-from dalle_scale.stages import clip
 from dalle_scale.types import UserError
 
 _SAMPLE_KEYS = {"prompt_index": int, "prompt": str, "candidate": int, "seed": int, "file": str}
@@ -224,22 +223,20 @@ def open_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
 def _export(folder: Path, device: str | torch.device) -> Scorer:
     """A run of our own `clip` stage."""
     model = export.load(folder, device)
-    if not isinstance(model.stage, clip.Stage):
+    encoder = model.stage.image_text_encoder(model.nets)
+    if encoder is None:
         raise UserError(f"{folder}: stage '{model.name}' does not score pictures; 'clip' does")
     tokenizer_path = model.part("text_tokenizer")
     if tokenizer_path is None:
         raise UserError(f"{folder}: holds no text tokenizer; train clip with `data.text_tokenizer: FILE`")
-    stage, nets = model.stage, model.nets
-    text = open_text(tokenizer_path, vocab=stage.config.text_vocab)
+    text = open_text(tokenizer_path, vocab=encoder.text_vocab)
 
     def encode_captions(captions: list[str]) -> tuple[Tensor, int]:
         before = text.truncated_samples
-        tokens = text.encode(captions, stage.config.text_length).to(device)
-        return stage.text_features(nets, tokens), text.truncated_samples - before
+        tokens = text.encode(captions, encoder.text_length).to(device)
+        return encoder.text_features(tokens), text.truncated_samples - before
 
-    # as the loss has it: its cap holds the scale, not the parameter
-    scale = min(float(nets["model"].get_parameter("logit_scale").detach().float().exp()), stage.config.logit_scale_max)
-    return TwoTowers(lambda images: stage.image_features(nets, images.to(device)), encode_captions, scale)
+    return TwoTowers(lambda images: encoder.image_features(images.to(device)), encode_captions, encoder.scale)
 
 
 def _open_clip(name: str, device: str | torch.device) -> Scorer:

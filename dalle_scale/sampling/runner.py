@@ -1,4 +1,4 @@
-"""Drawing the pictures of a store, each batch while the one before it is decoded, scored and saved."""
+"""Sampling the images of a store, each batch while the one before it is decoded, scored and saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dalle_scale import dist, log
 from dalle_scale.sampling import rerank
 from dalle_scale.sampling.output_folder import Place, Store
 from dalle_scale.sampling.rerank import Scorer
-from dalle_scale.sampling.sampler import Batch, Options, Sampler
+from dalle_scale.sampling.sampler import Batch, Sampler
+from dalle_scale.types import StrictModel
 
 SCORED_TOGETHER = 64  # pictures; as launch/rerank.py does
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -57,30 +58,31 @@ class Scores:
         return dist.all_reduce(self.values)
 
 
-def draw(
+def sample(
     sampler: Sampler,
-    options: Options,
+    options: StrictModel,
     store: Store,
     missing: Sequence[Place],
     scores: Scores | None = None,
     batch_samples: int | None = None,
+    prime: Tensor | None = None,
 ) -> None:
-    """Draw and save this rank's share of what is missing, and score its share of all pictures.
+    """Sample and save this rank's share of what is missing, and score its share of all images.
 
-    On a GPU a thread with a stream of its own decodes, scores and saves one batch while the next is drawn. On CPUs all
-    that computes wants the same cores, so there the thread only saves.
+    On a GPU a thread with a stream of its own decodes, scores and saves one batch while the next is sampled. On CPUs
+    all that computes wants the same cores, so there the thread only saves.
 
     Raises:
-        Exception: that of the thread, once the batch in work is drawn.
+        Exception: that of the thread, once the batch in work is sampled.
     """
     if scores is not None:
         scores.add_saved(_share(sorted(set(store.places) - set(missing))))
-    batches = sampler.batches(store.prompts, _share(missing), store.seed, options, batch_samples)
+    batches = sampler.batches(store.prompts, _share(missing), store.seed, options, batch_samples, prime)
     on_gpu = sampler.device.type == "cuda"
     stream = torch.cuda.Stream(sampler.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
-    def develop(batch: Batch, drawn: Tensor) -> Tensor:
-        images = sampler.decode(drawn)
+    def develop(batch: Batch, sampled: Tensor) -> Tensor:
+        images = sampler.decode(sampled)
         if scores is not None:
             scores.add(batch, images)
         return images
@@ -89,18 +91,18 @@ def draw(
         for picture in zip(batch.prompt_index, batch.candidate, images, strict=True):
             store.save(*picture)
 
-    def develop_and_save(batch: Batch, drawn: Tensor) -> None:
+    def develop_and_save(batch: Batch, sampled: Tensor) -> None:
         with torch.cuda.stream(stream):
-            images = develop(batch, drawn)
+            images = develop(batch, sampled)
         save(batch, images)
 
     earlier: Future[None] | None = None
     with ThreadPoolExecutor(max_workers=1) as thread, progress_bar(sum(len(batch.seed) for batch in batches)) as bar:
         for batch in batches:
             on_code = partial(advance, bar, bar.n, len(batch.seed))
-            drawn = sampler.draw_batch(batch, options, on_code)
-            on_code(1, 1)  # for stages that draw without saying
-            job = partial(develop_and_save, batch, drawn) if on_gpu else partial(save, batch, develop(batch, drawn))
+            sampled = sampler.sample_batch(batch, on_code)
+            on_code(1, 1)  # for samplers that do not call it
+            job = partial(develop_and_save, batch, sampled) if on_gpu else partial(save, batch, develop(batch, sampled))
             if earlier is not None:
                 earlier.result()
             earlier = thread.submit(job)
@@ -115,12 +117,12 @@ def _share(items: Sequence[Place]) -> Sequence[Place]:
 
 
 def progress_bar(samples: int) -> tqdm[NoReturn]:
-    """Of pictures drawn, with their rate and the time left; counts parts of pictures too."""
+    """A bar of images sampled, with their rate and the time left; counts parts of images too."""
     return tqdm(
         desc="sample", unit=" pictures", total=samples, disable=not dist.is_main(), mininterval=0.5, bar_format=_BAR
     )
 
 
-def advance(bar: tqdm[NoReturn], before: float, samples: int, drawn: int, num_codes: int) -> None:
-    """Show that `drawn` of `num_codes` codes of a batch of pictures are drawn, and `before` pictures before it."""
-    bar.update(before + samples * drawn / num_codes - bar.n)
+def advance(bar: tqdm[NoReturn], before: float, samples: int, sampled: int, num_codes: int) -> None:
+    """Show that `sampled` of `num_codes` codes of a batch of images are done, and `before` images before it."""
+    bar.update(before + samples * sampled / num_codes - bar.n)

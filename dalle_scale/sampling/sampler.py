@@ -1,4 +1,4 @@
-"""An exported model, captions and seeds -> pictures. Needs neither deepspeed nor webdataset."""
+"""An exported model, captions and seeds -> images. Needs neither deepspeed nor webdataset."""
 
 from __future__ import annotations
 
@@ -6,81 +6,51 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle_scale import config
 from dalle_scale.checkpoint import export
 from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
-from dalle_scale.models.diffusion import samplers
-from dalle_scale.models.diffusion.process import Variance
-from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.nn import precision, residual_scaling
 from dalle_scale.sampling import batch_size
-from dalle_scale.stages import dalle, ddpm, vqvae2_prior
-from dalle_scale.types import ImageTokenizer, PictureSource, UserError
+from dalle_scale.types import ImageSampler, ImageTokenizer, OnCode, SampleRequest, StrictModel, UserError
 
-FIXED_BATCH_SAMPLES = 256  # drawn at a time by stages whose memory nobody counts
+FIXED_BATCH_SAMPLES = 256  # sampled at a time by stages whose memory nobody counts
 DTYPES = ("fp32", *residual_scaling.SHORT, "auto")
-DIFFUSION_OPTIONS = ("method", "steps", "spacing", "eta", "variance", "clip")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures to draw together."""
+    """B images to sample together."""
 
     prompt_index: list[int]  # whose caption, B numbers
     candidate: list[int]  # counted from 0 for each prompt
     seed: list[int]
-    text: Tensor  # captions int64 [B, T]
+    request: SampleRequest
 
 
 @dataclass(frozen=True)
-class Samples:
-    """A batch of B pictures."""
+class Samples(Batch):
+    """B images that were sampled together."""
 
-    prompt_index: list[int]  # whose caption, B numbers
-    candidate: list[int]  # counted from 0 for each prompt
-    seed: list[int]
     images: Tensor  # uint8 [B, 3, S, S] on the CPU
 
 
-@dataclass(frozen=True)
-class Options:
-    """How pictures are drawn: the parameters of `dalle.Stage.sample`, and of `diffusion_samplers.Options` for the
-    `ddpm` stage, which takes the guidance too. Other stages take the temperature only."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
-    prime: Tensor | None = None  # int64 [P], the first codes of all pictures, as from `Sampler.prime_codes`
-    size: tuple[int, int] | None = None  # rows and columns of codes, larger than in training
-    method: samplers.Method | None = None  # None = the model's own, here and below
-    steps: int | None = None
-    spacing: samplers.Spacing | None = None
-    eta: float | None = None
-    variance: Variance | None = None
-    clip: bool | None = None
-
-    def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the options that differ from the default."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Options, name)}
-
-
 def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
-    """Seed of one picture, 0 .. 2^63 - 1: a pure function of its arguments, so other prompts change nothing."""
+    """Seed of one image, 0 .. 2^63 - 1: a pure function of its arguments, so other prompts change nothing."""
     digest = hashlib.sha256(f"{seed}\n{candidate}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def read_picture(path: Path, size: int) -> Tensor:
-    """The centre square of a picture file, uint8 [3, size, size]. Raises UserError: missing, or no picture."""
+    """The centre square of an image file, uint8 [3, size, size]. Raises UserError: missing, or no image."""
     try:
         pixels = square(decode(path.read_bytes()), size)
     except (OSError, BadSample) as error:
@@ -89,8 +59,8 @@ def read_picture(path: Path, size: int) -> Tensor:
 
 
 class Sampler:
-    """Exports that draw pictures: one of the `dalle` stage, the `vqvae2_prior` of each level, or one of another stage
-    that draws pictures from seeds alone.
+    """Exports that sample images: one of a stage that has a sampler, or several whose stage has a joint one, as the
+    `vqvae2_prior` of each level.
 
     `text` is None for a model without captions; its only prompt is "".
     """
@@ -110,64 +80,57 @@ class Sampler:
                 fp32.
 
         Raises:
-            UserError: these exports do not draw pictures (together), a tokenizer is missing or does not fit, or dtype
-                is not fp32 and nothing is there to have it.
+            UserError: these exports do not sample images (together), a tokenizer is missing or does not fit, or dtype
+                is not fp32 and no matrices may have it.
         """
         models = [export.load(folder, device) for folder in folders]
         self.models, self.device = sorted(models, key=_level), torch.device(device)
         self.stage = self.models[0].stage
-        self.text: TextTokenizer | None = None
-        if isinstance(self.stage, vqvae2_prior.Stage):
-            _check_levels(self.models)
-        elif len(models) > 1:
-            raise UserError(f"{folders[1]}: several models draw together only if each is the prior of another level")
-        elif not isinstance(self.stage, dalle.Stage | PictureSource):
-            raise UserError(f"{folders[0]}: stage '{models[0].name}' does not draw pictures")
-        if self.stage.upstream is None and not isinstance(self.stage, PictureSource):
-            raise UserError(
-                f"{models[0].folder}: holds no image tokenizer to decode with; train with `tokenizer: <its export>`"
-            )
-        self._open_text(text_tokenizer)
+        self.sampler = _open_sampler(self.models)
+        self.text = self._open_text(text_tokenizer)
         self.dtype = self._cast(dtype)
-        if isinstance(self.stage, dalle.Stage) and self.device.type == "cpu":
-            cast(Transformer, self.models[0].nets["model"]).store_by_columns()
+        self.sampler.prepare()
 
     def _cast(self, dtype: str | None) -> str:
-        takes_short = isinstance(self.stage, dalle.Stage)
-        dtype = dtype or ("bf16" if takes_short and self.device.type == "cuda" else "fp32")
-        if dtype == "auto" and not takes_short:
+        takes_half = self.sampler.takes_half
+        dtype = dtype or ("bf16" if takes_half and self.device.type == "cuda" else "fp32")
+        if dtype == "auto" and not takes_half:
             return "fp32"
-        if dtype != "fp32" and not takes_short:
+        if dtype != "fp32" and not takes_half:
             raise UserError(f"dtype: {dtype}, but only models of the stage 'dalle' take 16 bits; leave it out")
         return precision.cast(self.models[0].nets, self.device, dtype)
 
-    def _open_text(self, name: str | Path | None) -> None:
-        for model in self.models:
-            if getattr(model.stage.config, "text_length", 0) and self.text is None:
-                name = name or model.part("text_tokenizer")
-                if name is None:
-                    raise UserError(
-                        f"{model.folder}: holds no text tokenizer; name the one that the model was trained with"
-                    )
-                self.text = open_text(name, vocab=model.stage.config.text_vocab)
+    def _open_text(self, name: str | Path | None) -> TextTokenizer | None:
+        if not self.text_length:
+            return None
+        name = name or next(filter(None, (model.part("text_tokenizer") for model in self.models)), None)
+        if name is None:
+            raise UserError(
+                f"{self.models[-1].folder}: holds no text tokenizer; name the one that the model was trained with"
+            )
+        return open_text(name, vocab=self.sampler.text_vocab)
 
     @property
     def text_length(self) -> int:
-        """Tokens that a caption is cut to; 0 without captions."""
-        return max(getattr(model.stage.config, "text_length", 0) for model in self.models)
+        """Tokens that a caption is truncated to; 0 without captions."""
+        return self.sampler.text_length
+
+    def options(self, **given: Any) -> StrictModel:
+        """The sampler's options, those that are not given at their defaults. Raises UserError."""
+        return config.parse(self.sampler.Options, given, "options")
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
         """Of a model of codes. Raises UserError."""
-        if self.stage.upstream is None or isinstance(self.stage, PictureSource):
-            raise UserError("prime: this model draws pixels, not codes; there are no rows of codes to keep")
-        return self.stage.upstream
+        if self.sampler.tokenizer is None:
+            raise UserError("prime: this model samples pixels, not codes; there are no rows of codes to keep")
+        return self.sampler.tokenizer
 
     def prime_codes(self, path: str | Path, rows: int) -> Tensor:
-        """Codes int64 [rows * grid] of the top of a picture file: its centre square, scaled to the model's size.
+        """Codes int64 [rows * grid] of the top of an image file: its centre square, scaled to the model's size.
 
         Raises:
-            UserError: more rows than the grid has, or a file that is missing or no picture.
+            UserError: more rows than the grid has, or a file that is missing or no image.
         """
         grid = self.image_tokenizer.grids[0]
         if not 1 <= rows <= grid:
@@ -175,49 +138,52 @@ class Sampler:
         image = read_picture(Path(path), self.image_tokenizer.image_size)[None].to(self.device)
         return self.image_tokenizer.encode(image)[0, : rows * grid]
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[str],
         candidates: int,
         seed: int,
-        options: Options = Options(),
+        options: StrictModel | None = None,
         batch_samples: int | None = None,
+        prime: Tensor | None = None,
     ) -> Iterator[Samples]:
-        """Pictures for each prompt, prompt by prompt, in batches that may hold several prompts.
+        """Images for each prompt, prompt by prompt, in batches that may hold several prompts.
 
         A model without captions takes the one prompt "". A prompt longer than the model's text length keeps its first
         tokens; `text.truncated_samples` counts those.
 
         Args:
-            candidates: pictures a prompt.
+            candidates: images a prompt.
             seed: of the run; see `candidate_seed`.
-            batch_samples: pictures drawn at a time, None = as many as fit; does not change them.
+            options: from `options`; None = the defaults.
+            batch_samples: images sampled at a time, None = as many as fit; does not change them.
+            prime: int64 [P], the first codes of all images, as from `prime_codes`.
 
         Raises:
             UserError: a parameter out of range, or one that this model does not take; at once, not with the first
                 batch.
         """
-        self.check(prompts, candidates, options)
+        options = options or self.options()
+        self.check(prompts, candidates, options, primed=prime is not None)
         places = [(owner, candidate) for owner in range(len(prompts)) for candidate in range(candidates)]
-        batches = self.batches(prompts, places, seed, options, batch_samples)
-        return (
-            Samples(batch.prompt_index, batch.candidate, batch.seed, self.decode(self.draw_batch(batch, options)))
-            for batch in batches
-        )
+        batches = self.batches(prompts, places, seed, options, batch_samples, prime)
+        return (Samples(**vars(batch), images=self.decode(self.sample_batch(batch))) for batch in batches)
 
     def batches(
         self,
         prompts: Sequence[str],
         places: Sequence[tuple[int, int]],
         seed: int,
-        options: Options = Options(),
+        options: StrictModel | None = None,
         batch_samples: int | None = None,
+        prime: Tensor | None = None,
     ) -> list[Batch]:
-        """What `draw` goes through, for some of the pictures: `places` are (index of the prompt, candidate).
+        """The batches of `sample`, for some of the images: `places` are (index of the prompt, candidate).
 
         Raises:
             UserError: batch_samples below 1.
         """
+        options = options or self.options()
         if batch_samples is not None and batch_samples < 1:
             raise UserError(f"batch: {batch_samples}, but at least one is needed")
         text = torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
@@ -231,131 +197,88 @@ class Sampler:
             seeds = [
                 candidate_seed(seed, prompts[owner], number) for owner, number in zip(owners, numbers, strict=True)
             ]
-            found.append(Batch(owners, numbers, seeds, text[owners]))
+            given = None if prime is None else prime.expand(len(seeds), -1)
+            request = SampleRequest(torch.tensor(seeds, device=self.device), text[owners], options, given)
+            found.append(Batch(owners, numbers, seeds, request))
         return found
 
-    def _fitting(self, places: Sequence[tuple[int, int]], options: Options) -> int:
-        """How many pictures are drawn at a time where nobody says."""
-        if not isinstance(self.stage, dalle.Stage) or options.size is not None:
+    def _fitting(self, places: Sequence[tuple[int, int]], options: StrictModel) -> int:
+        """Number of images sampled at a time unless the user names one."""
+        memory = self.sampler.memory(options)
+        if memory is None:
             return FIXED_BATCH_SAMPLES
-        model, guided = cast(Transformer, self.models[0].nets["model"]), options.guidance != 1.0
         captions = len({owner for owner, _ in places})
-        return batch_size.batch_samples(model, guided, captions, len(places), self.device)
+        return batch_size.batch_samples(memory, captions, len(places), self.device)
 
     @torch.inference_mode()
-    def draw_batch(self, batch: Batch, options: Options, on_code: dalle.OnCode | None = None) -> Tensor:
-        """Codes int64 [B, ...] of a model of codes, else uint8 pictures [B, 3, S, S]; on the model's device, and there
-        when this returns. Only the `dalle` stage calls `on_code`."""
-        drawn = self._drawn(batch.text, torch.tensor(batch.seed, device=self.device), options, on_code)
+    def sample_batch(self, batch: Batch, on_code: OnCode | None = None) -> Tensor:
+        """Codes int64 [B, ...] of a model of codes, else uint8 images [B, 3, S, S]; on the model's device, and there
+        when this returns. Only some samplers call `on_code`."""
+        sampled = self.sampler.sample(replace(batch.request, on_progress=on_code))
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # another thread goes on with it, on its own stream
-        return drawn
+            torch.cuda.current_stream(self.device).synchronize()  # another thread reads it, on its own stream
+        return sampled
 
-    def decode(self, drawn: Tensor) -> Tensor:
-        """What `draw_batch` gave, as uint8 pictures [B, 3, S, S] on the CPU.
+    def decode(self, sampled: Tensor) -> Tensor:
+        """Output of `sample_batch` as uint8 images [B, 3, S, S] on the CPU.
 
-        One picture at a time: what a convolution rounds depends on how many it is given, and a picture must not.
+        One image at a time: what a convolution rounds depends on how many it is given, and an image must not.
         """
-        if isinstance(self.stage, PictureSource):
-            return drawn.cpu()
-        grid = drawn.ndim == 3  # rows and columns, larger than in training
-        decode = self.image_tokenizer.decode_grid if grid else self.image_tokenizer.decode  # type: ignore[attr-defined]
-        return torch.cat([decode(codes).cpu() for codes in torch.split(drawn, 1)])
+        tokenizer = self.sampler.tokenizer
+        if tokenizer is None:
+            return sampled.cpu()
+        decode = tokenizer.decode_grid if sampled.ndim == 3 else tokenizer.decode  # a grid is larger than in training
+        return torch.cat([decode(codes).cpu() for codes in torch.split(sampled, 1)])
 
-    def record(self, options: Options) -> dict[str, Any]:
-        """How these exports draw with these options, for a protocol: plain values, defaults written out."""
-        names = ("temperature", "top_k", "top_p", "guidance", "size")
-        told: dict[str, Any] = {
+    def record(self, options: StrictModel, primed: bool = False) -> dict[str, Any]:
+        """How these exports sample with these options, for a protocol: plain values, defaults written out."""
+        record: dict[str, Any] = {
             "models": [str(model.folder) for model in self.models],
             "models_sha256": [digest(model.folder) for model in self.models],
             "stage": self.models[0].name,
             "dtype": self.dtype,
-            **{name: getattr(options, name) for name in names},
+            "options": self.sampler.resolve(options, primed),
         }
         if all(model.trained for model in self.models):
-            told["weights"] = [model.trained["weights"]["model"] for model in self.models]
-            told["update"] = [model.trained["update"] for model in self.models]
-        if isinstance(self.stage, ddpm.Stage):
-            learned = self.stage.config.variance == "learned"
-            how = self._diffusion(options).resolved(len(self.stage.diffusion.alphas_cumprod), learned)
-            return told | {name: getattr(how, name) for name in DIFFUSION_OPTIONS}
-        return told | dict.fromkeys(DIFFUSION_OPTIONS)
+            record["weights"] = [model.trained["weights"]["model"] for model in self.models]
+            record["update"] = [model.trained["update"] for model in self.models]
+        return record
 
-    def check(self, prompts: Sequence[str], candidates: int, options: Options) -> None:
-        """Raises UserError for what is out of range, or what these models do not take."""
+    def check(self, prompts: Sequence[str], candidates: int, options: StrictModel, primed: bool = False) -> None:
+        """Raises UserError for numbers out of range, or options that these models do not take."""
         for name, value in (("candidates", candidates), ("prompts", len(prompts))):
             if value < 1:
                 raise UserError(f"{name}: {value}, but at least one is needed")
-        self._check_options(options)
+        self.sampler.resolve(options, primed)
         if self.text is None and any(prompts):
             raise UserError("prompts: this model was trained without captions; leave them out")
 
-    def _check_options(self, options: Options) -> None:
-        dalle.check_sampling(options.temperature, options.top_k, options.top_p, options.guidance)
-        if isinstance(self.stage, ddpm.Stage):
-            if given := options.given(("temperature", "top_k", "top_p", "prime", "size")):
-                raise UserError(f"{', '.join(given)}: for models of codes; this one draws by diffusion, leave it out")
-            if options.guidance != 1.0 and not self.stage.config.caption_dropout:
-                raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
-            learned = self.stage.config.variance == "learned"
-            samplers.plan(self.stage.diffusion.alphas_cumprod, self._diffusion(options), learned)
-        elif given := options.given(DIFFUSION_OPTIONS):
-            raise UserError(
-                f"{', '.join(given)}: for diffusion models, and '{self.models[0].name}' is none; leave it out"
-            )
-        elif not isinstance(self.stage, dalle.Stage):
-            if replace(options, temperature=1.0) != Options():
-                raise UserError("top_k, top_p, guidance, prime and size are for models of the stage 'dalle'")
-        elif options.size is not None:
-            if options.prime is not None:
-                raise UserError("size: a picture with given rows has the model's own size; leave out one of the two")
-            if not hasattr(self.image_tokenizer, "decode_grid"):
-                raise UserError("size: this image tokenizer decodes squares of its own size only")
 
-    def _diffusion(self, options: Options) -> samplers.Options:
-        """How a diffusion model draws: as told, else as its config says. Raises UserError for a value out of range."""
-        assert isinstance(self.stage, ddpm.Stage)
-        config, given = self.stage.config, options.given(DIFFUSION_OPTIONS)
-        how: dict[str, Any] = {"method": config.sampler, "steps": config.sample_steps, **given}
-        return samplers.Options(guidance=options.guidance, **how)
+def list_options(folders: Sequence[Path]) -> str:
+    """A line for each option of the exports' sampler. Raises UserError: they do not sample images."""
+    return config.list_options(_open_sampler(sorted(map(export.load, folders), key=_level)).Options)
 
-    def _drawn(self, text: Tensor, seeds: Tensor, options: Options, on_code: dalle.OnCode | None) -> Tensor:
-        """As `draw_batch`, of captions int64 [N, T] and seeds int64 [N]."""
-        nets = self.models[0].nets
-        if isinstance(self.stage, dalle.Stage):
-            names = ("temperature", "top_k", "top_p", "guidance")
-            how: dict[str, Any] = {name: getattr(options, name) for name in names} | {"on_code": on_code}
-            if options.size is not None:
-                return self.stage.sample_larger(nets, text, seeds, *options.size, **how)
-            prime = None if options.prime is None else options.prime.expand(len(seeds), -1)
-            return self.stage.sample(nets, text, seeds, prime=prime, **how)
-        if isinstance(self.stage, ddpm.Stage):
-            captions = text if self.text is not None else None
-            return self.stage.sample_images(nets, seeds, text=captions, options=self._diffusion(options))
-        if isinstance(self.stage, PictureSource):
-            return self.stage.sample_images(nets, seeds, temperature=options.temperature)
-        upper = None
-        for model in self.models:
-            assert isinstance(model.stage, vqvae2_prior.Stage)
-            own_text = text if model.stage.config.text_length else None
-            drawn = model.stage.sample(model.nets, seeds, upper, own_text, temperature=options.temperature)
-            upper = drawn if upper is None else torch.cat([upper, drawn], dim=1)
-        assert upper is not None
-        return upper
+
+def _open_sampler(models: Sequence[export.Export]) -> ImageSampler:
+    """The sampler of one export, or the joint one of several. Raises UserError."""
+    first = models[0]
+    try:
+        if len(models) > 1:
+            sampler = first.stage.joint_sampler([(model.stage, model.nets) for model in models])
+        else:
+            sampler = first.stage.sampler(first.nets)
+    except UserError as error:
+        raise UserError(f"{first.folder}: {error}") from None
+    if sampler is None and len(models) > 1:
+        raise UserError(
+            f"{models[1].folder}: several models sample together only if each is the prior of another level"
+        )
+    if sampler is None:
+        raise UserError(f"{first.folder}: stage '{first.name}' does not sample images")
+    return sampler
 
 
 def _level(model: export.Export) -> int:
-    return model.stage.config.level if isinstance(model.stage, vqvae2_prior.Stage) else 0
-
-
-def _check_levels(models: Sequence[export.Export]) -> None:
-    """Raises UserError unless these are the priors of all levels of one tokenizer, coarsest first."""
-    configs = [model.stage.config for model in models if isinstance(model.stage, vqvae2_prior.Stage)]
-    grids, levels = configs[0].grids, [config.level for config in configs]
-    if len(configs) < len(models) or any(config.grids != grids for config in configs):
-        raise UserError(f"{models[-1].folder}: not a prior of the same grids {list(grids)} as {models[0].folder}")
-    if levels != list(range(len(grids))):
-        raise UserError(f"levels {levels} of {len(grids)}: give the export of each level once, one --model for each")
-    lengths = {config.text_length for config in configs if config.text_length}
-    if len(lengths) > 1:
-        raise UserError(f"text_length: {sorted(lengths)}; priors that draw together take captions of one length")
+    """The level of codes that an export models; 0 of one that models none."""
+    prior = model.stage.code_prior(model.nets)
+    return prior.level if prior else 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dalle_scale import dist, types
+from dalle_scale.models.capabilities import TwoEncoders
 from dalle_scale.nn.half_on_cpu import attention_kernel
 from dalle_scale.nn.torchvision_compat import import_open_clip
 from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
@@ -149,6 +151,12 @@ class Stage(types.Stage):
         """Caption tokens [N, T] -> unit vectors [N, embed_dim]."""
         features: Tensor = nets["model"](None, text)[1]
         return features.float()
+
+    def image_text_encoder(self, nets: Nets) -> TwoEncoders:
+        """Both towers. As in the loss, the cap holds the scale, not the parameter."""
+        c, scale = self.config, nets["model"].get_parameter("logit_scale").detach().float().exp()
+        images, texts = partial(self.image_features, nets), partial(self.text_features, nets)
+        return TwoEncoders(images, texts, c.text_length, c.text_vocab, min(float(scale), c.logit_scale_max))
 
     def scores(self, nets: Nets, images: Tensor, text: Tensor) -> Tensor:
         """Cosine similarity float32 [N] of uint8 pictures [N, 3, H, W] and caption tokens [N, T], pair by pair."""

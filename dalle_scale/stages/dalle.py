@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,42 @@ from pydantic import Field
 from torch import Tensor
 
 from dalle_scale import types
+from dalle_scale.config import parse
+from dalle_scale.models.capabilities import Prior, Sampler
+from dalle_scale.models.transformer.cache_size import sampling_memory
 from dalle_scale.models.transformer.masks import Kind, Layout, visible
 from dalle_scale.models.transformer.model import Transformer, paper_order
 from dalle_scale.nn.gumbel import gumbel_noise, gumbel_steps
-from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
+from dalle_scale.types import (
+    Batch,
+    BatchSpec,
+    ImageTokenizer,
+    Losses,
+    Nets,
+    OnCode,
+    SampleMemory,
+    SampleRequest,
+    StrictModel,
+    UserError,
+)
 
 PREVIEW_SAMPLES = 8
 
-OnCode = Callable[[int, int], None]  # told how many codes of each image are drawn, and how many will be
+
+class SamplingOptions(StrictModel):
+    """How codes are sampled."""
+
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of the softmax; near 0 takes the likeliest code"
+    )
+    top_k: int = Field(default=0, ge=0, description="keep only this many of the likeliest codes; 0 = all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest codes that hold this share; 1 = all")
+    guidance: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="scale of classifier-free guidance; 1 = off"
+    )
+    size: tuple[int, int] | None = Field(
+        default=None, description="[rows, columns] of codes, for images larger than in training"
+    )
 
 
 class Stage(types.Stage):
@@ -52,6 +80,7 @@ class Stage(types.Stage):
         encode_in_step: bool = False  # read pictures and encode them with the frozen `tokenizer:`, not stored codes
 
     config: Config
+    upstream: ImageTokenizer | None
 
     def __init__(self, config: Config, upstream: ImageTokenizer | None = None) -> None:
         """Raises:
@@ -185,14 +214,11 @@ class Stage(types.Stage):
         text: Tensor,
         seeds: Tensor,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
         prime: Tensor | None = None,
         on_code: OnCode | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Draw the codes of N images, int64 [N, grid * grid].
+        """Sample the codes of N images, int64 [N, grid * grid].
 
         An image depends on its caption and its seed, not on its batch, but for the rounding of matrix products. The
         prefix of a caption is computed once for all images that have it.
@@ -201,22 +227,17 @@ class Stage(types.Stage):
             nets: raw modules, not engines.
             text: int64 [N, T]; [N, 0] for a model without captions.
             seeds: int64 [N], one an image.
-            temperature: of the softmax; > 0.
-            top_k: keep only this many of the likeliest codes; 0 = all.
-            top_p: then keep the smallest set of codes that holds this share of what is left; 1 = all.
-            guidance: scale g of classifier-free guidance, logits = empty + g * (caption - empty), each from its own
-                caption; 1 = off. Wants a model trained with `caption_dropout`.
-            prime: int64 [N, P], the first P codes, given (the paper's image-to-image: the top rows of a picture).
+            prime: int64 [N, P], the first P codes, given (the paper's image-to-image: the top rows of an image).
             on_code: called after each code; on a GPU ahead of it, by what is in its queue.
+            options: of `SamplingOptions`, without `size`. top_p applies to what top_k leaves. Guidance with scale g is
+                logits = empty + g * (caption - empty), each from its own caption; it wants `caption_dropout`.
 
         Raises:
-            UserError: a parameter out of range.
+            UserError: an option out of range.
         """
-        check_sampling(temperature, top_k, top_p, guidance)
-        if guidance != 1.0 and not self.config.text_length:
-            raise UserError(f"guidance: {guidance}, but this model has no captions to be guided by; leave it at 1")
+        how = self._checked(options)
         model = cast(Transformer, nets["model"])
-        guided, primed = guidance != 1.0, 0 if prime is None else prime.shape[1]
+        guided, primed = how.guidance != 1.0, 0 if prime is None else prime.shape[1]
         num_codes, vocab = self.config.grid**2, self.config.image_vocab
         if guided:
             text = torch.cat([text, self.empty_caption(text.device).expand_as(text)])
@@ -232,8 +253,8 @@ class Stage(types.Stage):
             if index >= primed:
                 if guided:
                     with_caption, empty = logits.chunk(2)
-                    logits = empty + guidance * (with_caption - empty)
-                logits = truncate(logits / temperature, top_k, top_p)
+                    logits = empty + how.guidance * (with_caption - empty)
+                logits = truncate(logits / how.temperature, how.top_k, how.top_p)
                 codes[:, index] = (logits + next(noise)).argmax(-1)
                 if on_code is not None:
                     on_code(index + 1 - primed, num_codes - primed)
@@ -250,21 +271,18 @@ class Stage(types.Stage):
         rows: int,
         columns: int,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
         on_code: OnCode | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Draw codes of images larger than those of training, int64 [N, rows, columns], through a window of
+        """Sample codes of images larger than those of training, int64 [N, rows, columns], through a window of
         grid x grid codes that slides with the code in work near its middle (arXiv 2012.09841, Sec. 3.3).
 
         Costs a forward pass over a whole window for each code. The other arguments are those of `sample`.
 
         Raises:
-            UserError: smaller than the grid, or a parameter out of range.
+            UserError: smaller than the grid, or an option out of range.
         """
-        check_sampling(temperature, top_k, top_p, guidance)
+        how = self._checked(options)
         model, grid = nets["model"], self.config.grid
         if min(rows, columns) < grid:
             raise UserError(f"rows and columns: {rows} x {columns} is smaller than the model's {grid} x {grid} codes")
@@ -275,15 +293,56 @@ class Stage(types.Stage):
             window = codes[:, top : top + grid, left : left + grid].flatten(1)
             index = (y - top) * grid + x - left
             logits = model(text, window)[1][:, index]
-            if guidance != 1.0:
+            if how.guidance != 1.0:
                 unguided = model(empty, window)[1][:, index]
-                logits = unguided + guidance * (logits - unguided)
-            logits = truncate(logits / temperature, top_k, top_p)
+                logits = unguided + how.guidance * (logits - unguided)
+            logits = truncate(logits / how.temperature, how.top_k, how.top_p)
             noise = gumbel_noise(seeds, y * columns + x, self.config.image_vocab)
             codes[:, y, x] = (logits + noise).argmax(-1)
             if on_code is not None:
                 on_code(y * columns + x + 1, rows * columns)
         return codes
+
+    def _checked(self, options: dict[str, Any]) -> SamplingOptions:
+        how = parse(SamplingOptions, options, "options")
+        if how.guidance != 1.0 and not self.config.text_length:
+            raise UserError(f"guidance: {how.guidance}, but this model has no captions to be guided by; leave it at 1")
+        return how
+
+    def sampler(self, nets: Nets) -> Sampler:
+        """Samples codes, and has them decoded by the image tokenizer below."""
+        model, c = cast(Transformer, nets["model"]), self.config
+        if self.upstream is None:
+            raise UserError("no image tokenizer to decode with; train with `tokenizer: <its export>`")
+
+        def sample(request: SampleRequest) -> Tensor:
+            options, on_code = request.options.model_dump(), request.on_progress
+            size = options.pop("size")
+            if size is not None:
+                return self.sample_larger(nets, request.text, request.seeds, *size, on_code=on_code, **options)
+            return self.sample(nets, request.text, request.seeds, prime=request.prime, on_code=on_code, **options)
+
+        def resolve(options: SamplingOptions, primed: bool) -> dict[str, Any]:
+            if options.size is not None and primed:
+                raise UserError("size: an image with given rows has the model's own size; leave out one of the two")
+            return self._checked(options.model_dump()).model_dump()
+
+        def memory(options: SamplingOptions) -> SampleMemory | None:
+            return sampling_memory(model, guided=options.guidance != 1.0) if options.size is None else None
+
+        def prepare() -> None:
+            if model.start.device.type == "cpu":
+                model.store_by_columns()
+
+        texts = c.text_length, c.text_vocab
+        return Sampler(SamplingOptions, sample, *texts, self.upstream, True, resolve, memory, prepare)
+
+    def code_prior(self, nets: Nets) -> Prior:
+        """The transformer as a prior over the codes of an image tokenizer of one level."""
+        c = self.config
+        bits = partial(self.code_bits, nets)
+        without = not c.text_length or c.caption_dropout > 0
+        return Prior(bits, c.image_vocab, (c.grid,), 0, c.text_length, c.text_vocab, without)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Pictures drawn for the batch's first captions, always from the same seeds; nothing without a tokenizer."""
@@ -324,17 +383,3 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the positions of each sample, in nats: fp32 logits [B, P, V], int64 [B, P] -> [B]."""
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(dim=1)
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float) -> None:
-    """Raises:
-    UserError: a parameter of `Stage.sample` is out of range.
-    """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature: {temperature} is not above 0; near 0 takes the likeliest code, 1 is the model's")
-    if top_k < 0:
-        raise UserError(f"top_k: {top_k} is below 0; 0 keeps all codes")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p: {top_p} is not in (0, 1]; 1 keeps all codes")
-    if not 0 <= guidance < math.inf:
-        raise UserError(f"guidance: {guidance} is below 0; 1 is off")

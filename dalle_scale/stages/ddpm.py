@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import dist, log, types
+from dalle_scale.config import parse
+from dalle_scale.models.capabilities import Evaluator, Sampler, Space, written_out
 from dalle_scale.models.codebook_init import first_images
 from dalle_scale.models.diffusion import samplers
 from dalle_scale.models.diffusion.process import (
@@ -35,14 +36,14 @@ from dalle_scale.models.diffusion.process import (
     to_bytes,
     to_map,
 )
-from dalle_scale.models.diffusion.samplers import Method, Options, Predict
-from dalle_scale.models.latent_codec import fitting
+from dalle_scale.models.diffusion.samplers import Method, Options, Predict, Spacing
+from dalle_scale.models.latent_codec import Latents, fitting
 from dalle_scale.models.unet.layers import norm_groups
 from dalle_scale.models.unet.model import UNet
 from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
 from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
-from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, SampleRequest, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
 SCALE_SAMPLES = 2048  # pictures whose latents are measured
@@ -129,6 +130,13 @@ class DDPMConfig(StrictModel):
         return value
 
     _check_text_vocab = field_validator("text_vocab")(check_text_vocab)
+
+
+class DDIMOptions(StrictModel):
+    """The way to the latents of DDIM and back."""
+
+    steps: int | None = Field(default=None, ge=2, description="evaluations each way; None = all times of the model")
+    spacing: Spacing = Field(default="uniform", description="of the times")
 
 
 def _side(info: ValidationInfo) -> int:
@@ -314,6 +322,10 @@ class Stage(types.Stage):
             "distortion_bits_per_dim": distortion_bits,
         }
 
+    def evaluator(self, nets: Nets) -> Evaluator:
+        """`evaluate` of these nets."""
+        return Evaluator(partial(self.evaluate, nets))
+
     def _moments(self, net: nn.Module, text: Tensor | None, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """x0 predicted from x, clipped, and ln of the variance of the step from it."""
         x0, share = self.predict(net, x, times, text)
@@ -321,31 +333,22 @@ class Stage(types.Stage):
 
     @torch.no_grad()
     def sample_images(
-        self,
-        nets: Nets,
-        seeds: Tensor,
-        *,
-        temperature: float = 1.0,
-        text: Tensor | None = None,
-        options: Options | None = None,
+        self, nets: Nets, seeds: Tensor, *, text: Tensor | None = None, options: Options | None = None
     ) -> Tensor:
-        """Draw pictures, uint8 [N, 3, S, S].
+        """Sample images, uint8 [N, 3, S, S].
 
-        A picture depends on its seed and caption, not on its batch, but for the rounding of convolutions.
+        An image depends on its seed and caption, not on its batch, but for the rounding of convolutions.
 
         Args:
             nets: raw modules in eval mode, not engines.
-            seeds: int64 [N], one a picture.
-            temperature: 1; there is none to set.
+            seeds: int64 [N], one an image.
             text: int64 [N, T], where the model takes captions; None = the empty caption.
             options: see models/diffusion/samplers.py; None = the config's.
 
         Raises:
-            UserError: an option out of range, or one that this model does not take.
+            UserError: an option that this model does not take.
         """
-        if temperature != 1:
-            raise UserError(f"temperature = {temperature}: a diffusion model draws at 1; leave it out")
-        options = self._options(options)
+        options = self._checked(options or self._configured(Options()))
         net = nets["model"]
         seeds = seeds.to(next(net.parameters()).device)
 
@@ -358,23 +361,64 @@ class Stage(types.Stage):
         maps = samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
         return self.pictures(net, maps)
 
-    def _options(self, options: Options | None) -> Options:
-        """What is left open filled in. Raises UserError."""
+    def _configured(self, options: Options) -> Options:
+        """The config's method and steps where the options leave them open."""
+        own = {"method": options.method or self.config.sampler, "steps": options.steps or self.config.sample_steps}
+        return parse(Options, options.model_dump() | own, "options")
+
+    def _checked(self, options: Options) -> Options:
+        """The model's own variance and clipping filled in. Raises UserError for guidance without caption_dropout."""
         c = self.config
-        options = options or Options(c.sampler, c.sample_steps)
         if options.guidance != 1 and not c.caption_dropout:
             raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
-        if options.method == "ancestral" and options.variance is None:
-            options = replace(options, variance=c.variance)
+        filled: dict[str, Any] = {}
+        if options.method in (None, "ancestral") and options.variance is None:
+            filled["variance"] = c.variance
         if c.latent_channels and options.clip is None:
-            options = replace(options, clip=False)  # latents have no range
-        return options
+            filled["clip"] = False  # latents have no range
+        return options.model_copy(update=filled)
+
+    def sampler(self, nets: Nets) -> Sampler:
+        """Samples images, by the config's method and steps unless the options name others."""
+        c, levels = self.config, self.diffusion.alphas_cumprod
+
+        def sample(request: SampleRequest) -> Tensor:
+            text = request.text if c.text_length else None
+            return self.sample_images(nets, request.seeds, text=text, options=self._configured(request.options))
+
+        def resolve(options: Options, primed: bool) -> dict[str, Any]:
+            full, learned = self._checked(self._configured(options)), c.variance == "learned"
+            samplers.plan(levels, full, learned)
+            return written_out(full.resolved(len(levels), learned), primed)
+
+        return Sampler(Options, sample, c.text_length, c.text_vocab, resolve=resolve)
+
+    def latent_space(self, nets: Nets) -> Space:
+        """The latents of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4); a model with captions sees the empty one."""
+        levels, net = self.diffusion.alphas_cumprod, nets["model"]
+
+        def predict(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+            text = self.empty_caption(x.device).expand(len(x), -1) if self.config.text_length else None
+            return self.predict(net, x, times, text)
+
+        def codec(options: DDIMOptions) -> Latents:
+            how = options.steps, options.spacing
+            samplers.times(levels, *how)  # refused here rather than after the first image
+            return Latents(
+                net,
+                encode=lambda images: samplers.encode(predict, levels, self.maps(net, images), *how),
+                decode=lambda latents: self.pictures(net, samplers.decode(predict, levels, latents, *how)),
+                shape=self.config.map_shape,
+                image_size=self.config.image_size,
+            )
+
+        return Space(DDIMOptions, codec, len(levels))
 
     @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Pictures drawn with few steps, for the batch's first captions, always from the same seeds."""
         count = min(PREVIEW_SAMPLES, len(batch["weight"]))
-        options = Options("ddim", min(self.config.preview_steps, len(self.diffusion)), clip=True)
+        options = Options(method="ddim", steps=min(self.config.preview_steps, len(self.diffusion)), clip=True)
         text = batch["text"][:count] if self.config.text_length else None
         return {"samples": self.sample_images(nets, torch.arange(count), text=text, options=options)}
 

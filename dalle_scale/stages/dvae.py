@@ -6,8 +6,7 @@ number, so the loss of a sample does not depend on what it is batched with, nor 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,17 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale import types
-from dalle_scale.models import dvae_kmeans, reconstruction
+from dalle_scale.models import dvae_kmeans
 from dalle_scale.models.codebook_init import first_images
 from dalle_scale.models.dvae import Decoder, Encoder
-from dalle_scale.models.image_tokenizer import Tokenizer
-from dalle_scale.nn.codebook_stats import UsageWindow
+from dalle_scale.models.reconstruction import TokenizerStage, squared_error
 from dalle_scale.nn.field_checks import check_downsampling
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
 from dalle_scale.nn.likelihoods import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
+from dalle_scale.types import Batch, Losses, Nets, StrictModel
 
 _LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time (512 MiB in fp32)
 
@@ -134,22 +132,17 @@ class DVAE(nn.Module):
         return self.decoder(gumbel_softmax(logits, tau, seeds, step)), kl, codes
 
 
-class Stage(types.Stage):
+class Stage(TokenizerStage):
     """Trains one net, "model"."""
 
     Config = DVAEConfig
 
     def __init__(self, config: DVAEConfig, upstream: types.ImageTokenizer | None = None) -> None:
-        super().__init__(config, upstream)
+        super().__init__(config, upstream, config.vocab, (config.grid,))
         self.config: DVAEConfig = config
         self.likelihood: Likelihood = (
             Gaussian(config.l2_std) if config.likelihood == "l2" else LogitLaplace(config.ln_b_floor)
         )
-        self._usage = UsageWindow(config.vocab, config.usage_window_samples)
-
-    @property
-    def inputs(self) -> BatchSpec:
-        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": DVAE(self.config, self.likelihood.channels)}
@@ -185,15 +178,6 @@ class Stage(types.Stage):
         terms = dict(zip(("nll", "kl", "mse"), means, strict=True))
         return Losses(total, {**terms, "beta": weight.new_full((), beta), "tau": weight.new_full((), tau)})
 
-    def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
-        """Every `usage_every` updates, over all ranks and the window: codes_used (share of K), perplexity, psnr_db
-        (of the relaxed reconstruction)."""
-        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
-
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above what their hard codes decode to: uint8 [N, 3, 2 S, S]."""
-        return reconstruction.preview(partial(self._round_trip, nets), batch)
-
     def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `init: kmeans`, cluster the patches of `init_samples` training images (progress bar) and start there."""
         if self.config.init != "kmeans":
@@ -208,24 +192,6 @@ class Stage(types.Stage):
             model.encoder, model.decoder, centroids, error, self.config.init_sharpness, self.likelihood
         )
 
-    def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen: codes are the argmax of the logits, without noise."""
-        model, config = nets["model"], self.config
-        assert isinstance(model, DVAE)
-        return Tokenizer(
-            model,
-            lambda images: [model.encoder(phi(images)).argmax(dim=-1)],
-            lambda levels: to_bytes(self.likelihood.mean(model.decoder(levels[0]))),
-            vocab=config.vocab,
-            grids=(config.grid,),
-            image_size=config.image_size,
-            samples_at_once=_LOGITS_AT_ONCE // (config.grid**2 * config.vocab),
-        )
-
-    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """psnr_db, codes_used and perplexity of hard codes: see `roundtrip.evaluate`."""
-        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.vocab)
-
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
 
@@ -235,11 +201,21 @@ class Stage(types.Stage):
 
         return 3 * flops(forward)
 
-    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A `roundtrip.RoundTrip`, given its nets."""
-        maps, _, codes = nets["model"](images)
+    @property
+    def samples_at_once(self) -> int:
+        return _LOGITS_AT_ONCE // (self.config.grid**2 * self.config.vocab)
+
+    def encode(self, net: DVAE, images: Tensor) -> Sequence[Tensor]:
+        return [net.encoder(phi(images)).argmax(dim=-1)]
+
+    def decode(self, net: DVAE, levels: Sequence[Tensor]) -> Tensor:
+        return to_bytes(self.likelihood.mean(net.decoder(levels[0])))
+
+    def round_trip(self, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of hard codes."""
+        maps, _, codes = net(images)
         return phi_inverse(self.likelihood.mean(maps)), codes.flatten(1)
 
     def _squared_error(self, maps: Tensor, images: Tensor) -> Tensor:
         """Mean squared error of each sample on the 0..255 scale, fp32 [B]."""
-        return reconstruction.squared_error(phi_inverse(self.likelihood.mean(maps)), images)
+        return squared_error(phi_inverse(self.likelihood.mean(maps)), images)

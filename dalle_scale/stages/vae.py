@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -16,6 +17,8 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import dist, types
+from dalle_scale.config import parse
+from dalle_scale.models.capabilities import Evaluator, Sampler, Space
 from dalle_scale.models.latent_codec import Latents
 from dalle_scale.models.reconstruction import PREVIEW_SAMPLES, squared_error
 from dalle_scale.models.vae import Decoder, DiagonalGaussian, Encoder
@@ -23,7 +26,7 @@ from dalle_scale.nn.counter_rng import normal_noise
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian, Likelihood, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
-from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel, UserError
+from dalle_scale.types import Batch, BatchSpec, Losses, Nets, SampleRequest, StrictModel, UserError
 
 _PREVIEW_STEPS = 8  # pictures of an interpolation: a row of the log's sheet
 
@@ -92,6 +95,18 @@ class VAEConfig(StrictModel):
         if size % downsampling:
             raise ValueError(f"{len(value)} groups pool by {downsampling}, which does not divide image_size {size}")
         return value
+
+
+class SamplingOptions(StrictModel):
+    """How images are sampled."""
+
+    temperature: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="standard deviation of z; 0 = one image for all seeds"
+    )
+
+
+class NoOptions(StrictModel):
+    """Options of the way to the latents: none."""
 
 
 class VAE(nn.Module):
@@ -216,6 +231,22 @@ class Stage(types.Stage):
         elbo = likelihoods.mean(dim=0) - posterior.kl().double().sum(dim=(1, 2, 3))
         return elbo, torch.logsumexp(likelihoods + ratios, dim=0) - math.log(draws)
 
+    def evaluator(self, nets: Nets) -> Evaluator:
+        """`evaluate` of these nets; the Bernoulli bound is one of black and white images."""
+        return Evaluator(partial(self.evaluate, nets), in_bytes=self.config.likelihood != "bernoulli")
+
+    def sampler(self, nets: Nets) -> Sampler:
+        """Samples images from the prior."""
+
+        def sample(request: SampleRequest) -> Tensor:
+            return self.sample_images(nets, request.seeds, request.options.temperature)
+
+        return Sampler(SamplingOptions, sample)
+
+    def latent_space(self, nets: Nets) -> Space:
+        """The means of q(z | x)."""
+        return Space(NoOptions, lambda options: self.latents(nets), 0)
+
     @torch.no_grad()
     def sample_images(self, nets: Nets, seeds: Tensor, temperature: float = 1.0) -> Tensor:
         """Pictures from the prior, uint8 [B, 3, S, S]: the mean of p(x | z), without pixel noise.
@@ -230,8 +261,7 @@ class Stage(types.Stage):
         Raises:
             UserError: negative temperature.
         """
-        if not temperature >= 0:
-            raise UserError(f"temperature = {temperature}: must be 0 or more")
+        parse(SamplingOptions, {"temperature": temperature}, "options")
         model = cast(VAE, nets["model"])
         seeds = seeds.to(next(model.parameters()).device)
         z = temperature * normal_noise(seeds, 0, self.config.latent_dimensions)

@@ -18,8 +18,7 @@ push at random.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -28,12 +27,10 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from dalle_scale import dist, types
-from dalle_scale.models import reconstruction
 from dalle_scale.models.codebook_init import start_codebooks
-from dalle_scale.models.image_tokenizer import Tokenizer
+from dalle_scale.models.reconstruction import TokenizerStage, squared_error
 from dalle_scale.models.vqgan import GanDecoder, GanEncoder
 from dalle_scale.models.vqvae import to_bytes, to_levels, to_pixels
-from dalle_scale.nn.codebook_stats import UsageWindow
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.lpips import SMALLEST_PIXELS, Lpips, PerceptualConfig, build_lpips, vgg16
 from dalle_scale.nn.patchgan import (
@@ -46,9 +43,8 @@ from dalle_scale.nn.patchgan import (
     lecam,
 )
 from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
+from dalle_scale.types import Batch, Losses, Nets, StrictModel
 
-_PIXELS_AT_ONCE = 1 << 22  # in work without gradients: 64 pictures of 256 x 256
 _LARGEST_LAMBDA = 1e4
 _LAMBDA_EPS = 1e-6
 
@@ -157,22 +153,18 @@ class Discriminator(PatchDiscriminator):
         self.gradient_norms = MovingAverage(2, config.adaptive_decay)
 
 
-class Stage(types.Stage):
+class Stage(TokenizerStage):
     """Trains two nets, "model" and "discriminator"."""
 
     Config = VQGANConfig
+    pixels_at_once = 1 << 22  # 64 images of 256 x 256
 
     def __init__(self, config: VQGANConfig, upstream: types.ImageTokenizer | None = None) -> None:
-        super().__init__(config, upstream)
+        super().__init__(config, upstream, config.quantizer.vocab, (config.grid,))
         self.config: VQGANConfig = config
-        self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples)
         self._lpips: Lpips | None = None  # made when first needed: neither exports nor dry runs need its files
         self._gradients: list[Tensor] = []  # of this update's micro-batches: [2, 3, C, 3, 3], likeness and verdict
         self._logits: list[Tensor] = []  # of this update's micro-batches: [2], means over real and made pictures
-
-    @property
-    def inputs(self) -> BatchSpec:
-        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQGAN(self.config), "discriminator": Discriminator(self.config)}
@@ -214,7 +206,7 @@ class Stage(types.Stage):
         if judged:
             means["lambda"] = self._lambda(nets)
         if nets["model"].training and total.requires_grad:
-            mse = reconstruction.squared_error(to_levels(made.detach()), images)
+            mse = squared_error(to_levels(made.detach()), images)
             self._usage.add(codes.flatten(1), mse, weight > 0)
         return Losses(total, means)
 
@@ -249,8 +241,7 @@ class Stage(types.Stage):
 
     @torch.no_grad()
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
-        """Codebook, lambda and LeCam's averages, over all ranks. Every `usage_every` updates, over all ranks and the
-        window: codes_used (share of K), perplexity, psnr_db."""
+        """Codebook, lambda and LeCam's averages, over all ranks; values as in `TokenizerStage`."""
         cast(VQGAN, nets["model"]).quantizer.after_step(step)
         if self._gradients:
             gradients = dist.all_reduce(torch.stack(self._gradients).mean(dim=0), "mean")
@@ -258,33 +249,12 @@ class Stage(types.Stage):
         if self._logits:
             _average(nets, "logits").update(dist.all_reduce(torch.stack(self._logits).mean(dim=0), "mean"))
         self._gradients, self._logits = [], []
-        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
+        return super().after_step(nets, step)
 
     def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features that the fresh encoder makes of training images."""
         model = cast(VQGAN, nets["model"])
-        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)
-
-    def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen, as an `ImageTokenizer`."""
-        model, config = cast(VQGAN, nets["model"]), self.config
-        return Tokenizer(
-            model,
-            lambda images: [model.quantizer.encode(model.features(images))],
-            lambda levels: to_bytes(model.decoder(model.quantizer.lookup(levels[0]))[0]),
-            vocab=config.quantizer.vocab,
-            grids=(config.grid,),
-            image_size=config.image_size,
-            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
-        )
-
-    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
-        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
-
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return reconstruction.preview(partial(self._round_trip, nets), batch)
+        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, self.pixels_at_once)
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products of both turns, once the discriminator counts. In forward passes: 3 for the
@@ -298,9 +268,14 @@ class Stage(types.Stage):
             total += 3 * flops(lambda: vgg16()(torch.empty(shape)))
         return total
 
-    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A `roundtrip.RoundTrip`, given its nets."""
-        made, _, _, codes = nets["model"](images)
+    def encode(self, net: VQGAN, images: Tensor) -> Sequence[Tensor]:
+        return [net.quantizer.encode(net.features(images))]
+
+    def decode(self, net: VQGAN, levels: Sequence[Tensor]) -> Tensor:
+        return to_bytes(net.decoder(net.quantizer.lookup(levels[0]))[0])
+
+    def round_trip(self, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        made, _, _, codes = net(images)
         return to_levels(made), codes.flatten(1)
 
     def _distance(self, made: Tensor, target: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ vectors from which unused codes restart, which comes from the samples' seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -16,18 +15,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import types
-from dalle_scale.models import reconstruction
 from dalle_scale.models.codebook_init import start_codebooks
-from dalle_scale.models.image_tokenizer import Tokenizer
+from dalle_scale.models.reconstruction import TokenizerStage, squared_error
 from dalle_scale.models.vqvae import Decoder, Encoder, to_bytes, to_levels, to_pixels
-from dalle_scale.nn.codebook_stats import UsageWindow
 from dalle_scale.nn.field_checks import check_downsampling
-from dalle_scale.nn.flops import flops
 from dalle_scale.nn.likelihoods import Gaussian
 from dalle_scale.nn.vector_quantizer import Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
-
-_PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
+from dalle_scale.types import Batch, Losses, Nets, StrictModel
 
 
 class VQVAEConfig(StrictModel):
@@ -84,19 +78,14 @@ class VQVAE(nn.Module):
         return self.decoder(quantized.values), quantized.codes, quantized.loss
 
 
-class Stage(types.Stage):
+class Stage(TokenizerStage):
     """Trains one net, "model"."""
 
     Config = VQVAEConfig
 
     def __init__(self, config: VQVAEConfig, upstream: types.ImageTokenizer | None = None) -> None:
-        super().__init__(config, upstream)
+        super().__init__(config, upstream, config.quantizer.vocab, (config.grid,))
         self.config: VQVAEConfig = config
-        self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples)
-
-    @property
-    def inputs(self) -> BatchSpec:
-        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQVAE(self.config)}
@@ -117,7 +106,7 @@ class Stage(types.Stage):
             distortion = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
         total = ((distortion + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            mse = reconstruction.squared_error(to_levels(pixels), images)
+            mse = squared_error(to_levels(pixels), images)
             named |= {"mse": mse, "quantizer_loss": quantizer_loss}
             if nets[net].training and total.requires_grad:
                 self._usage.add(codes.flatten(1), mse, weight > 0)
@@ -125,43 +114,21 @@ class Stage(types.Stage):
         return Losses(total, dict(zip(named, means, strict=True)))
 
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
-        """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used (share of K),
-        perplexity, psnr_db."""
+        """Move the codes; values as in `TokenizerStage`."""
         cast(VQVAE, nets["model"]).quantizer.after_step(step)
-        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
+        return super().after_step(nets, step)
 
     def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar)."""
         model = cast(VQVAE, nets["model"])
-        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, _PIXELS_AT_ONCE)
+        start_codebooks(self.config.quantizer, [(model.quantizer, model.features)], batches, self.pixels_at_once)
 
-    def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen, as an `ImageTokenizer`."""
-        model, config = cast(VQVAE, nets["model"]), self.config
-        return Tokenizer(
-            model,
-            lambda images: [model.quantizer.encode(model.features(images))],
-            lambda levels: to_bytes(model.decoder(model.quantizer.lookup(levels[0]))),
-            vocab=config.quantizer.vocab,
-            grids=(config.grid,),
-            image_size=config.image_size,
-            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
-        )
+    def encode(self, net: VQVAE, images: Tensor) -> Sequence[Tensor]:
+        return [net.quantizer.encode(net.features(images))]
 
-    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """psnr_db, codes_used and perplexity: see `roundtrip.evaluate`."""
-        return reconstruction.evaluate(partial(self._round_trip, nets), batches, self.config.quantizer.vocab)
+    def decode(self, net: VQVAE, levels: Sequence[Tensor]) -> Tensor:
+        return to_bytes(net.decoder(net.quantizer.lookup(levels[0])))
 
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return reconstruction.preview(partial(self._round_trip, nets), batch)
-
-    def flops_per_sample(self) -> float:
-        """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
-        size = self.config.image_size
-        return 3 * flops(lambda: VQVAE(self.config)(torch.empty(1, 3, size, size, dtype=torch.uint8)))
-
-    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A `roundtrip.RoundTrip`, given its nets."""
-        pixels, codes, _ = nets["model"](images)
+    def round_trip(self, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, codes, _ = net(images)
         return to_levels(pixels), codes.flatten(1)

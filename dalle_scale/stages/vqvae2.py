@@ -9,7 +9,7 @@ samples' seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, cast
 
@@ -18,16 +18,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from dalle_scale import types
-from dalle_scale.models import reconstruction
 from dalle_scale.models.codebook_init import start_codebooks
-from dalle_scale.models.image_tokenizer import Tokenizer, flat
+from dalle_scale.models.image_tokenizer import flat
+from dalle_scale.models.reconstruction import TokenizerStage, squared_error
 from dalle_scale.models.vqvae import Decoder, Encoder, to_bytes, to_levels, to_pixels
-from dalle_scale.nn.codebook_stats import UsageWindow
-from dalle_scale.nn.flops import flops
 from dalle_scale.nn.vector_quantizer import Quantized, Quantizer, QuantizerConfig
-from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
-
-_PIXELS_AT_ONCE = 1 << 20  # of the pictures that go through the net together outside training
+from dalle_scale.types import Batch, Losses, Nets, StrictModel
 
 
 class VQVAE2Config(StrictModel):
@@ -149,19 +145,14 @@ class VQVAE2(nn.Module):
         return quantizer
 
 
-class Stage(types.Stage):
+class Stage(TokenizerStage):
     """Trains one net, "model"."""
 
     Config = VQVAE2Config
 
     def __init__(self, config: VQVAE2Config, upstream: types.ImageTokenizer | None = None) -> None:
-        super().__init__(config, upstream)
+        super().__init__(config, upstream, config.quantizer.vocab, config.grids)
         self.config: VQVAE2Config = config
-        self._usage = UsageWindow(config.quantizer.vocab, config.usage_window_samples, config.grids)
-
-    @property
-    def inputs(self) -> BatchSpec:
-        return BatchSpec(image_size=self.config.image_size, augment=self.config.augment)
 
     def nets(self) -> Nets:
         return {"model": VQVAE2(self.config)}
@@ -177,19 +168,18 @@ class Stage(types.Stage):
         distortion = (pixels.float() - to_pixels(images)).square().mean(dim=(1, 2, 3))
         total = ((distortion + quantizer_loss) * weight).mean()
         with torch.no_grad():
-            mse = reconstruction.squared_error(to_levels(pixels), images)
+            mse = squared_error(to_levels(pixels), images)
             if nets[net].training and total.requires_grad:
                 self._usage.add(flat(codes), mse, weight > 0)
             terms = {"mse": (mse * weight).mean(), "quantizer_loss": (quantizer_loss * weight).mean()}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
-        """Move the codes. Every `usage_every` updates, over all ranks and the window: codes_used_<grid> (share of K)
-        and perplexity_<grid> of each level, psnr_db."""
+        """Move the codes; values as in `TokenizerStage`."""
         model = cast(VQVAE2, nets["model"])
         for level in range(self.config.levels):
             model.quantizer(level).after_step(step)
-        return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
+        return super().after_step(nets, step)
 
     def initialize(self, nets: Nets, batches: Iterator[Batch]) -> None:
         """With `quantizer.init: kmeans`, cluster the features of `init_samples` training images (progress bar), from
@@ -201,36 +191,14 @@ class Stage(types.Stage):
             return model.features(level, model.hidden(images), maps)
 
         levels = [(model.quantizer(level), partial(features, level)) for level in range(self.config.levels)]
-        start_codebooks(self.config.quantizer, levels, batches, _PIXELS_AT_ONCE)
+        start_codebooks(self.config.quantizer, levels, batches, self.pixels_at_once)
 
-    def tokenizer(self, nets: Nets) -> Tokenizer:
-        """The trained net, frozen, as an `ImageTokenizer` of several levels."""
-        model, config = cast(VQVAE2, nets["model"]), self.config
-        return Tokenizer(
-            model,
-            lambda images: model.encode(images)[0],
-            lambda levels: to_bytes(model.decode(list(levels))),
-            vocab=config.quantizer.vocab,
-            grids=config.grids,
-            image_size=config.image_size,
-            samples_at_once=_PIXELS_AT_ONCE // config.image_size**2,
-        )
+    def encode(self, net: VQVAE2, images: Tensor) -> Sequence[Tensor]:
+        return net.encode(images)[0]
 
-    def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
-        """psnr_db, codes_used_<grid> and perplexity_<grid>: see `roundtrip.evaluate`."""
-        config = self.config
-        return reconstruction.evaluate(partial(self._round_trip, nets), batches, config.quantizer.vocab, config.grids)
+    def decode(self, net: VQVAE2, levels: Sequence[Tensor]) -> Tensor:
+        return to_bytes(net.decode(levels))
 
-    def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Originals above their reconstructions: uint8 [N, 3, 2 S, S]."""
-        return reconstruction.preview(partial(self._round_trip, nets), batch)
-
-    def flops_per_sample(self) -> float:
-        """Convolutions and matrix products, forward and backward (counted as twice the forward)."""
-        size = self.config.image_size
-        return 3 * flops(lambda: VQVAE2(self.config)(torch.empty(1, 3, size, size, dtype=torch.uint8)))
-
-    def _round_trip(self, nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A `roundtrip.RoundTrip`, given its nets."""
-        pixels, codes, _ = nets["model"](images)
+    def round_trip(self, net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, codes, _ = net(images)
         return to_levels(pixels), flat(codes)

@@ -11,6 +11,8 @@ condition of every pixel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -19,14 +21,24 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from dalle_scale import types
+from dalle_scale.config import parse
+from dalle_scale.models.capabilities import Prior, Sampler
 from dalle_scale.models.pixelsnail.model import PixelSNAIL
 from dalle_scale.nn.field_checks import check_text_vocab
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_noise
-from dalle_scale.stages.dalle import check_sampling, cross_entropy
-from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, StrictModel, UserError
+from dalle_scale.stages.dalle import cross_entropy
+from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, SampleRequest, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
+
+
+class SamplingOptions(StrictModel):
+    """How codes are sampled."""
+
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of the softmax; near 0 takes the likeliest code"
+    )
 
 
 class Stage(types.Stage):
@@ -201,7 +213,7 @@ class Stage(types.Stage):
         Raises:
             UserError: the temperature is out of range.
         """
-        check_sampling(temperature, top_k=0, top_p=1.0, guidance=1.0)
+        parse(SamplingOptions, {"temperature": temperature}, "options")
         model = cast(PixelSNAIL, nets["model"])
         codes = torch.empty(len(seeds), self.config.grid**2, dtype=torch.int64, device=seeds.device)
         decoding = model.prefill(len(seeds), upper, text)
@@ -212,6 +224,35 @@ class Stage(types.Stage):
             logits = model.decode_step(codes[:, index - 1] if index else None, decoding)
             codes[:, index] = (logits / temperature + noise[:, column]).argmax(-1)
         return codes
+
+    def sampler(self, nets: Nets) -> Sampler:
+        """Samples the codes of an image tokenizer of one level."""
+        return self.joint_sampler([(self, nets)])
+
+    def joint_sampler(self, models: Sequence[tuple[types.Stage, Nets]]) -> Sampler:
+        """Samples the codes of all levels, coarsest first, from the priors of the levels in this order."""
+        priors = [(stage, nets) for stage, nets in models if isinstance(stage, Stage)]
+        _check_levels([stage.config for stage, _ in priors], len(models))
+        if self.upstream is None:
+            raise UserError("no image tokenizer to decode with; train with `tokenizer: <its export>`")
+
+        def sample(request: SampleRequest) -> Tensor:
+            upper: Tensor | None = None
+            for stage, nets in priors:
+                text = request.text if stage.config.text_length else None
+                codes = stage.sample(nets, request.seeds, upper, text, temperature=request.options.temperature)
+                upper = codes if upper is None else torch.cat([upper, codes], dim=1)
+            assert upper is not None
+            return upper
+
+        captioned = max((stage.config for stage, _ in priors), key=lambda config: config.text_length)
+        return Sampler(SamplingOptions, sample, captioned.text_length, captioned.text_vocab, self.upstream)
+
+    def code_prior(self, nets: Nets) -> Prior:
+        """The prior over the codes of its level."""
+        c = self.config
+        bits = partial(self.code_bits, nets)
+        return Prior(bits, c.vocab, c.grids, c.level, c.text_length, c.text_vocab, not c.text_length)
 
     def noise(self, seeds: Tensor, row: int) -> Tensor:
         """Gumbel noise that draws the codes of a row, fp32 [B, grid, vocab]: a function of seed, level and row."""
@@ -243,3 +284,15 @@ class Stage(types.Stage):
             self.nets()["model"](codes, upper, text)
 
         return 3 * flops(forward)
+
+
+def _check_levels(configs: Sequence[Stage.Config], models: int) -> None:
+    """Raises UserError unless these are the priors of all levels of one tokenizer, coarsest first."""
+    grids, levels = configs[0].grids, [config.level for config in configs]
+    if len(configs) < models or any(config.grids != grids for config in configs):
+        raise UserError(f"not all are priors of the same grids {list(grids)}; give those of one image tokenizer")
+    if levels != list(range(len(grids))):
+        raise UserError(f"levels {levels} of {len(grids)}: give the export of each level once, one --model for each")
+    lengths = {config.text_length for config in configs if config.text_length}
+    if len(lengths) > 1:
+        raise UserError(f"text_length: {sorted(lengths)}; priors that sample together take captions of one length")

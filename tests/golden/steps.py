@@ -103,18 +103,18 @@ def sampling_steps() -> Iterator[Step]:
     prompts, clip = ("--prompt-file", f"{DATA}/prompts.jsonl", "--candidates", "2"), f"{RUNS}/clip/export"
     yield sample("dalle", *model("dalle"), *prompts, "--rerank", clip, "--keep", "1")
     yield sample("dalle_two_ranks", *model("dalle"), *prompts, ranks=2)
-    filters = ("--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--guidance", "2", "--seed", "3")
+    filters = ("temperature=0.9", "top_k=20", "top_p=0.9", "guidance=2", "--seed", "3")
     prime = ("--prime", "samples/dalle/images/00000_0000.png", "--prime-rows", "2")
     yield sample("dalle_filtered", *model("dalle"), *prompts, *filters, *prime)
-    yield sample("dalle_wide", *model("dalle"), "--prompts", "a red circle", "--size", "8", "12")
+    yield sample("dalle_wide", *model("dalle"), "--prompts", "a red circle", "size=[8, 12]")
     yield sample("vae", *model("vae"), "--candidates", "4")
     yield sample("ddpm", *model("ddpm"), *prompts)
-    yield sample("ddpm_ddim", *model("ddpm"), *prompts, "--method", "ddim", "--steps", "8", "--eta", "0.5", "--clip")
-    yield sample("ddpm_dpm", *model("ddpm"), *prompts, "--method", "dpm++", "--steps", "6", "--guidance", "2")
+    yield sample("ddpm_ddim", *model("ddpm"), *prompts, "method=ddim", "steps=8", "eta=0.5", "clip=true")
+    yield sample("ddpm_dpm", *model("ddpm"), *prompts, "method=dpm++", "steps=6", "guidance=2")
     yield sample("vqvae2", *model("vqvae2_prior_top"), *model("vqvae2_prior"), *prompts, "--text-tokenizer", TEXT)
     rank = ("--samples", "samples/dalle", "--clip", clip, "--keep-share", "0.5", "--out", "reranked")
     yield Step("rerank", "launch/rerank.py", rank, ("reranked",))
-    for stage, options in (("vae", ()), ("ddpm", ("--steps", "4"))):
+    for stage, options in (("vae", ()), ("ddpm", ("steps=4",))):
         arguments = (*model(stage), "--paths", "2", "--count", "3", *options, "--out", f"between/{stage}")
         yield Step(f"interpolate_{stage}", "launch/interpolate.py", arguments, (f"between/{stage}",))
 

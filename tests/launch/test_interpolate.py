@@ -46,9 +46,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "steps"), [("ddpm", 8), ("vae", None)])
 def test_ends_are_what_the_seeds_draw(work: Path, name: str, steps: int | None) -> None:
     opened = export.load(work / name)
-    paths = interpolate.between_seeds(interpolate.open_space(opened, steps), SEEDS, 5)
+    paths = interpolate.between_seeds(interpolate.open_space(opened, [f"steps={steps}"] if steps else []), SEEDS, 5)
     assert paths.images.shape[:2] == (2, 5) and paths.round_trip_mse is None
-    how = {"options": Options("ddim", steps)} if steps else {}
+    how = {"options": Options(method="ddim", steps=steps)} if steps else {}
     drawn = opened.stage.sample_images(opened.nets, SEEDS, **how).int()
     for ends, wanted in ((paths.images[:, 0], drawn[:-1]), (paths.images[:, -1], drawn[1:])):
         assert int((ends.int() - wanted).abs().max()) <= 1
@@ -59,7 +59,7 @@ def test_pictures_come_back(work: Path) -> None:
     opened, files = export.load(work / "ddpm"), [work / f"{index}.png" for index in range(3)]
     pictures = torch.stack([read_picture(file, 16) for file in files])
     assert torch.equal(pictures[1, 2], torch.full((16, 16), 60, dtype=torch.uint8))
-    paths = interpolate.between_images(interpolate.open_space(opened, 2), pictures, 3)
+    paths = interpolate.between_images(interpolate.open_space(opened, ["steps=2"]), pictures, 3)
     ends = torch.stack([paths.images[:, 0], paths.images[:, -1]], dim=1).double()
     originals = torch.stack([pictures[:-1], pictures[1:]], dim=1).double()
     assert float((ends - originals).abs().mean()) < 2
@@ -67,11 +67,11 @@ def test_pictures_come_back(work: Path) -> None:
 
 
 def test_program(work: Path, tmp_path: Path) -> None:
-    options = ("--model", work / "ddpm", "--steps", 8, "--count", 4, "--out")
+    options = ("--model", work / "ddpm", "steps=8", "--count", 4, "--out")
     code, printed = run(*options, tmp_path / "drawn", "--paths", 2, "--seed", 3)
     assert code == 0, printed
     sheet = np.asarray(Image.open(tmp_path / "drawn" / "grid.png"))
-    paths = interpolate.between_seeds(interpolate.open_space(export.load(work / "ddpm"), 8), SEEDS, 4)
+    paths = interpolate.between_seeds(interpolate.open_space(export.load(work / "ddpm"), ["steps=8"]), SEEDS, 4)
     assert sheet.shape == (2 * 18 - 2, 4 * 18 - 2, 3)
     assert np.array_equal(sheet[18:34, 36:52], paths.images[1, 2].permute(1, 2, 0).numpy())
     code, printed = run(*options, tmp_path / "given", "--images", work / "0.png", work / "1.png")
@@ -85,9 +85,9 @@ def test_wrong_input_is_one_line(work: Path, tmp_path: Path) -> None:
     ddpm, picture = ("--model", work / "ddpm"), work / "0.png"
     for message, options in {
         "stage 'dvae' has no latents to walk in": ("--model", work / "dvae"),
-        "steps: for diffusion models": ("--model", work / "vae", "--steps", 4),
-        "steps: 33, but this model has 32 times": (*ddpm, "--steps", 33),
-        "spacing: 'even' is none of": (*ddpm, "--steps", 4, "--spacing", "even"),
+        "options: unknown key 'steps'": ("--model", work / "vae", "steps=4"),
+        "steps: 33, but this model has 32 times": (*ddpm, "steps=33"),
+        "spacing = 'even': Input should be": (*ddpm, "steps=4", "spacing=even"),
         "at least one path of two pictures": (*ddpm, "--count", 1),
         "a path has two ends": (*ddpm, "--images", picture),
         "give a JPEG": (*ddpm, "--images", picture, tmp_path / "text.png"),

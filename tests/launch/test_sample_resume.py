@@ -16,10 +16,11 @@ from support.processes import ROOT, free_port, in_ranks, run_until
 from support.programs import run_here, run_rank
 from support.ranking import PROMPTS, SCORE_ROUNDING, clip_export
 
+from dalle_scale.models.transformer import cache_size
 from dalle_scale.models.transformer.kv_cache import KVCache
 from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.sampling import batch_size, runner
-from dalle_scale.sampling.sampler import Batch, Options, Sampler
+from dalle_scale.sampling.sampler import Batch, Sampler
 
 PROGRAM = ROOT / "launch" / "sample.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +108,7 @@ def test_more_candidates_go_on_and_fewer_do_not(model: Path, whole: Path, tmp_pa
     [
         ("--seed=4", "seed is 3 there and 4 now"),
         ("--prompts=a", "prompts is 2 there and 3 now"),
-        ("--guidance=2", "guidance is 1.0 there and 2.0 now"),
+        ("guidance=2", "guidance is 1.0 there and 2.0 now"),
         ("--text-tokenizer={model}/text_tokenizer.model", "text_tokenizer is null there and "),
         ("", "models_sha256 is "),
     ],
@@ -197,14 +198,14 @@ def test_saving_that_fails_ends_the_program(model: Path, tmp_path: Path, monkeyp
 
 
 def test_drawing_that_fails_leaves_what_was_drawn(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, draw_batch = tmp_path / "out", Sampler.draw_batch
+    out, sample_batch = tmp_path / "out", Sampler.sample_batch
 
     def fail_at_the_third(self: Sampler, batch: Batch, *more: Any) -> torch.Tensor:
         if batch.candidate == [2]:
             raise RuntimeError("device lost")
-        return draw_batch(self, batch, *more)
+        return sample_batch(self, batch, *more)
 
-    monkeypatch.setattr(Sampler, "draw_batch", fail_at_the_third)
+    monkeypatch.setattr(Sampler, "sample_batch", fail_at_the_third)
     code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch=1"))
     assert code == 1 and "device lost" in printed
     assert set(pictures(out)) == {"00000_0000.png", "00000_0001.png"}
@@ -221,16 +222,17 @@ def test_keep_needs_a_ranking(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("drawn_by", "codes"),
-    [(Options(), 16), (Options(prime=torch.ones(4, dtype=torch.int64)), 12), (Options(size=(5, 6)), 30)],
+    [({}, 16), ({"prime": torch.ones(4, dtype=torch.int64)}, 12), ({"size": (5, 6)}, 30)],
 )
-def test_told_after_each_code(model: Path, drawn_by: Options, codes: int) -> None:
+def test_told_after_each_code(model: Path, drawn_by: dict[str, Any], codes: int) -> None:
     """And the pictures are the same."""
     sampler = Sampler([model])
-    [batch] = sampler.batches(PROMPTS, [(0, 0), (1, 0), (0, 1)], 0, drawn_by)
+    options = sampler.options(**{"size": drawn_by["size"]} if "size" in drawn_by else {})
+    [batch] = sampler.batches(PROMPTS, [(0, 0), (1, 0), (0, 1)], 0, options, prime=drawn_by.get("prime"))
     told: list[tuple[int, int]] = []
-    drawn = sampler.draw_batch(batch, drawn_by, lambda *numbers: told.append(numbers))
+    drawn = sampler.sample_batch(batch, lambda *numbers: told.append(numbers))
     assert told == [(number, codes) for number in range(1, codes + 1)]
-    assert torch.equal(drawn, sampler.draw_batch(batch, drawn_by))
+    assert torch.equal(drawn, sampler.sample_batch(batch))
 
 
 def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
             runner.advance(bar, 1.0, 2, *numbers)
             places.append(bar.n)
 
-        sampler.draw_batch(batch, Options(), on_code)
+        sampler.sample_batch(batch, on_code)
     assert places == pytest.approx([1 + number / 8 for number in range(1, 17)])
 
 
@@ -272,8 +274,8 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
         _, decoding = net.prefill(torch.randint(20, (2, 5)), owners)
         net.decode_step(torch.zeros(5, dtype=torch.int64), 0, decoding)
     caches = [bytes_of(block._cache) for block in decoding.blocks]
-    assert 5 * batch_size.cache_bytes(net) + 2 * batch_size.caption_bytes(net) == sum(caches)
-    assert sum(block._fused_qkv[0].nbytes for block in decoding.blocks) == batch_size.fused_qkv_bytes(net)
+    assert 5 * cache_size.cache_bytes(net) + 2 * cache_size.caption_bytes(net) == sum(caches)
+    assert sum(block._fused_qkv[0].nbytes for block in decoding.blocks) == cache_size.fused_qkv_bytes(net)
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,11 +285,11 @@ def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def fitting(free: int, guided: bool = False, captions: int = 1) -> int:
         monkeypatch.setattr(batch_size, "_available_bytes", lambda: free)
-        return batch_size.batch_samples(net, guided, captions, 1000, sampler.device)
+        return batch_size.batch_samples(cache_size.sampling_memory(net, guided), captions, 1000, sampler.device)
 
     few, more = fitting(200_000), fitting(400_000)
     assert 1 < few < more < 256 and fitting(400_000, guided=True) < more and fitting(400_000, captions=900) < more
-    assert more * batch_size.cache_bytes(net) < 0.8 * 400_000
+    assert more * cache_size.cache_bytes(net) < 0.8 * 400_000
     assert fitting(0) == 1 and fitting(1 << 40) == 256
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert fitting(400_000) == few

@@ -80,7 +80,7 @@ def test_ddim_from_noise_to_pictures(steps, eta, clip):
         output = eps(x, time.expand(len(x)))
         step = theirs.step(output, int(time), x, eta, use_clipped_model_output=clip, variance_noise=noise)
         x = step.prev_sample
-    options = Options("ddim", steps, eta=eta, clip=clip)
+    options = Options(method="ddim", steps=steps, eta=eta, clip=clip)
     found = follow(predict, plan(LINEAR, options), start(), clip, SEEDS)
     torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(draw(predict, LINEAR, SEEDS, SHAPE, options).double(), x, rtol=1e-3, atol=1e-3)
@@ -94,5 +94,5 @@ def test_dpm_solver_from_noise_to_pictures(steps, spacing):
     x = start()
     for time in theirs.timesteps:
         x = theirs.step(eps(x, time.expand(len(x))), time, x).prev_sample
-    found = follow(predict, plan(LINEAR, Options("dpm++", steps, spacing)), start(), clip=False)
+    found = follow(predict, plan(LINEAR, Options(method="dpm++", steps=steps, spacing=spacing)), start(), clip=False)
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_scale.config import parse
 from dalle_scale.models.diffusion.samplers import (
     Options,
     ddim_step,
@@ -81,7 +82,9 @@ def test_log_snr_times_are_even_and_hold_both_ends():
 
 def test_spacing_left_open():
     for method, spacing in (("ancestral", "uniform"), ("ddim", "uniform"), ("dpm++", "log_snr")):
-        assert plan(LINEAR, Options(method, 20)) == plan(LINEAR, Options(method, 20, spacing))
+        assert plan(LINEAR, Options(method=method, steps=20)) == plan(
+            LINEAR, Options(method=method, steps=20, spacing=spacing)
+        )
 
 
 def test_pairs_end_at_the_picture():
@@ -98,8 +101,8 @@ def test_repeated_times_of_the_code_move_nothing():
 
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_ddim_with_eta_1_is_ancestral_with_the_small_variance(steps):
-    ours = plan(LINEAR, Options("ddim", steps, eta=1.0))
-    theirs = plan(LINEAR, Options("ancestral", steps, variance="fixed_small"))
+    ours = plan(LINEAR, Options(method="ddim", steps=steps, eta=1.0))
+    theirs = plan(LINEAR, Options(method="ancestral", steps=steps, variance="fixed_small"))
     for a, b in zip(ours, theirs, strict=True):
         assert a.time == b.time
         assert (a.keep, a.data, a.std) == pytest.approx((b.keep, b.data, b.std), rel=1e-9, abs=1e-12)
@@ -109,7 +112,8 @@ def test_ancestral_over_some_times_is_the_papers_sigma_hat():
     """The mean of eta 1 with noise of deviation sqrt(1 - a / a_next) (arXiv 2010.02502, Sec. 5), none at the end."""
     moves = pairs(times(LINEAR, 20, "quadratic"))
     wide, one = (
-        plan(LINEAR, Options(*how)) for how in (("ancestral", 20, "quadratic"), ("ddim", 20, "quadratic", 1.0))
+        plan(LINEAR, Options(steps=20, spacing="quadratic", **how))
+        for how in ({"method": "ancestral"}, {"method": "ddim", "eta": 1.0})
     )
     for (now, after), a, b in zip(moves, wide, one, strict=True):
         assert (a.keep, a.data) == pytest.approx((b.keep, b.data), rel=1e-9, abs=1e-12)
@@ -147,7 +151,9 @@ def test_large_variance_is_exact_for_normal_data(steps):
 def test_marginals_are_exact_for_one_picture(eta):
     """x0 one point, predicted without error: x at a is N(sqrt(a) x0, 1 - a), for every eta (2010.02502, Eq. 7)."""
     moves = pairs(times(LINEAR, 20, "quadratic"))
-    for (now, after), step in zip(moves, plan(LINEAR, Options("ddim", 20, "quadratic", eta)), strict=True):
+    for (now, after), step in zip(
+        moves, plan(LINEAR, Options(method="ddim", steps=20, spacing="quadratic", eta=eta)), strict=True
+    ):
         a, a_next = LINEAR[now].item(), LINEAR[after].item() if after >= 0 else 1.0
         assert step.keep * math.sqrt(a) + step.data == pytest.approx(math.sqrt(a_next))
         assert step.keep**2 * (1 - a) + step.std**2 == pytest.approx(1 - a_next, abs=1e-15)
@@ -162,7 +168,7 @@ def test_order_of_convergence(method):
     start, end = on_path(u, LOG_SNR_LINE[-1]), on_path(u, 1.0)
     errors = []
     for steps in (21, 41, 81, 161):
-        moves = plan(LOG_SNR_LINE, Options(method, steps, "log_snr"))
+        moves = plan(LOG_SNR_LINE, Options(method=method, steps=steps, spacing="log_snr"))
         found = follow(gaussian(LOG_SNR_LINE), moves, start, clip=False)
         errors.append((found - end).abs().max().item())
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
@@ -206,8 +212,8 @@ def test_encoding_finds_the_latents_and_decoding_the_pictures():
     [
         Options(steps=100, clip=False),
         Options(steps=100, variance="fixed_small", clip=False),
-        Options("ddim", 50, "quadratic", eta=0.5),
-        Options("ddim", 100),
+        Options(method="ddim", steps=50, spacing="quadratic", eta=0.5),
+        Options(method="ddim", steps=100),
     ],
 )
 def test_noise_is_fresh_in_every_step(options):
@@ -230,8 +236,8 @@ def test_noise_is_fresh_in_every_step(options):
     "options",
     [
         Options(steps=20),
-        Options("ddim", 20, "quadratic", eta=0.7, clip=True),
-        Options("dpm++", 10, "log_snr"),
+        Options(method="ddim", steps=20, spacing="quadratic", eta=0.7, clip=True),
+        Options(method="dpm++", steps=10, spacing="log_snr"),
     ],
 )
 def test_pictures_depend_on_their_seed_only(options):
@@ -247,14 +253,14 @@ def test_pictures_depend_on_their_seed_only(options):
 def test_only_noisy_steps_draw_noise():
     """Same start, same end without eta; with it, the noise of every step is another."""
     seeds = torch.tensor([1, 2])
-    still = draw(wavy, LINEAR, seeds, (4,), Options("ddim", 2, eta=0.0))
-    assert torch.equal(still, draw(wavy, LINEAR, seeds, (4,), Options("ddim", 2)))
-    first, last = plan(LINEAR, Options("ddim", 2, eta=1.0))
+    still = draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=0.0))
+    assert torch.equal(still, draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2)))
+    first, last = plan(LINEAR, Options(method="ddim", steps=2, eta=1.0))
     assert first.std > 0 and last.std == 0
     start, noise = normal_noise(seeds, 1000, 4), normal_noise(seeds, first.time, 4)
     x = first.keep * start + first.data * wavy(start, torch.tensor([500, 500]))[0] + first.std * noise
     expected = last.keep * x + last.data * wavy(x, torch.tensor([0, 0]))[0]
-    assert torch.equal(draw(wavy, LINEAR, seeds, (4,), Options("ddim", 2, eta=1.0)), expected)
+    assert torch.equal(draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=1.0)), expected)
 
 
 def test_a_learned_variance_lies_between_the_fixed_ones():
@@ -276,9 +282,9 @@ def test_clipping():
     """Ancestral clips x0 as DDPM's code does, DDIM does not, and both do as told."""
     seeds, wild = torch.tensor([1, 2]), lambda x, at: (4 * x, None)
     assert draw(wild, LINEAR, seeds, (4,), Options(steps=10)).abs().max() <= 1
-    assert draw(wild, LINEAR, seeds, (4,), Options("ddim", 10)).abs().max() > 1
-    assert draw(wild, LINEAR, seeds, (4,), Options("ddim", 10, clip=True)).abs().max() <= 1
-    assert draw(wild, LINEAR, seeds, (4,), Options("dpm++", 10, clip=True)).abs().max() <= 1
+    assert draw(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10)).abs().max() > 1
+    assert draw(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10, clip=True)).abs().max() <= 1
+    assert draw(wild, LINEAR, seeds, (4,), Options(method="dpm++", steps=10, clip=True)).abs().max() <= 1
 
 
 def test_interpolation_follows_the_arc():
@@ -321,21 +327,21 @@ def test_guidance_of_x0_is_guidance_of_the_noise():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "euler"}, r"method: 'euler' is none of ancestral, ddim, dpm\+\+"),
-        ({"spacing": "cubic"}, "spacing: 'cubic' is none of uniform, quadratic, log_snr"),
-        ({"variance": "huge"}, "variance: 'huge' is none of fixed_small, fixed_large, learned"),
-        ({"steps": 1}, "steps: 1 is below 2"),
-        ({"method": "ddim", "eta": 1.5}, r"eta: 1.5 is not in \[0, 1\]"),
-        ({"method": "ddim", "eta": -0.1}, r"eta: -0.1 is not in \[0, 1\]"),
-        ({"method": "ddim", "eta": math.nan}, r"eta: nan is not in \[0, 1\]"),
+        ({"method": "euler"}, r"method = 'euler': Input should be 'ancestral', 'ddim' or 'dpm\+\+'"),
+        ({"spacing": "cubic"}, "spacing = 'cubic': Input should be 'uniform', 'quadratic' or 'log_snr'"),
+        ({"variance": "huge"}, "variance = 'huge': Input should be 'fixed_small', 'fixed_large' or 'learned'"),
+        ({"steps": 1}, "steps = 1: Input should be greater than or equal to 2"),
+        ({"method": "ddim", "eta": 1.5}, "eta = 1.5: Input should be less than or equal to 1"),
+        ({"method": "ddim", "eta": -0.1}, "eta = -0.1: Input should be greater than or equal to 0"),
+        ({"method": "ddim", "eta": math.nan}, "eta = nan: Input should be"),
         ({"eta": 0.5}, "eta: is for method 'ddim'; leave it out with 'ancestral'"),
         ({"method": "dpm++", "variance": "fixed_small"}, "variance: is for method 'ancestral'"),
-        ({"guidance": -1.0}, "guidance: -1.0 is below 0"),
+        ({"guidance": -1.0}, "guidance = -1.0: Input should be greater than or equal to 0"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(values, message):
     with pytest.raises(UserError, match=message) as error:
-        Options(**values)
+        parse(Options, values, "options").resolved(10, learned=False)
     assert "\n" not in str(error.value)
 
 

@@ -327,7 +327,7 @@ def test_truncation_keeps_exactly_what_it_says():
 )
 def test_parameters_out_of_range(options):
     stage, nets = make()
-    with pytest.raises(UserError, match=f"^{next(iter(options))}: "):
+    with pytest.raises(UserError, match=f"^options: {next(iter(options))} = "):
         stage.sample(nets, make_batch(stage, 1)["text"], torch.zeros(1, dtype=torch.int64), **options)
 
 

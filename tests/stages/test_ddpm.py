@@ -18,7 +18,7 @@ from dalle_scale.models.latent_codec import Latents
 from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
 from dalle_scale.stages import vae
 from dalle_scale.stages.ddpm import Stage
-from dalle_scale.types import Batch, Nets, PictureSource, UserError
+from dalle_scale.types import Batch, ImageSampler, Nets, UserError
 
 TINY: dict[str, Any] = {
     "image_size": 4,
@@ -183,7 +183,7 @@ def test_evaluate() -> None:
 
 def test_a_picture_depends_on_its_seed_alone() -> None:
     stage, nets = make(variance="learned")
-    assert isinstance(stage, PictureSource)
+    assert isinstance(stage.sampler(nets), ImageSampler)
     nets["model"].eval()
     seeds = torch.tensor([3, 4, 1 << 50])
     images = stage.sample_images(nets, seeds)
@@ -196,7 +196,7 @@ def test_a_picture_depends_on_its_seed_alone() -> None:
 def test_config_says_how_pictures_are_drawn() -> None:
     seeds = torch.arange(2)
     stage, nets = make(sampler="ddim", sample_steps=4)
-    by_options = stage.sample_images(nets, seeds, options=Options("ddim", 4))
+    by_options = stage.sample_images(nets, seeds, options=Options(method="ddim", steps=4))
     assert torch.equal(stage.sample_images(nets, seeds), by_options)
     assert not torch.equal(stage.sample_images(nets, seeds, options=Options()), by_options)
     small, _ = make(variance="fixed_small")  # is that of the drawing as well
@@ -213,7 +213,7 @@ def test_captions_and_guidance() -> None:
     seeds, text, empty = torch.arange(3), batch_of(3)["text"], stage.empty_caption().expand(3, -1)
 
     def drawn(text: Tensor | None, guidance: float = 1.0) -> Tensor:
-        options = Options("ddim", 4, guidance=guidance)
+        options = Options(method="ddim", steps=4, guidance=guidance)
         return stage.sample_images(nets, seeds, text=text, options=options).float()
 
     assert torch.equal(drawn(None), drawn(empty)) and not torch.equal(drawn(text), drawn(empty))
@@ -364,7 +364,6 @@ def test_wrong_config_is_one_line(changes: dict[str, Any], message: str) -> None
 def test_what_sampling_does_not_take() -> None:
     stage, nets = make()
     for how, message in (
-        ({"temperature": 0.5}, "draws at 1"),
         ({"options": Options(guidance=2.0)}, "without caption_dropout"),
         ({"options": Options(steps=13)}, "has 12 times"),
         ({"options": Options(variance="learned")}, "learned none"),

@@ -303,7 +303,7 @@ def test_tokenizer_and_export(tmp_path: Path) -> None:
 def test_tokenizer_takes_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     stage, nets = make()
     whole = stage.tokenizer(nets).encode(batch_of(5)["image"])
-    monkeypatch.setattr("dalle_scale.stages.vqgan._PIXELS_AT_ONCE", 2 * 16 * 16 + 5)
+    monkeypatch.setattr("dalle_scale.stages.vqgan.Stage.pixels_at_once", 2 * 16 * 16 + 5)
     parts = stage.tokenizer(nets)
     assert same_codes(parts.encode(batch_of(5)["image"]), whole) and parts.decode(whole).shape == (5, 3, 16, 16)
 

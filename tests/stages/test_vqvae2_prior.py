@@ -154,7 +154,7 @@ def test_temperature():
     cold = stage.sample(nets, seeds, temperature=1e-4)
     assert torch.equal(cold, cold[:1].expand_as(cold))
     assert len(stage.sample(nets, seeds).unique(dim=0)) > 1
-    with pytest.raises(UserError, match="temperature: 0"):
+    with pytest.raises(UserError, match="temperature = 0"):
         stage.sample(nets, seeds, temperature=0)
 
 

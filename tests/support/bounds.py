@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
 
 from dalle_scale import dist
+from dalle_scale.models.capabilities import Evaluator
 from dalle_scale.types import Batch, BatchSpec, Losses, Nets, StrictModel
 from dalle_scale.types import Stage as StageBase
 
@@ -30,6 +32,9 @@ class Stage(StageBase):
 
     def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         return Losses(nets[net](torch.zeros(1, 1)).sum())
+
+    def evaluator(self, nets: Nets) -> Evaluator:
+        return Evaluator(partial(self.evaluate, nets))
 
     def evaluate(self, nets: Nets, batches: Iterable[Batch]) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64)

@@ -27,7 +27,7 @@ def digests(models: list[list[str]]) -> dict[str, str]:
             images = torch.randint(256, (PICTURES, 3, side, side), generator=generator, dtype=torch.uint8)
             pictures = tokenizer.decode(tokenizer.encode(images))
         else:
-            [batch] = Sampler(folders).draw([""], PICTURES, seed=5)
+            [batch] = Sampler(folders).sample([""], PICTURES, seed=5)
             pictures = batch.images
         found[",".join(folders)] = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
     return found

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from dalle_scale.config import parse
 from dalle_scale.models.diffusion.process import Variance
 from dalle_scale.nn.counter_rng import normal_noise
-from dalle_scale.types import UserError
+from dalle_scale.types import StrictModel, UserError
 
 Method: TypeAlias = Literal["ancestral", "ddim", "dpm++"]
 Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
@@ -38,60 +40,44 @@ Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
 Predict: TypeAlias = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How pictures are drawn. The defaults are those of DDPM: every time, ancestral.
+class Options(StrictModel):
+    """How images are sampled. An option left at None takes the model's own value, or that of DDPM: every time,
+    ancestral."""
 
-    Raises:
-        UserError: a value out of range, or one that the method does not take.
-    """
+    method: Method | None = Field(default=None, description="None = as the model was configured")
+    steps: int | None = Field(
+        default=None, ge=2, description="evaluations of the model, up to its number of times; None = as configured"
+    )
+    spacing: Spacing | None = Field(default=None, description="of the times; None = log_snr for dpm++, else uniform")
+    eta: float | None = Field(default=None, ge=0, le=1, description="of ddim: share of the ancestral noise; None = 0")
+    variance: Variance | None = Field(default=None, description="of ancestral; None = as the model was trained")
+    clip: bool | None = Field(default=None, description="predicted images to [-1, 1]; None = ancestral only")
+    guidance: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="of a model with captions: scale of guidance; 1 = off"
+    )
 
-    method: Method = "ancestral"
-    steps: int | None = None  # evaluations of the model, 2 .. T; None = all T
-    spacing: Spacing | None = None  # see `times`; None = log_snr for dpm++, whose last uniform steps are far too long
-    eta: float | None = None  # of ddim, 0 .. 1: share of the ancestral noise; None = 0
-    variance: Variance | None = None  # of ancestral; None = learned where the model has learned it, else fixed_large
-    clip: bool | None = None  # x0 to [-1, 1]; None = as in the papers' codes: ancestral does, the others do not
-    guidance: float = 1.0  # of a model with captions, see `guided`; 1 = off
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("method", self.method, Method),
-            ("spacing", self.spacing, Spacing),
-            ("variance", self.variance, Variance),
-        ):
-            if value not in get_args(known) and (value is not None or name == "method"):
-                raise UserError(f"{name}: '{value}' is none of {', '.join(get_args(known))}")
-        if self.steps is not None and self.steps < 2:
-            raise UserError(
-                f"steps: {self.steps} is below 2; a single step would ask the model at time 0, where it sees no noise"
-            )
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise UserError(f"eta: {self.eta} is not in [0, 1]; 0 draws no noise, 1 as much as ancestral, fixed_small")
-        if self.eta is not None and self.method != "ddim":
-            raise UserError(f"eta: is for method 'ddim'; leave it out with '{self.method}'")
-        if self.variance is not None and self.method != "ancestral":
-            raise UserError(f"variance: is for method 'ancestral'; leave it out with '{self.method}'")
-        if not 0 <= self.guidance < math.inf:
-            raise UserError(f"guidance: {self.guidance} is below 0; 1 is off")
-
-    @property
-    def clips(self) -> bool:
-        """Whether x0 is clipped."""
-        return self.method == "ancestral" if self.clip is None else self.clip
+    @model_validator(mode="after")
+    def _check_method(self) -> Options:
+        for name, value, method in (("eta", self.eta, "ddim"), ("variance", self.variance, "ancestral")):
+            if value is not None and self.method not in (None, method):
+                raise ValueError(f"{name}: is for method '{method}'; leave it out with '{self.method}'")
+        return self
 
     def resolved(self, num_times: int, learned: bool) -> Options:
-        """The same with its defaults written out. learned: whether the model learned its variance."""
-        return replace(
-            self,
-            steps=self.steps or num_times,
-            spacing=self.spacing or ("log_snr" if self.method == "dpm++" else "uniform"),
-            eta=(self.eta or 0.0) if self.method == "ddim" else None,
-            variance=(self.variance or ("learned" if learned else "fixed_large"))
-            if self.method == "ancestral"
-            else None,
-            clip=self.clips,
-        )
+        """The same with its defaults written out. learned: whether the model learned its variance.
+
+        Raises:
+            UserError: eta or variance of another method.
+        """
+        method = self.method or "ancestral"
+        found = self.model_dump() | {"method": method, "steps": self.steps or num_times}
+        found["spacing"] = self.spacing or ("log_snr" if method == "dpm++" else "uniform")
+        if method == "ddim":
+            found["eta"] = self.eta or 0.0
+        if method == "ancestral":
+            found["variance"] = self.variance or ("learned" if learned else "fixed_large")
+        found["clip"] = method == "ancestral" if self.clip is None else self.clip
+        return parse(Options, found, "options")
 
 
 @dataclass(frozen=True)
@@ -185,17 +171,16 @@ def plan(alphas_cumprod: Tensor, options: Options, learned: bool = False) -> lis
     Raises:
         UserError: more steps than times, or a learned variance of a model without.
     """
-    variance = options.variance or ("learned" if learned else "fixed_large")
-    if variance == "learned" and not learned:
+    options = options.resolved(len(alphas_cumprod), learned)
+    if options.variance == "learned" and not learned:
         raise UserError("variance: 'learned', but this model has learned none; take fixed_large or fixed_small")
-    spacing = options.spacing or ("log_snr" if options.method == "dpm++" else "uniform")
     levels = [*alphas_cumprod.tolist(), 1.0]  # the last one is that of time -1
     steps: list[Step] = []
     before = None
-    for time, after in pairs(times(alphas_cumprod, options.steps, spacing)):
+    for time, after in pairs(times(alphas_cumprod, options.steps, options.spacing or "uniform")):
         a, a_next = levels[time], levels[after]
         if options.method == "ancestral":
-            steps.append(ancestral_step(time, a, a_next, variance))
+            steps.append(ancestral_step(time, a, a_next, options.variance or "fixed_large"))
         elif options.method == "ddim":
             steps.append(ddim_step(time, a, a_next, options.eta or 0.0))
         else:
@@ -209,7 +194,7 @@ def draw(
     alphas_cumprod: Tensor,
     seeds: Tensor,
     shape: Sequence[int],
-    options: Options = Options(),
+    options: Options | None = None,
     learned: bool = False,
 ) -> Tensor:
     """Draw pictures, fp32 [B, *shape], not clipped at the end.
@@ -227,9 +212,10 @@ def draw(
     Raises:
         UserError: as `plan`.
     """
+    options = (options or Options()).resolved(len(alphas_cumprod), learned)
     steps = plan(alphas_cumprod, options, learned)
     start = _noise(seeds, len(alphas_cumprod), shape)
-    return follow(predict, steps, start, options.clips, seeds)
+    return follow(predict, steps, start, bool(options.clip), seeds)
 
 
 def _noise(seeds: Tensor, time: int, shape: Sequence[int]) -> Tensor:
@@ -294,7 +280,9 @@ def decode(
     Raises:
         UserError: more steps than times.
     """
-    return follow(predict, plan(alphas_cumprod, Options("ddim", steps, spacing)), latents, clip=False)
+    return follow(
+        predict, plan(alphas_cumprod, Options(method="ddim", steps=steps, spacing=spacing)), latents, clip=False
+    )
 
 
 def interpolate(start: Tensor, end: Tensor, count: int) -> Tensor:
