@@ -84,14 +84,8 @@ class Stage(types.Stage):
 
     @property
     def inputs(self) -> BatchSpec:
-        c = self.config
-        return BatchSpec(
-            image_size=c.image_size,
-            augment=c.augment,
-            text_length=c.text_length,
-            text_vocab=c.text_vocab,
-            bpe_dropout=c.bpe_dropout,
-        )
+        names = {"image_size", "augment", "text_length", "text_vocab", "bpe_dropout"}
+        return BatchSpec(**self.config.model_dump(include=names))
 
     @property
     def architecture(self) -> dict[str, Any]:

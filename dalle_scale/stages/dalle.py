@@ -38,6 +38,7 @@ from dalle_scale.types import (
 )
 
 PREVIEW_SAMPLES = 8
+_OF_TRANSFORMER = {"text_vocab", "text_length", "image_vocab", "grid", "width", "heads", "mlp_ratio", "conv_kernel"}
 
 
 class SamplingOptions(StrictModel):
@@ -132,15 +133,8 @@ class Stage(types.Stage):
     def nets(self) -> Nets:
         c = self.config
         model = Transformer(
-            text_vocab=c.text_vocab,
-            text_length=c.text_length,
-            image_vocab=c.image_vocab,
-            grid=c.grid,
-            width=c.width,
-            heads=c.heads,
             kinds=self._kinds(),
-            mlp_ratio=c.mlp_ratio,
-            conv_kernel=c.conv_kernel,
+            **c.model_dump(include=_OF_TRANSFORMER),
         )
         return {"model": model}
 

@@ -26,6 +26,7 @@ from dalle_scale.config import parse
 from dalle_scale.models.capabilities import Evaluator, Sampler, Space, written_out
 from dalle_scale.models.codebook_init import first_images
 from dalle_scale.models.diffusion import samplers
+from dalle_scale.models.diffusion.latents import ddim_space
 from dalle_scale.models.diffusion.process import (
     Diffusion,
     Schedule,
@@ -36,8 +37,8 @@ from dalle_scale.models.diffusion.process import (
     to_bytes,
     to_map,
 )
-from dalle_scale.models.diffusion.samplers import Method, Options, Predict, Spacing
-from dalle_scale.models.latent_codec import Latents, fitting
+from dalle_scale.models.diffusion.samplers import Method, Options, Predict
+from dalle_scale.models.latent_codec import fitting
 from dalle_scale.models.unet.layers import norm_groups
 from dalle_scale.models.unet.model import UNet
 from dalle_scale.nn.counter_rng import normal_noise, uniform_noise
@@ -48,6 +49,7 @@ from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, Sa
 PREVIEW_SAMPLES = 8
 SCALE_SAMPLES = 2048  # pictures whose latents are measured
 BOUND_WEIGHT = 0.001  # lambda of L_hybrid; its L_vlb is in bits per value, as in the paper's code
+_OF_UNET = {"width", "multipliers", "blocks", "attention_sizes", "dropout", "text_vocab", "text_length"}
 _DRAWS = 3  # numbers of noise an update: of the map, of time and caption, of dropout
 
 
@@ -132,13 +134,6 @@ class DDPMConfig(StrictModel):
     _check_text_vocab = field_validator("text_vocab")(check_text_vocab)
 
 
-class DDIMOptions(StrictModel):
-    """The way to the latents of DDIM and back."""
-
-    steps: int | None = Field(default=None, ge=2, description="evaluations each way; None = all times of the model")
-    spacing: Spacing = Field(default="uniform", description="of the times")
-
-
 def _side(info: ValidationInfo) -> int:
     side: int = info.data.get("latent_size", 0) or info.data.get("image_size", 0)
     return side
@@ -162,30 +157,14 @@ class Stage(types.Stage):
     @property
     def inputs(self) -> BatchSpec:
         """Pictures, and captions if the model takes them."""
-        c = self.config
-        return BatchSpec(
-            image_size=c.image_size,
-            augment=c.augment,
-            text_length=c.text_length,
-            text_vocab=c.text_vocab,
-            bpe_dropout=c.bpe_dropout,
-        )
+        names = {"image_size", "augment", "text_length", "text_vocab", "bpe_dropout"}
+        return BatchSpec(**self.config.model_dump(include=names))
 
     def nets(self) -> Nets:
         c = self.config
         channels, size, _ = c.map_shape
-        model = UNet(
-            n_in=channels,
-            n_out=channels * (2 if c.variance == "learned" else 1),
-            size=size,
-            width=c.width,
-            multipliers=c.multipliers,
-            blocks=c.blocks,
-            attention_sizes=c.attention_sizes,
-            dropout=c.dropout,
-            text_vocab=c.text_vocab,
-            text_length=c.text_length,
-        )
+        n_out = channels * (2 if c.variance == "learned" else 1)
+        model = UNet(n_in=channels, n_out=n_out, size=size, **c.model_dump(include=_OF_UNET))
         if c.latent_channels:  # not a number until `initialize` has measured it
             model.register_buffer("latent_scale", torch.tensor(c.latent_scale or math.nan))
         return {"model": model}
@@ -348,7 +327,7 @@ class Stage(types.Stage):
         Raises:
             UserError: an option that this model does not take.
         """
-        options = self._checked(options or self._configured(Options()))
+        options = self._filled(options or Options())
         net = nets["model"]
         seeds = seeds.to(next(net.parameters()).device)
 
@@ -361,22 +340,17 @@ class Stage(types.Stage):
         maps = samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
         return self.pictures(net, maps)
 
-    def _configured(self, options: Options) -> Options:
-        """The config's method and steps where the options leave them open."""
-        own = {"method": options.method or self.config.sampler, "steps": options.steps or self.config.sample_steps}
-        return parse(Options, options.model_dump() | own, "options")
-
-    def _checked(self, options: Options) -> Options:
-        """The model's own variance and clipping filled in. Raises UserError for guidance without caption_dropout."""
+    def _filled(self, options: Options) -> Options:
+        """The model's own values where the options leave them open. Raises UserError."""
         c = self.config
         if options.guidance != 1 and not c.caption_dropout:
             raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
-        filled: dict[str, Any] = {}
-        if options.method in (None, "ancestral") and options.variance is None:
-            filled["variance"] = c.variance
+        own: dict[str, Any] = {"method": options.method or c.sampler, "steps": options.steps or c.sample_steps}
+        if own["method"] == "ancestral" and options.variance is None:
+            own["variance"] = c.variance
         if c.latent_channels and options.clip is None:
-            filled["clip"] = False  # latents have no range
-        return options.model_copy(update=filled)
+            own["clip"] = False  # latents have no range
+        return parse(Options, options.model_dump() | own, "options")
 
     def sampler(self, nets: Nets) -> Sampler:
         """Samples images, by the config's method and steps unless the options name others."""
@@ -384,35 +358,25 @@ class Stage(types.Stage):
 
         def sample(request: SampleRequest) -> Tensor:
             text = request.text if c.text_length else None
-            return self.sample_images(nets, request.seeds, text=text, options=self._configured(request.options))
+            return self.sample_images(nets, request.seeds, text=text, options=request.options)
 
         def resolve(options: Options, primed: bool) -> dict[str, Any]:
-            full, learned = self._checked(self._configured(options)), c.variance == "learned"
+            full, learned = self._filled(options), c.variance == "learned"
             samplers.plan(levels, full, learned)
             return written_out(full.resolved(len(levels), learned), primed)
 
         return Sampler(Options, sample, c.text_length, c.text_vocab, resolve=resolve)
 
     def latent_space(self, nets: Nets) -> Space:
-        """The latents of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4); a model with captions sees the empty one."""
-        levels, net = self.diffusion.alphas_cumprod, nets["model"]
+        """The latents of DDIM; a model with captions sees the empty one."""
+        net, c = nets["model"], self.config
 
         def predict(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
-            text = self.empty_caption(x.device).expand(len(x), -1) if self.config.text_length else None
+            text = self.empty_caption(x.device).expand(len(x), -1) if c.text_length else None
             return self.predict(net, x, times, text)
 
-        def codec(options: DDIMOptions) -> Latents:
-            how = options.steps, options.spacing
-            samplers.times(levels, *how)  # refused here rather than after the first image
-            return Latents(
-                net,
-                encode=lambda images: samplers.encode(predict, levels, self.maps(net, images), *how),
-                decode=lambda latents: self.pictures(net, samplers.decode(predict, levels, latents, *how)),
-                shape=self.config.map_shape,
-                image_size=self.config.image_size,
-            )
-
-        return Space(DDIMOptions, codec, len(levels))
+        ends = partial(self.maps, net), partial(self.pictures, net)
+        return ddim_space(net, predict, self.diffusion.alphas_cumprod, ends, c.map_shape, c.image_size)
 
     @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:

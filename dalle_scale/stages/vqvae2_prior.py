@@ -138,28 +138,13 @@ class Stage(types.Stage):
         return BatchSpec(
             num_codes=sum(grid**2 for grid in c.grids),
             code_vocab=c.vocab,
-            text_length=c.text_length,
-            text_vocab=c.text_vocab,
-            bpe_dropout=c.bpe_dropout,
+            **c.model_dump(include={"text_length", "text_vocab", "bpe_dropout"}),
         )
 
     def nets(self) -> Nets:
         c = self.config
         model = PixelSNAIL(
-            vocab=c.vocab,
-            grid=c.grid,
-            width=c.width,
-            residual_width=c.residual_width,
-            layers=c.layers,
-            kernel=c.kernel,
-            attention_blocks=c.attention_blocks,
-            heads=c.heads,
-            output_layers=c.output_layers,
-            dropout=c.dropout,
-            upper_grids=c.upper_grids,
-            conditioning_layers=c.conditioning_layers,
-            text_vocab=c.text_vocab,
-            text_length=c.text_length,
+            grid=c.grid, upper_grids=c.upper_grids, **c.model_dump(exclude={"grids", "level", "bpe_dropout"})
         )
         return {"model": model}
 

@@ -198,11 +198,15 @@ def test_config_says_how_pictures_are_drawn() -> None:
     stage, nets = make(sampler="ddim", sample_steps=4)
     by_options = stage.sample_images(nets, seeds, options=Options(method="ddim", steps=4))
     assert torch.equal(stage.sample_images(nets, seeds), by_options)
-    assert not torch.equal(stage.sample_images(nets, seeds, options=Options()), by_options)
+    assert not torch.equal(stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12)), by_options)
     small, _ = make(variance="fixed_small")  # is that of the drawing as well
     drawn = small.sample_images(nets, seeds)
-    assert torch.equal(drawn, stage.sample_images(nets, seeds, options=Options(variance="fixed_small")))
-    assert not torch.equal(drawn, stage.sample_images(nets, seeds, options=Options(variance="fixed_large")))
+    assert torch.equal(
+        drawn, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_small"))
+    )
+    assert not torch.equal(
+        drawn, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_large"))
+    )
 
 
 def test_captions_and_guidance() -> None:
