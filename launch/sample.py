@@ -6,20 +6,18 @@
         --rerank runs/demo/clip/export --keep 8 --out runs/mine temperature=0.9 top_k=100
     python launch/sample.py --list-options runs/demo/dalle/export
 
-Writes <out>/sampling.json that says how they are drawn, <out>/images/<prompt>_<candidate>.png, and when all are there
-<out>/samples.jsonl with a row for each picture and, when there are few, <out>/grid.png with a row for each prompt. The
-same model, prompt and seed give the same pictures, whatever else is drawn beside them and on how many ranks. The same
-command goes on where it was interrupted, and with more --candidates it draws those that are missing. --rerank scores
-each batch while the next is drawn, and writes what launch/rerank.py writes into <out>/reranked.
-
-A model without captions (a VAE, a transformer with text_length 0) takes no prompts; --candidates says how many
-images. Options of sampling follow as key=value; each model has its own, which --list-options prints.
+Writes <out>/sampling.json, the record of models and options; <out>/images/<prompt>_<candidate>.png; and when all are
+there <out>/samples.jsonl, a row an image, and for few images <out>/grid.png, a row a prompt. An image depends on model,
+prompt and seed only. The same command resumes, and adds images for more --candidates. --rerank scores each batch while
+the next is sampled, and writes the output of launch/rerank.py to <out>/reranked. A model without captions takes no
+prompts. Options of sampling follow as key=value; each model has its own, which --list-options prints.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from dalle_scale import config as configs
 from dalle_scale import dist, log
@@ -33,9 +31,6 @@ from dalle_scale.types import UserError
 def main() -> None:
     """Open, draw what is missing, write."""
     args = parse_args()
-    if args.list_options:
-        log.say(list_options(args.list_options))
-        return
     check(args)
     prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
     sampler = Sampler(args.model, dist.device(), args.text_tokenizer, args.dtype)
@@ -43,16 +38,12 @@ def main() -> None:
         raise UserError('no prompts: give --prompts "a caption" or --prompt-file FILE')
     prompts = prompts or [""]
     prime = sampler.prime_codes(args.prime, args.prime_rows) if args.prime else None
-    options = configs.parse_options(sampler.sampler.Options, args.options)
-    sampler.check(prompts, args.candidates, options, primed=bool(args.prime))
+    options, primed = configs.parse_options(sampler.sampler.Options, args.options), bool(args.prime)
+    sampler.check(prompts, args.candidates, options, primed)
     store, how = Store(args.out, prompts, args.candidates, args.seed), {}
     if dist.is_main():  # it alone reads all weights once more
-        inputs = {"prime": fingerprint(args.prime), "text_tokenizer": fingerprint(args.text_tokenizer)}
-        how = (
-            sampler.record(options, primed=bool(args.prime))
-            | store.record()
-            | {"prime_rows": args.prime_rows, **inputs}
-        )
+        how = sampler.record(options, primed) | store.record() | {"prime_rows": args.prime_rows}
+        how |= {"prime": fingerprint(args.prime), "text_tokenizer": fingerprint(args.text_tokenizer)}
         store.check(how)
     scores = runner.Scores(rerank.open_scorer(args.rerank, dist.device()), store) if args.rerank else None
     dist.join()
@@ -75,9 +66,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be wrong before the model is opened."""
-    for name in ("model", "out"):
-        if not getattr(args, name):
-            raise UserError(f"--{name}: is missing; give --model EXPORT and --out FOLDER, or --list-options EXPORT")
     if (args.prime is None) != (args.prime_rows is None):
         raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
     if args.batch is not None and args.batch < 1:
@@ -90,12 +78,20 @@ def check(args: argparse.Namespace) -> None:
         rerank_page.check_folder(args.out / "reranked")
 
 
+class ListOptions(argparse.Action):
+    """Ends the program as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: Any, option: str | None = None) -> None:
+        log.say(list_options([Path(value) for value in values]))
+        parser.exit()
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("options", nargs="*", metavar="key=value", help="of sampling; see --list-options")
-    add("--model", type=Path, action="append", help="export: <run>/export; of vqvae2_prior one a level")
+    add("--model", type=Path, required=True, action="append", help="export: <run>/export; of vqvae2_prior one a level")
     add(
         "--list-options",
         type=Path,
@@ -105,15 +101,11 @@ def parse_args() -> argparse.Namespace:
     )
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
-    add("--out", type=Path, help="folder to write to")
+    add("--out", type=Path, required=True, help="folder to write to")
     add("--candidates", type=int, default=1, help="pictures a prompt")
     add("--seed", type=int, default=0)
     add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of a transformer's matrices; default: bf16 on a GPU, else fp32; auto: what is faster",
-    )
+    add("--dtype", choices=DTYPES, help="of a transformer's matrices; default: bf16 on a GPU, else fp32")
     add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
     add("--rerank", metavar="CLIP", help="score and rank as launch/rerank.py --clip, into <out>/reranked")
