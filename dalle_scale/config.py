@@ -209,8 +209,8 @@ def list_options(model: type[BaseModel]) -> str:
     lines = []
     for name, info in model.model_fields.items():
         kind = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
-        bounds = [item for item in info.metadata if dataclasses.is_dataclass(item) and not isinstance(item, type)]
-        limits = [f"{_SIGNS[key]} {limit}" for item in bounds for key, limit in dataclasses.asdict(item).items()]
+        bounds = [dataclasses.asdict(item) for item in info.metadata]
+        limits = [f"{_SIGNS[key]} {limit}" for bound in bounds for key, limit in bound.items() if key in _SIGNS]
         facts = [kind.replace("typing.", ""), *limits, f"default {info.default}", info.description or ""]
         lines.append(f"{name}: {', '.join(filter(None, facts))}")
     return "\n".join(lines) or "no options"

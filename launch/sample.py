@@ -92,13 +92,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("options", nargs="*", metavar="key=value", help="of sampling; see --list-options")
     add("--model", type=Path, required=True, action="append", help="export: <run>/export; of vqvae2_prior one a level")
-    add(
-        "--list-options",
-        type=Path,
-        nargs="+",
-        metavar="EXPORT",
-        help="print the sampling options of an export, and stop",
-    )
+    add("--list-options", action=ListOptions, nargs="+", metavar="EXPORT", help="print sampling options, and stop")
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
     add("--out", type=Path, required=True, help="folder to write to")

@@ -379,3 +379,13 @@ def test_wrong_value_is_one_line_and_keeps_what_was_there(folder, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: options: top_p = 0: Input should be greater than 0"
     assert (tmp_path / "samples.jsonl").read_text() == "earlier\n"
+
+
+def test_options_are_listed_and_a_typo_gets_the_nearest_name(folder, tmp_path):
+    done = run_program("--list-options", folder)
+    assert done.returncode == 0, done.stderr
+    assert "top_p: float, > 0, <= 1, default 1.0, keep the likeliest codes that hold this share" in done.stdout
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} >= {"temperature", "top_k", "guidance", "size"}
+    done = run_program("--model", folder, "--out", tmp_path / "out", "--prompts", "a", "temprature=0.5")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: options: unknown key 'temprature'; did you mean 'temperature'?"
