@@ -160,7 +160,8 @@ def _memory_chart(numbers: dict[str, Any]) -> charts.Chart:
         ]
         bars.append(charts.Row(f"ZeRO {row['zero']}", parts, f"{sizes['sum'] / _GIB:,.1f} GiB"))
     end = min(max(room, *(row["memory_bytes"]["sum"] for row in numbers["zero"])), 3 * room)
-    return charts.rows("memory by ZeRO stage", bars, end, room, wide=True)
+    limit = charts.Part(f"usable: {room / _GIB:,.2f} GiB", room, "var(--ink)")
+    return charts.rows("memory by ZeRO stage", bars, end, limit)
 
 
 def _time_chart(numbers: dict[str, Any]) -> charts.Chart:
@@ -175,7 +176,7 @@ def _time_chart(numbers: dict[str, Any]) -> charts.Chart:
         text = f"{seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s"
         bars.append(charts.Row(f"ZeRO {row['zero']}", parts, text))
     end = max(row["step_seconds"]["in_turn"] for row in numbers["zero"])
-    return charts.rows("time of an update by ZeRO stage", bars, end, wide=True)
+    return charts.rows("time of an update by ZeRO stage", bars, end)
 
 
 def _colour(kind: str) -> str:

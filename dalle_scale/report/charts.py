@@ -9,18 +9,7 @@ from typing import NamedTuple
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 230, 62, 16, 12, 44  # of a histogram and its margins
 _ROW = 24  # height of a horizontal bar with its gap
-_VALUE_WIDTH = 110  # for the text after a horizontal bar
-_LONGEST_NAME = 22  # characters
-
-
-class Line(NamedTuple):
-    """A line from one point to another."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    style: str = ""  # its class in the stylesheet
+_LONGEST_NAME, _LETTER = 22, 7  # characters, and the pixels of one
 
 
 class Text(NamedTuple):
@@ -54,12 +43,12 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """Shapes on a canvas; `label` is read out in place of it."""
+    """Shapes on a canvas; a line is a box without width or height. `label` is read out in place of the chart."""
 
     label: str
     width: int
     height: int
-    lines: Sequence[Line]
+    lines: Sequence[Box]
     bars: Sequence[Bar]
     texts: Sequence[Text]
 
@@ -80,18 +69,16 @@ class Row(NamedTuple):
     text: str
 
 
-def rows(label: str, rows: Sequence[Row], end: float, limit: float | None = None, wide: bool = False) -> Chart:
-    """Horizontal bars on an axis from 0 to `end`, where longer ones are cut, with a line at `limit`.
-
-    `wide` is for a chart that fills the page and has short names.
-    """
-    width, left = (760, 70) if wide else (_WIDTH, 150)
-    scale = (width - left - _VALUE_WIDTH) / end if end else 0.0
+def rows(label: str, rows: Sequence[Row], end: float, limit: Part | None = None) -> Chart:
+    """Horizontal bars on an axis from 0 to `end`, where longer ones are cut, with a mark at `limit`."""
+    names = [row.name if len(row.name) <= _LONGEST_NAME else f"{row.name[: _LONGEST_NAME - 1]}…" for row in rows]
+    left = 16 + _LETTER * max(map(len, names), default=0)
+    right = _WIDTH - 12 - _LETTER * max((len(row.text) for row in rows), default=0)
+    scale = (right - left) / end if end else 0.0
     bars, texts = [], []
-    for index, row in enumerate(rows):
+    for index, (name, row) in enumerate(zip(names, rows, strict=True)):
         y, at = index * _ROW, 0.0
-        name = row.name if len(row.name) <= _LONGEST_NAME else f"{row.name[: _LONGEST_NAME - 1]}…"
-        hit = Box(0, y, width, _ROW) if len(row.parts) == 1 else None
+        hit = Box(0, y, _WIDTH, _ROW) if len(row.parts) == 1 else None
         for part in row.parts:
             if length := min(part.size, end - at):
                 box = Box(left + at * scale, y + 3, max(length * scale, 1), _ROW - 6)
@@ -99,8 +86,9 @@ def rows(label: str, rows: Sequence[Row], end: float, limit: float | None = None
             at += length
         texts += [Text(name, left - 8, y + 16, "end"), Text(row.text, left + at * scale + 6, y + 16, "start", "faint")]
     height = max(1, len(rows)) * _ROW
-    lines = [] if limit is None else [Line(left + limit * scale, 0, left + limit * scale, height, "limit")]
-    return Chart(label, width, height, lines, bars, texts)
+    if limit is not None:
+        bars.append(Bar(limit.title, Box(left + limit.size * scale, 0, 2, height), colour=limit.colour))
+    return Chart(label, _WIDTH, height, [], bars, texts)
 
 
 def histogram(
@@ -125,7 +113,7 @@ def histogram(
     lines, bars, texts = [], [], []
     for tick in _log_ticks(lowest, top) if is_log_y else _ticks(0, top):
         y = y_of(tick)
-        lines.append(Line(_LEFT, y, _WIDTH - _RIGHT, y))
+        lines.append(Box(_LEFT, y, _WIDTH - _LEFT - _RIGHT, 0))
         texts.append(Text(number(tick), _LEFT - 6, y + 4, "end"))
     for (low, high), (first, below, count) in zip(edges, bins, strict=True):
         x, width, y = x_of(low), x_of(high) - x_of(low), y_of(count)
@@ -136,7 +124,7 @@ def histogram(
     middle = 0.5 if step == 1 and not is_log_x else 0  # of a bar that is one whole number
     for tick in _log_ticks(left, right) if is_log_x else _ticks(left, right - int(2 * middle)):
         x = x_of(tick + middle)
-        lines.append(Line(x, bottom, x, bottom + 5))
+        lines.append(Box(x, bottom, 0, 5))
         texts.append(Text(number(tick), x, bottom + 18))
     x, y = (_LEFT + _WIDTH - _RIGHT) / 2, (bottom + _TOP) / 2
     texts.append(Text(x_title, x, _HEIGHT - 6, style="faint"))

@@ -8,14 +8,13 @@ together under its heading. A picture may carry a mark: green frame and tick for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dalle_scale import io
 from dalle_scale.report.page import Card, Cards, Page, Picture, Section, render, shown_side, to_pillow
@@ -63,12 +62,6 @@ def save(
     io.write(folder / f"{name}.html", page(title, columns, rows, notes))
 
 
-def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Runs of rows that share a group label."""
-    for label, members in groupby(rows, key=lambda row: row.group):
-        yield label, list(members)
-
-
 # ---- PNG ----
 
 _PAPER, _INK, _FAINT, _RULE = "#ffffff", "#1f2328", "#59636e", "#d1d9e0"
@@ -80,57 +73,31 @@ _BADGE = 20  # side of the mark below a picture
 _TITLE, _HEADING, _TEXT, _SMALL = 40, 28, 20, 17  # font sizes in pixels
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where things go, in pixels."""
-
-    side: int  # longer side of a picture
-    frame: int  # thickness around a picture
-    columns: int  # pictures of a row
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> _Layout:
-        longest_side = max(max(picture.image.shape[1:]) for row in rows for picture in row.pictures)
-        return cls(shown_side(longest_side), 5 if _marked(rows) else 1, len(rows[0].pictures))
-
-    @property
-    def cell(self) -> int:
-        """Width of a framed picture."""
-        return self.side + 2 * self.frame
-
-    @property
-    def card(self) -> int:
-        """Width of a row."""
-        return self.columns * (self.cell + _GAP) - _GAP
-
-    @property
-    def across(self) -> int:
-        """Rows side by side."""
-        return max(1, (_PAGE_WIDTH - 2 * _MARGIN + _CARD_GAP) // (self.card + _CARD_GAP))
-
-    @property
-    def inner(self) -> int:
-        """Width of the page without its margins."""
-        return self.across * (self.card + _CARD_GAP) - _CARD_GAP
-
-
 def draw(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
-    """The gallery as one picture; arguments as in `save`."""
-    layout = _Layout.of(rows)
-    blocks = [_text_block(title, _TITLE, layout.inner, _INK)]
-    blocks += [_text_block(line, _TEXT, layout.inner, _FAINT) for line in [*notes, *_legend(rows)]]
-    for label, members in _groups(rows):
+    """Return the gallery as one image; arguments as in `save`."""
+    side = shown_side(max(max(picture.image.shape[1:]) for row in rows for picture in row.pictures))
+    frame = 5 if _marked(rows) else 1
+    card = len(columns) * (side + 2 * frame + _GAP) - _GAP
+    cards_across = max(1, (_PAGE_WIDTH - 2 * _MARGIN + _CARD_GAP) // (card + _CARD_GAP))
+    width = cards_across * (card + _CARD_GAP) - _CARD_GAP
+    blocks = [_text_block(title, _TITLE, width, _INK)]
+    blocks += [_text_block(line, _TEXT, width, _FAINT) for line in [*notes, *_legend(rows)]]
+    for label, group in groupby(rows, key=lambda row: row.group):
         if label:
-            blocks.append(_heading(label, layout.inner))
-        for start in range(0, len(members), layout.across):
-            blocks.append(_cards(columns, members[start : start + layout.across], layout))
-    height = sum(block.height + _GAP for block in blocks) - _GAP
-    sheet = Image.new("RGB", (layout.inner + 2 * _MARGIN, height + 2 * _MARGIN), _PAPER)
-    top = _MARGIN
-    for block in blocks:
-        sheet.paste(block, (_MARGIN, top))
-        top += block.height + _GAP
-    return sheet
+            rule = Image.new("RGB", (width, 2), _RULE)
+            blocks.append(_join([_text_block(label, _HEADING, width, _INK), rule], _GAP // 2, before=_CARD_GAP // 2))
+        members = list(group)
+        for start in range(0, len(members), cards_across):
+            shown = members[start : start + cards_across]
+            captions = [_text_block(row.caption, _TEXT, card, _INK) for row in shown]
+            cells = [
+                [_cell(name, picture, side, frame) for name, picture in zip(columns, row.pictures, strict=True)]
+                for row in shown
+            ]
+            pictures = [_join(row, _GAP, "top") for row in cells]
+            parts = [_join(captions, _CARD_GAP, "bottom"), _join(pictures, _CARD_GAP, "top")]
+            blocks.append(_join(parts, _GAP // 2, before=_GAP))
+    return ImageOps.expand(_join(blocks, _GAP), _MARGIN, _PAPER)
 
 
 def _marked(rows: Sequence[Row]) -> bool:
@@ -144,80 +111,43 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     return [line] if _marked(rows) else []
 
 
-def _cards(columns: Sequence[str], rows: Sequence[Row], layout: _Layout) -> Image.Image:
-    """Rows side by side, each a card: the caption above its pictures."""
-    captions = [_text_block(row.caption, _TEXT, layout.card, _INK) for row in rows]
-    cells = [[_cell(name, p, layout) for name, p in zip(columns, row.pictures, strict=True)] for row in rows]
-    caption_height = max(caption.height for caption in captions)
-    cells_top = caption_height + 6
-    height = cells_top + max(cell.height for row in cells for cell in row) + _GAP
-    sheet = Image.new("RGB", (layout.inner, height), _PAPER)
-    for index, (caption, row) in enumerate(zip(captions, cells, strict=True)):
-        left = index * (layout.card + _CARD_GAP)
-        sheet.paste(caption, (left, caption_height - caption.height))
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (left + column * (layout.cell + _GAP), cells_top))
+def _join(blocks: Sequence[Image.Image], gap: int, align: str = "", before: int = 0) -> Image.Image:
+    """Blocks below one another, the first `before` pixels from the top; or side by side, aligned "top" or "bottom"."""
+    widths, heights = [block.width for block in blocks], [block.height for block in blocks]
+    gaps = gap * (len(blocks) - 1)
+    size = (sum(widths) + gaps, max(heights)) if align else (max(widths), sum(heights) + gaps + before)
+    sheet, x, y = Image.new("RGB", size, _PAPER), 0, before
+    for block in blocks:
+        if align:
+            y = sheet.height - block.height if align == "bottom" else 0
+        sheet.paste(block, (x if align else 0, y))
+        x, y = x + block.width + gap, y + block.height + gap
     return sheet
 
 
-def _cell(name: str, picture: Picture, layout: _Layout) -> Image.Image:
-    """A framed picture; below it its mark, the column's name and its note."""
-    framed = _framed(picture, layout)
-    indent = 0 if picture.right is None else _BADGE + 6
-    name_block = _text_block(name, _SMALL, layout.cell - indent, _FAINT)
-    note_block = _text_block(picture.note, _SMALL, layout.cell, _INK)
-    name_top = framed.height + 5
-    note_top = name_top + name_block.height
-    cell = Image.new("RGB", (layout.cell, note_top + (note_block.height if picture.note else 0)), _PAPER)
-    cell.paste(framed, (0, 0))
-    if picture.right is not None:
-        cell.paste(*_badge(picture.right, name_top))
-    cell.paste(name_block, (indent, name_top))
-    if picture.note:
-        cell.paste(note_block, (0, note_top))
-    return cell
+def _cell(name: str, picture: Picture, side: int, frame: int) -> Image.Image:
+    """A framed image; below it its mark, the column's name and its note."""
+    image, width = to_pillow(picture.image), side + 2 * frame
+    method = Image.Resampling.NEAREST if side >= max(image.size) else Image.Resampling.LANCZOS
+    framed = ImageOps.expand(ImageOps.contain(image, (side, side), method), frame, _COLOURS[picture.right])
+    if picture.right is None:
+        label = _text_block(name, _SMALL, width, _FAINT)
+    else:
+        text = _text_block(name, _SMALL, width - _BADGE - 6, _FAINT)
+        label = _join([_badge(picture.right), text], 6, "top")
+    return _join([framed, label, *[_text_block(picture.note, _SMALL, width, _INK)] * bool(picture.note)], 4)
 
 
-def _framed(picture: Picture, layout: _Layout) -> Image.Image:
-    """The picture at its size on the page, with the frame of its mark."""
-    width, height = _fit(picture.image, layout.side)
-    enlarged = width >= picture.image.shape[2]
-    method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    framed = Image.new("RGB", (width + 2 * layout.frame, height + 2 * layout.frame), _COLOURS[picture.right])
-    framed.paste(to_pillow(picture.image).resize((width, height), method), (layout.frame, layout.frame))
-    return framed
-
-
-def _fit(image: Tensor, side: int) -> tuple[int, int]:
-    """Width and height of the picture when its longer side is `side`."""
-    _, height, width = image.shape
-    scale = side / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _badge(right: bool, top: int) -> tuple[Image.Image, tuple[int, int], Image.Image]:
-    """A tick or a cross on a coloured tile, where it goes, and its transparency; drawn large, shrunk for smooth
-    edges."""
+def _badge(right: bool) -> Image.Image:
+    """A tick or a cross on a coloured tile; drawn large and shrunk for smooth edges."""
     unit = 4 * _BADGE / 10
-    mask = Image.new("L", (4 * _BADGE, 4 * _BADGE), 0)
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, *mask.size), radius=2.5 * unit, fill=255)
-    tile = Image.new("RGB", mask.size, _COLOURS[right])
-    tick = [((2.2, 5.4), (4.2, 7.4), (7.8, 2.8))]
-    cross = [((2.8, 2.8), (7.2, 7.2)), ((7.2, 2.8), (2.8, 7.2))]
+    tile = Image.new("RGB", (4 * _BADGE, 4 * _BADGE), _PAPER)
+    pen = ImageDraw.Draw(tile)
+    pen.rounded_rectangle((0, 0, *tile.size), radius=2.5 * unit, fill=_COLOURS[right])
+    tick, cross = [((2.2, 5.4), (4.2, 7.4), (7.8, 2.8))], [((2.8, 2.8), (7.2, 7.2)), ((7.2, 2.8), (2.8, 7.2))]
     for stroke in tick if right else cross:
-        points = [(x * unit, y * unit) for x, y in stroke]
-        ImageDraw.Draw(tile).line(points, fill="white", width=round(1.4 * unit), joint="curve")
-    size = (_BADGE, _BADGE)
-    return tile.resize(size, Image.Resampling.LANCZOS), (0, top), mask.resize(size, Image.Resampling.LANCZOS)
-
-
-def _heading(label: str, width: int) -> Image.Image:
-    """A group's name above a thin line, with air before it."""
-    text = _text_block(label, _HEADING, width, _INK)
-    block = Image.new("RGB", (width, text.height + 34), _PAPER)
-    block.paste(text, (0, 24))
-    ImageDraw.Draw(block).line((0, block.height - 2, width, block.height - 2), fill=_RULE, width=2)
-    return block
+        pen.line([(x * unit, y * unit) for x, y in stroke], fill="white", width=round(1.4 * unit), joint="curve")
+    return tile.resize((_BADGE, _BADGE), Image.Resampling.LANCZOS)
 
 
 def _text_block(text: str, size: int, width: int, colour: str) -> Image.Image:
@@ -251,10 +181,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 def page(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Return the gallery as one HTML document; arguments as in `save`."""
-    cards = [Card(list(zip(columns, row.pictures, strict=True)), row.caption) for row in rows]
-    whole = Cards.of(cards)
-    sections, start = [], 0
-    for label, members in _groups(rows):
-        sections.append(Section(label, [replace(whole, cards=cards[start : start + len(members)])]))
-        start += len(members)
+    whole = Cards.of([Card(list(zip(columns, row.pictures, strict=True)), row.caption) for row in rows])
+    sections = [
+        Section(label, [replace(whole, cards=[card for _, card in group])])
+        for label, group in groupby(zip(rows, whole.cards, strict=True), key=lambda pair: pair[0].group)
+    ]
     return render(Page(title, [*notes, *_legend(rows)], sections))

@@ -83,7 +83,7 @@ def test_marks_are_colour_and_sign():
         sheet = gallery.draw("T", COLUMNS, make_rows(1, right=right))
         assert count_of(sheet, gallery._COLOURS[right]) > 1000
         assert count_of(sheet, gallery._COLOURS[not right]) == 0
-    badges = [np.asarray(gallery._badge(right, 0)[0].convert("L")) > 200 for right in (True, False)]
+    badges = [np.asarray(gallery._badge(right).convert("L")) > 200 for right in (True, False)]
     assert (badges[0] != badges[1]).mean() > 0.1, "tick and cross differ in shape"
     unmarked = gallery.page("T", COLUMNS, make_rows(1))
     assert "✓" not in unmarked and "with a tick" not in unmarked

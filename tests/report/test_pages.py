@@ -24,7 +24,7 @@ from data_tools import describe_shards
 
 HOSTILE = "\"'></title></style></svg><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 }}{% raw %}&amp;\\| ü"
 IMAGE = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
-VOID = {"meta", "img", "line", "rect"}
+VOID = {"meta", "img", "path", "rect"}
 
 
 class Reader(HTMLParser):
@@ -95,7 +95,7 @@ def test_hostile_text_is_text(build, tmp_path):
     found = Reader(page)
     allowed = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p", "div", "span", "i", "b"}
     allowed |= {"table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "figure", "img", "figcaption"}
-    allowed |= {"svg", "g", "rect", "line", "text", "details", "summary", "ul", "li"}
+    allowed |= {"svg", "g", "rect", "path", "text", "details", "summary", "ul", "li"}
     assert {tag for tag, _ in found.tags} <= allowed
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
     assert all(attributes["src"].startswith("data:image/png;base64,") for tag, attributes in found.tags if tag == "img")
@@ -153,12 +153,14 @@ def test_markdown_tables_keep_their_columns():
 
 def test_bars_are_as_long_as_their_numbers():
     parts = [charts.Part("a: 30", 30, "red"), charts.Part("none: 0", 0), charts.Part("b: 90", 90, "blue")]
-    chart = charts.rows("label", [charts.Row("one", parts, "120"), charts.Row("two", parts[:1], "30")], 60, limit=45)
-    widths = [bar.box.width for bar in chart.bars]
-    assert [bar.title for bar in chart.bars] == ["a: 30", "b: 90", "a: 30"], "no bar for nothing"
+    chart = charts.rows(
+        "label", [charts.Row("one", parts, "120"), charts.Row("two", parts[:1], "30")], 60, charts.Part("room: 45", 45)
+    )
+    *bars, limit = chart.bars
+    widths = [bar.box.width for bar in bars]
+    assert [bar.title for bar in bars] == ["a: 30", "b: 90", "a: 30"], "no bar for nothing"
     assert widths[0] == pytest.approx(widths[1]) == pytest.approx(widths[2]), "what is beyond the end is cut"
     assert chart.bars[1].box.x == pytest.approx(chart.bars[0].box.x + widths[0])
-    [limit] = chart.lines
-    assert limit.x1 == pytest.approx(chart.bars[0].box.x + widths[0] * 1.5)
+    assert limit.title == "room: 45" and limit.box.x == pytest.approx(bars[0].box.x + widths[0] * 1.5)
     empty = charts.rows("nothing", [], 1)
     assert empty.height > 0 and not empty.bars
