@@ -45,6 +45,7 @@ setup(
             "vector-quantize-pytorch>=1.30",  # an independent quantizer
             "diffusers>=0.42",  # independent diffusion steps
             "torch-fidelity>=0.4,<0.5",
+            "torchmetrics>=1.4",  # other implementations of SSIM, LPIPS and the Frechet distance
             "triton>=3.4; platform_system == 'Linux'",  # comes with torch for CUDA, not with torch for CPUs
             "ruff",
             "mypy",

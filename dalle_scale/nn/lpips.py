@@ -7,7 +7,9 @@ A ruler, not a part of what is trained: frozen, fp32 whatever the nets run in, i
 weights come from files on this machine; nothing is downloaded. Without files there are random features, on which
 distances mean something too, if less: they see edges and textures, but were never told which of them matter.
 
-VGG16 is spelled out here (its layers carry torchvision's names), because torchvision would take seconds to import.
+VGG16 is spelled out here (its layers carry torchvision's names), because torchvision would take seconds to import. The
+packages lpips and torchmetrics have the same values, but download the trunk, take files that do not fit, and compute in
+16 bits under autocast (tests/nn/test_library_metrics.py).
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ in float64: sums over tens of thousands of fp32 features lose the digits that a 
 
 Draws come from numpy's legacy generator, whose stream is frozen: in its published order (first set, then second, subset
 by subset) it gives the numbers of torch-fidelity, digit by digit.
+
+Moments are streamed, so that features of a data set need not be in memory, and the Fréchet distance of few samples
+keeps the digits that torchmetrics and torch-fidelity lose (tests/nn/test_library_metrics.py).
 """
 
 from __future__ import annotations

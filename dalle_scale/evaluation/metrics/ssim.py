@@ -1,5 +1,9 @@
 """Structural similarity of pictures (Wang, Bovik, Sheikh and Simoncelli 2004, "Image Quality Assessment: From Error
-Visibility to Structural Similarity", Eq. 13 to 16)."""
+Visibility to Structural Similarity", Eq. 13 to 16).
+
+torchmetrics' SSIM is another number: it counts windows over reflected borders too. It takes thirty times as long and
+seconds to import (tests/nn/test_library_metrics.py).
+"""
 
 from __future__ import annotations
 
