@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle_scale import stages
+from dalle_scale.checkpoint import convert
 from dalle_scale.config import parse
 from dalle_scale.io import replacing
 from dalle_scale.nn import precision
 from dalle_scale.types import ImageTokenizer, LatentCodec, Nets, Stage, StrictModel, UserError
 
-FORMAT = "dalle_scale export 1"
+FORMAT = "dalle_scale export 2"
 UPSTREAM_PART = "tokenizer"  # the part that becomes `Stage.upstream`
 
 
@@ -107,6 +108,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: str = "f
     header = _read_header(folder)
     parts = {name: folder / file for name, file in header["parts"].items()}
     stage_class = stages.resolve(header["stage"])
+    old = header["format"] == convert.FORMAT
+    if old:
+        header = convert.header(header, stage_class.Config)
     config = parse(stage_class.Config, header["model"], where=f"{folder}/config.yaml: model")
     upstream = open_upstream(parts[UPSTREAM_PART], stage_class, device) if UPSTREAM_PART in parts else None
     stage = stage_class(config, upstream)
@@ -115,7 +119,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: str = "f
     if sorted(nets) != sorted(header["nets"]):
         raise UserError(f"{folder}: holds the nets {header['nets']}, stage '{header['stage']}' has {sorted(nets)}")
     for name, net in nets.items():
-        _load_weights(net, folder / f"{name}.safetensors")
+        _load_weights(net, folder / f"{name}.safetensors", old)
         net.to(device).eval().requires_grad_(False)
     dtype = precision.cast(nets, torch.device(device), dtype)
     return Export(folder, header["stage"], config, stage, nets, parts, header.get("trained", {}), dtype)
@@ -170,17 +174,17 @@ def _read_header(folder: Path) -> dict[str, Any]:
         inner = folder / "export"
         hint = f"did you mean {inner}?" if inner.is_dir() else "a training run writes one to <run>/export"
         raise UserError(f"{folder}: not an export; {hint}")
-    if header["format"] != FORMAT:
-        raise UserError(f"{folder}: written as '{header['format']}', this version reads '{FORMAT}'")
+    if header["format"] not in (FORMAT, convert.FORMAT):
+        raise UserError(f"{folder}: written as '{header['format']}', this version reads '{FORMAT}'; update dalle_scale")
     return header
 
 
-def _load_weights(net: nn.Module, path: Path) -> None:
-    """Fill `net` from a safetensors file: every tensor there, none to spare, shapes equal."""
+def _load_weights(net: nn.Module, path: Path, old: bool) -> None:
+    """Fill `net` from a safetensors file (`old`: of 0.1): every tensor present, none to spare, shapes equal."""
     if not path.is_file():
         raise UserError(f"{path}: the weights are missing")
     try:
-        saved = load_file(path)
+        saved = convert.tensors(load_file(path)) if old else load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     expected = net.state_dict()

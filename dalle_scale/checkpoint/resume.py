@@ -22,7 +22,7 @@ from dalle_scale import dist, io
 from dalle_scale.config import RunConfig
 from dalle_scale.types import UserError
 
-FORMAT = "dalle_scale checkpoint 2"
+FORMAT = "dalle_scale checkpoint 3"
 FREE = (  # what a resumed run may have otherwise; the stream's state tells whether the data are the same
     "run",
     "updates",
@@ -201,7 +201,10 @@ def _open(folder: Path) -> Checkpoint:
     """What state.json says."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.pop("format") != FORMAT:
-        raise UserError(f"{folder}: written by another version, this one reads '{FORMAT}'")
+        raise UserError(
+            f"{folder}: a checkpoint of another version of dalle_scale; end the run with that version, or start anew "
+            "with another run=..."
+        )
     return Checkpoint(folder=folder, **state)
 
 
