@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_scale import log
@@ -42,14 +40,6 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One picture and whether it shows its caption's scene."""
-
-    image: NDArray[np.uint8]  # [32, 32, 3]
-    right: bool
-
-
 def main() -> None:
     """Judge, write the report, draw the gallery."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,27 +58,26 @@ def main() -> None:
         objects, split = group.split("/")
         report[objects][split] = {
             "captions": len(members),
-            "first": share(first.right for _, first, _ in judged),
-            "best_of_16": share(best.right for _, _, best in judged),
+            "first": round(fmean(bool(first.right) for _, first, _ in judged), 4),
+            "best_of_16": round(fmean(bool(best.right) for _, _, best in judged), 4),
         }
-        captions = [prompts[index]["prompt"] for index in members]
-        shown = list(zip(captions, judged, strict=True))[:ROWS_OF_GROUP]
-        rows += [gallery.Row(caption, tuple(map(cell, pictures)), title) for caption, pictures in shown]
+        shown = zip(members[:ROWS_OF_GROUP], judged, strict=False)
+        rows += [gallery.Row(prompts[index]["prompt"], pictures, title) for index, pictures in shown]
     report["tokenizer"] = tokenizer_quality(run)
     (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     columns = ("true scene", "first candidate", "best of 16")
     gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
 
 
-def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Shown, Shown, Shown]:
-    """The true picture, the first candidate and the one that CLIP ranks first."""
+def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Picture, ...]:
+    """Return the true image, the first candidate and the one that CLIP ranks first, marked by the judge."""
     fields = prompt["scene"]
     things = tuple(Thing(**thing) for thing in fields["things"])
     scene = Scene(things, fields["relation"], fields["background"])
 
-    def show(path: Path) -> Shown:
-        image = np.asarray(Image.open(path).convert("RGB"))
-        return Shown(image, judge.same(scene, judge.read(image)))
+    def show(path: Path) -> Picture:
+        image = np.array(Image.open(path).convert("RGB"))
+        return Picture(torch.from_numpy(image).permute(2, 0, 1), judge.same(scene, judge.read(image)))
 
     if len(candidates) != 16:
         raise UserError(f"{run}/reranked: '{prompt['prompt']}' has {len(candidates)} candidates, the report needs 16")
@@ -97,37 +86,18 @@ def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, 
     return show(run / "world" / prompt["truth"]), *(show(run / "samples" / row["file"]) for row in (first, best))
 
 
-def share(marks: Iterable[bool]) -> float:
-    """Share of true values, 0..1."""
-    return round(float(np.mean(list(marks))), 4)
-
-
-def cell(shown: Shown) -> Picture:
-    """A picture of the gallery with its mark."""
-    return Picture(torch.from_numpy(shown.image.copy()).permute(2, 0, 1), shown.right)
-
-
 def tokenizer_quality(run: Path) -> dict[str, float]:
     """PSNR, share of codes used and perplexity of the dVAE's hard codes on the held-out pictures."""
     opened = export.load(run / "dvae" / "export")
     stage = cast(dvae.Stage, opened.stage)
     source = str(run / "world" / "valid")
-    stream = open_stream(
-        DataConfig(train=source),
-        source,
-        stage.inputs,
-        seed=0,
-        batch_samples=128,
-        micro_batch_samples=128,
-        rank=0,
-        world_size=1,
-        train=False,
-        ledger=None,
-    )
+    batch = {"batch_samples": 128, "micro_batch_samples": 128, "rank": 0, "world_size": 1}
+    config = DataConfig(train=source)
+    stream = open_stream(config, source, stage.inputs, seed=0, train=False, ledger=None, **batch)
     with torch.inference_mode():
         batches = (batch for parts in stream.batches(0, stream.batches_per_epoch) for batch in parts)
         quality = stage.evaluate(opened.nets, batches)
-    return {"psnr_db": quality["psnr_db"], "codes_used": quality["codes_used"], "perplexity": quality["perplexity"]}
+    return {name: quality[name] for name in ("psnr_db", "codes_used", "perplexity")}
 
 
 def summary(report: dict[str, Any]) -> list[str]:

@@ -17,15 +17,20 @@ def scenes(count: int, seed: int) -> tuple[list[Scene], np.ndarray]:
     return chosen, np.stack([world.render(scene, rng) for scene in chosen])
 
 
+def share_right(chosen: list[Scene], images: np.ndarray) -> float:
+    """Share of images [N, 32, 32, 3] that show their scene."""
+    return np.mean([judge.same(scene, judge.read(image)) for scene, image in zip(chosen, images, strict=True)])
+
+
 def test_judge_is_right_on_true_pictures():
     chosen, images = scenes(2000, seed=0)
-    assert judge.share_right(chosen, images) >= 0.995
+    assert share_right(chosen, images) >= 0.995
 
 
 def test_judge_is_right_on_noisy_pictures():
     chosen, images = scenes(500, seed=1)
     noise = np.random.default_rng(0).normal(0, 16, images.shape)
-    assert judge.share_right(chosen, np.clip(images + noise, 0, 255).astype(np.uint8)) >= 0.995
+    assert share_right(chosen, np.clip(images + noise, 0, 255).astype(np.uint8)) >= 0.995
 
 
 @pytest.mark.parametrize("attribute", ["shape", "colour", "size", "texture", "background", "relation", "swap"])

@@ -6,8 +6,6 @@ that the world allows is compared with the map of cells; the one with fewest dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -96,8 +94,3 @@ def _upright(scene: Scene) -> Scene:
     if scene.relation in _MIRROR:
         return Scene(scene.things[::-1], _MIRROR[scene.relation], scene.background)
     return scene
-
-
-def share_right(scenes: Sequence[Scene], images: NDArray[np.uint8]) -> float:
-    """Share of pictures [N, 32, 32, 3] that show their scene, 0..1."""
-    return float(np.mean([same(scene, read(image)) for scene, image in zip(scenes, images, strict=True)]))

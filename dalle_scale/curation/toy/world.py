@@ -36,34 +36,26 @@ SIZES = {"small": 4, "large": 6}  # cells of an object's side
 TEXTURES = ("plain", "striped")
 RELATIONS = ("left", "right", "above", "below")
 
-# Every upper and every lower half belongs to two shapes, so that a shape that was never drawn in some colour and
-# texture is made of halves that were.
-SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
-    "square": {"small": ("####",) * 4, "large": ("######",) * 6},
-    "circle": {
-        "small": (".##.", "####", "####", ".##."),
-        "large": (".####.", "######", "######", "######", "######", ".####."),
-    },
-    "dome": {
-        "small": (".##.", "####", "####", "####"),
-        "large": (".####.", "######", "######", "######", "######", "######"),
-    },
-    "bowl": {
-        "small": ("####", "####", "####", ".##."),
-        "large": ("######", "######", "######", "######", "######", ".####."),
-    },
-    "frame": {
-        "small": ("####", "#..#", "#..#", "####"),
-        "large": ("######", "######", "##..##", "##..##", "######", "######"),
-    },
-    "gate": {
-        "small": ("####", "#..#", "#..#", "#..#"),
-        "large": ("######", "######", "##..##", "##..##", "##..##", "##..##"),
-    },
-    "cup": {
-        "small": ("#..#", "#..#", "#..#", "####"),
-        "large": ("##..##", "##..##", "##..##", "##..##", "######", "######"),
-    },
+_UPPER_HALVES: dict[str, dict[str, tuple[str, ...]]] = {  # "#": a cell of the object
+    "full": {"small": ("####", "####"), "large": ("######", "######", "######")},
+    "round": {"small": (".##.", "####"), "large": (".####.", "######", "######")},
+    "closed": {"small": ("####", "#..#"), "large": ("######", "######", "##..##")},
+    "open": {"small": ("#..#", "#..#"), "large": ("##..##", "##..##", "##..##")},
+}
+# Upper half, and the half whose mirror image is the lower one. Each half belongs to two shapes, so that a shape that
+# never occurs in some colour and texture is made of halves that do.
+_SHAPE_HALVES = {
+    "square": ("full", "full"),
+    "circle": ("round", "round"),
+    "dome": ("round", "full"),
+    "bowl": ("full", "round"),
+    "frame": ("closed", "closed"),
+    "gate": ("closed", "open"),
+    "cup": ("open", "closed"),
+}
+SHAPES = {
+    shape: {size: _UPPER_HALVES[upper][size] + _UPPER_HALVES[lower][size][::-1] for size in SIZES}
+    for shape, (upper, lower) in _SHAPE_HALVES.items()
 }
 
 # words that a caption may use for an attribute
