@@ -3,7 +3,7 @@
     python benchmarks/autoencoders.py pixelsnail quantizer dvae
 
     dvae         one training step of the dVAE, beside DALLE-pytorch's DiscreteVAE with as many parameters
-    quantizer    forward, backward and codebook update of 8192 codes of width 256, beside vector-quantize-pytorch
+    quantizer    forward, backward and codebook step of 8192 codes of width 256, beside vector-quantize-pytorch
     pixelsnail   codes of 32x32 squares drawn pixel by pixel from what is kept, against a full forward pass for each
 
 The sides run on one thread, in turn, repetition after repetition; a figure is the median over the repetitions, each of
@@ -39,7 +39,7 @@ DALLE_PYTORCH = "dalle-pytorch==1.6.6"
 # what its DiscreteVAE needs to be imported; others of its requirements are not needed here or do not build any more
 DALLE_PYTORCH_NEEDS = ("axial-positional-embedding==0.3.12", "rotary-embedding-torch==0.9.1", "setuptools==80.9.0")
 
-# Shapes of the dVAE: pictures 4 times the grid, and the paper's 8192 codes and downsampling of 8. The peer's widths are
+# Shapes of the dVAE: images 4 times the grid, and the paper's 8192 codes and downsampling of 8. The peer's widths are
 # those of its train_vae.py; ours have as many parameters within 1 %. "ours" has the stem of the recipes and one width,
 # "paper's stem" the paper's widths of groups.
 _THEIRS = {"hidden_dim": 256, "codebook_dim": 512, "num_resnet_blocks": 2}
@@ -89,20 +89,20 @@ def pixelsnail(repetitions: int, samples: int = 1) -> dict[str, Any]:
     nets = stage.nets()
     nets["model"].eval()
     seeds = torch.arange(samples)
-    drawn: dict[str, Tensor] = {}
+    sampled: dict[str, Tensor] = {}
 
     def cached() -> None:
-        drawn["cached"] = stage.sample(nets, seeds)
+        sampled["cached"] = stage.sample(nets, seeds)
 
     def uncached() -> None:
-        drawn["uncached"] = draw_uncached(stage, nets, seeds)
+        sampled["uncached"] = draw_uncached(stage, nets, seeds)
 
     cached()  # warms code and memory; a whole uncached drawing would take minutes to warm the same
     fast, slow = [], []
     for _ in log.progress(range(repetitions), "measure", "repetitions", repetitions):
         fast.append(timed(cached))
         slow.append(timed(uncached))
-        assert torch.equal(drawn["cached"], drawn["uncached"]), "cached and uncached drawing differ"
+        assert torch.equal(sampled["cached"], sampled["uncached"]), "cached and uncached drawing differ"
     ratios = [[b / a for a, b in zip(*clocks, strict=True)] for clocks in zip(fast, slow, strict=True)]
     times, times_by_processor = zip(*ratios, strict=True)
     return {
@@ -134,7 +134,7 @@ def draw_uncached(stage: vqvae2_prior.Stage, nets: Nets, seeds: Tensor) -> Tenso
 
 
 def quantizer(repetitions: int) -> dict[str, Any]:
-    """4 x 32 x 32 vectors through 8192 codes of width 256, EMA update. The peer is installed into an environment of its
+    """4 x 32 x 32 vectors through 8192 codes of width 256, EMA step. The peer is installed into an environment of its
     own."""
     pythons = {"ours": Path(sys.executable), "vector-quantize-pytorch": peer("quantizers", VECTOR_QUANTIZE)}
     program = str(Path(__file__).with_name("quantizer_side.py"))
@@ -156,7 +156,7 @@ def quantizer(repetitions: int) -> dict[str, Any]:
 
 
 def dvae(repetitions: int) -> dict[str, Any]:
-    """One step of each dVAE on random pictures: forward pass, backward pass, update. Ours with the loss of the paper or
+    """One step of each dVAE on random images: forward pass, backward pass, step. Ours with the loss of the paper or
     of the recipes for emoji, with the peer's optimizer or the one that the engine builds.
 
     Raises:

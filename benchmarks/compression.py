@@ -1,15 +1,15 @@
-"""What compressing gradients between machines saves and costs, at the paper's ratio: bytes, and the loss.
+"""What compressing gradients between nodes saves and costs, at the paper's ratio: bytes, and the loss.
 
     python benchmarks/compression.py
-    python benchmarks/compression.py --pictures cifar10_train.tar
+    python benchmarks/compression.py --images cifar10_train.tar
 
-Two machines of two ranks each, as four processes on this one, started by the deepspeed launcher (compression_side.py).
-The rank of PowerSGD is the largest with which 85 % of the bytes between machines are saved (DALL-E, arXiv 2102.12092,
-Table 1: 83 to 86 %), what travels whole included. Bytes are counted: what rank 0 gives to collectives between machines.
+Two nodes of two ranks each, as four processes on this one, started by the deepspeed launcher (compression_side.py).
+The rank of PowerSGD is the largest with which 85 % of the bytes between nodes are saved (DALL-E, arXiv 2102.12092,
+Table 1: 83 to 86 %), what travels whole included. Bytes are counted: what rank 0 gives to collectives between nodes.
 
 The toy world is nearly determined by its captions, so its loss is small, and 1 % of it little; photographs, of a tar
 with a folder for each class, are as uncertain as what such models are made for. Takes 35 minutes. Writes
-benchmarks/results/compression.json and .png, or compression_pictures.json and .png.
+benchmarks/results/compression.json and .png, or compression_images.json and .png.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ RESULTS = HERE / "results"
 def main() -> None:
     """Train, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1_000)
-    parser.add_argument("--pictures", type=Path, metavar="TAR", help="in place of the toy world")
+    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--images", type=Path, metavar="TAR", help="in place of the toy world")
     args = parser.parse_args()
-    pictures = str(args.pictures.resolve()) if args.pictures else None
-    name = RESULTS / ("compression_pictures" if pictures else "compression")
+    images = str(args.images.resolve()) if args.images else None
+    name = RESULTS / ("compression_images" if images else "compression")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "plan.json").write_text(json.dumps({"updates": args.updates, "pictures": pictures}))
+        (folder / "plan.json").write_text(json.dumps({"steps": args.steps, "images": images}))
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", "4", "--master_port", "29617"]
         command = [*launcher, str(HERE / "compression_side.py"), str(folder)]
         subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, check=True)
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     curves, mib, loss = found.pop("curves"), found["mib_between_machines"], found["held_out_nats"]
     result = {
-        "updates": args.updates,
+        "steps": args.steps,
         **found,
         "share_of_bytes_saved": round(1 - mib["compressed"] / mib["exact"], 4),
         "loss_by_exact": round(loss["compressed"] / loss["exact"], 5),
@@ -62,13 +62,13 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list[float]], held_out: dict[str, float], path: Path) -> None:
-    """Both curves, each a running mean of 50 updates."""
+    """Both curves, each a running mean of 50 steps."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for name, curve in curves.items():
         smooth = np.convolve(curve, np.ones(50) / 50, mode="valid")
         axes.plot(np.arange(len(smooth)) + 50, smooth, linewidth=1, label=f"{name}: {held_out[name]:.4f}")
-    axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
-    axes.legend(title="loss on held-out pictures")
+    axes.set(xlabel="steps", ylabel="loss, nats a token", yscale="log")
+    axes.legend(title="loss on held-out images")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=90)
 

@@ -1,4 +1,4 @@
-"""How fast pictures come out of shards, beside the decoder alone and beside other loaders.
+"""How fast images come out of shards, beside the decoder alone and beside other loaders.
 
     python benchmarks/data.py
 
@@ -43,9 +43,9 @@ LOADERS = ("bare", "ours", "threaded", "webdataset", "imagefolder", "mosaic")
 def main() -> None:
     """Make the data, start one process a loader, let them run in turn, write the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/data"), help="for the pictures")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/data"), help="for the images")
     parser.add_argument("--without", nargs="*", default=[], choices=LOADERS, help="loaders to leave out")
     parser.add_argument("--loader", choices=LOADERS, help="be the process of this loader (used by the program itself)")
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
 
     from dalle_scale import log
 
-    prepare(args.folder, args.pictures)
+    prepare(args.folder, args.images)
     pythons = dict.fromkeys((name for name in LOADERS if name not in args.without), sys.executable)
     if "mosaic" in pythons:
         pythons["mosaic"] = str(peer("mosaic", *MOSAIC))
@@ -73,7 +73,7 @@ def main() -> None:
         process.wait()
     rates = {
         name: {
-            "pictures_per_second": round(statistics.median(row["pictures"] / row["seconds"] for row in rows)),
+            "images_per_second": round(statistics.median(row["images"] / row["seconds"] for row in rows)),
             "of_bare": ratio(seconds["bare"], rows),
             "of_bare_by_processor_time": ratio(seconds["bare"], rows, "processor_seconds"),
         }
@@ -86,7 +86,7 @@ def main() -> None:
         for name, rows in seconds.items()
         if name not in ("ours", "threaded")
     }
-    result = {"pictures": args.pictures, "side": SIDE, "rounds": args.rounds, "loaders": rates, **ours, **describe()}
+    result = {"images": args.images, "side": SIDE, "rounds": args.rounds, "loaders": rates, **ours, **describe()}
     print(json.dumps(result, indent=1))
     (RESULTS / "data.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -105,7 +105,7 @@ def start(python: str, name: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def once(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Let a loader go through all pictures."""
+    """Let a loader go through all images."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("go\n")
     process.stdin.flush()
@@ -114,19 +114,19 @@ def once(process: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def serve(name: str, folder: Path) -> None:
-    """Go through all pictures whenever a line comes; answer with the time it took."""
+    """Go through all images whenever a line comes; answer with the time it took."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in the environment of a peer
     passes: Callable[[], Iterator[Any]] = globals()[f"{name}_pass"](folder)
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not come between
     for _ in sys.stdin:
         started, used = time.perf_counter(), time.process_time()
-        pictures = sum(len(batch) for batch in passes())
+        images = sum(len(batch) for batch in passes())
         seconds, processor_seconds = time.perf_counter() - started, time.process_time() - used
-        row = {"pictures": pictures, "seconds": seconds, "processor_seconds": processor_seconds}
+        row = {"images": images, "seconds": seconds, "processor_seconds": processor_seconds}
         print(json.dumps(row), file=answers, flush=True)
 
 
-# --- the loaders: each returns a function that yields batches of pictures ---------------------------------------------
+# --- the loaders: each returns a function that yields batches of images ---------------------------------------------
 
 
 def bare_pass(folder: Path) -> Callable[[], Iterator[Any]]:
@@ -158,8 +158,8 @@ def ours_pass(folder: Path, threads: int = 1) -> Callable[[], Iterator[Any]]:
         source,
         BatchSpec(image_size=SIDE, augment="transformer"),
         seed=0,
-        batch_samples=BATCH,
-        micro_batch_samples=BATCH,
+        global_batch_size=BATCH,
+        micro_batch_size=BATCH,
         rank=0,
         world_size=1,
         train=True,
@@ -235,26 +235,26 @@ def mosaic_pass(folder: Path) -> Callable[[], Iterator[Any]]:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, pictures: int) -> None:
-    """Shards by this project's writer, and the same pictures as files; what is there stays."""
+def prepare(folder: Path, images: int) -> None:
+    """Shards by this project's writer, and the same images as files; what is there stays."""
     from dalle_scale import log
     from dalle_scale.curation.shard_writer import ShardWriter
     from dalle_scale.data.manifest import NAME, Manifest
 
     shards, files = folder / "shards", folder / "files" / "all"
-    if (shards / NAME).exists() and Manifest.open(shards).num_samples == pictures:
+    if (shards / NAME).exists() and Manifest.open(shards).num_samples == images:
         return
     shutil.rmtree(folder, ignore_errors=True)
     files.mkdir(parents=True)
     with ShardWriter(shards, samples_per_shard=512) as writer:
-        for number in log.progress(range(pictures), "draw", "pictures", pictures):
+        for number in log.progress(range(images), "draw", "images", images):
             data = simplejpeg.encode_jpeg(natural(number), quality=QUALITY, colorsubsampling="420")
-            writer.add(f"{number:06d}", {"jpg": data, "txt": f"picture number {number}".encode()})
+            writer.add(f"{number:06d}", {"jpg": data, "txt": f"image number {number}".encode()})
             (files / f"{number:06d}.jpg").write_bytes(data)
 
 
 def natural(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A picture [H, W, 3] with the spectrum of photographs: amplitudes fall with frequency (Field, 1987)."""
+    """An image [H, W, 3] with the spectrum of photographs: amplitudes fall with frequency (Field, 1987)."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     amplitude = 1 / np.maximum(frequency, 1 / max(height, width)) ** 1.1

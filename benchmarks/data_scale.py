@@ -7,7 +7,7 @@ Two measurements, each in processes of its own:
     resume   a data set of 10,000 samples, and one of 250 million (25,000 shards that are one tar and one index under
              25,000 names): size of the loader's state, seconds from opening to the first batch in the middle of an
              epoch, and the memory that this took
-    flat     a million samples of codes, and 20 epochs of a small set of pictures: memory and file descriptors along
+    flat     a million samples of codes, and 20 epochs of a small set of images: memory and file descriptors along
              the way
 
 Writes benchmarks/results/data_scale.json.
@@ -53,7 +53,7 @@ def main() -> None:
     write_codes(args.folder / "small", 1)
     write_copies(args.folder / "small", args.folder / "large", args.shards)
     write_codes(args.folder / "million", -(-args.flat_samples // SHARD_SAMPLES))
-    write_pictures(args.folder / "pictures", 512)
+    write_images(args.folder / "images", 512)
     epoch_batches = -(-512 // BATCH)
     result = {
         "resume": {
@@ -62,7 +62,7 @@ def main() -> None:
         },
         "flat": {
             f"{args.flat_samples} samples": measured("flat", args.folder / "million", args.flat_samples // BATCH),
-            f"{args.epochs} epochs": measured("flat", args.folder / "pictures", args.epochs * epoch_batches),
+            f"{args.epochs} epochs": measured("flat", args.folder / "images", args.epochs * epoch_batches),
         },
         **describe(),
     }
@@ -78,20 +78,18 @@ def measured(what: str, folder: Path, count: int) -> Any:
 
 
 def open_data(folder: str) -> Any:
-    """The stream of a data set, pictures or codes."""
+    """The stream of a data set, images or codes."""
     from dalle_scale.config import DataConfig
     from dalle_scale.data.pipeline import open_stream
     from dalle_scale.types import BatchSpec
 
-    inputs = (
-        BatchSpec(image_size=32) if folder.endswith("pictures") else BatchSpec(num_codes=NUM_CODES, code_vocab=8192)
-    )
-    sizes = {"batch_samples": BATCH, "micro_batch_samples": BATCH, "rank": 0, "world_size": 1}
+    inputs = BatchSpec(image_size=32) if folder.endswith("images") else BatchSpec(num_codes=NUM_CODES, code_vocab=8192)
+    sizes = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "rank": 0, "world_size": 1}
     return open_stream(DataConfig(train=folder), folder, inputs, seed=0, train=True, ledger=None, **sizes)
 
 
 def resume(folder: str, _: int) -> dict[str, Any]:
-    """Open and go on in the middle of an epoch, everything imported already."""
+    """Open and continue in the middle of an epoch, everything imported already."""
     import dalle_scale.data.pipeline  # noqa: F401 (its import is not what is measured)
 
     before, started = memory_mib(), time.perf_counter()
@@ -153,8 +151,8 @@ def write_copies(source: Path, folder: Path, shards: int) -> None:
     commit(folder, {"kind": "codes", "vocab": 8192, "grids": [4]})
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Pictures of 32 x 32 pixels."""
+def write_images(folder: Path, count: int) -> None:
+    """Images of 32 x 32 pixels."""
     from io import BytesIO
 
     from PIL import Image

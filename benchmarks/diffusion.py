@@ -1,4 +1,4 @@
-"""A training step of diffusion and the drawing of pictures, beside diffusers and denoising-diffusion-pytorch.
+"""A training step of diffusion and the sampling of images, beside diffusers and denoising-diffusion-pytorch.
 
     python benchmarks/diffusion.py
 
@@ -66,7 +66,7 @@ def compare(python: str, samples: int, steps: int, repetitions: int) -> dict[str
     }
     with Sides(commands) as sides:
         parameters = {name: sides.ask(name, "parameters") for name in SIDES}
-        answers = {action: sides.measure(action, repetitions) for action in ("step", "draw")}
+        answers = {action: sides.measure(action, repetitions) for action in ("step", "sample")}
         memory = {name: sides.ask(name, "memory") for name in SIDES}
     beside = {
         action: {theirs: compared(clocks, theirs) for theirs in ("diffusers", "denoising-diffusion-pytorch")}

@@ -1,11 +1,11 @@
-"""What a diffusion recipe came to: its curves, bits per dimension, and pictures drawn with more and more steps.
+"""What a diffusion recipe came to: its curves, bits per dimension, and images sampled with more and more steps.
 
     python benchmarks/diffusion_recipe.py ddpm/cifar10_32 --clip runs/cifar10_32/clip/export
 
-after `deepspeed --num_gpus 2 launch/train.py configs/<name>.yaml`. Evaluates the export on the held-out pictures
-(launch/evaluate.py); for each number of steps draws pictures by DDIM from the captions of held-out pictures
+after `deepspeed --num_gpus 2 launch/train.py configs/<name>.yaml`. Evaluates the export on the held-out images
+(launch/evaluate.py); for each number of steps samples images by DDIM from the captions of held-out images
 (launch/sample.py), measures how close they come to the training set in the features of CLIP (launch/fidelity.py), and
-sends held-out pictures to their latents and back (launch/interpolate.py). Writes benchmarks/results/recipe_<name>.json
+sends held-out images to their latents and back (launch/interpolate.py). Writes benchmarks/results/recipe_<name>.json
 and .png.
 """
 
@@ -28,21 +28,21 @@ from dalle_scale.config import RunConfig, load
 from dalle_scale.types import UserError
 
 STEPS = (10, 20, 50, 100, 1000)
-CAPTIONS, SHOWN = 10, 4  # prompts; pictures of each that are shown
-CANDIDATES = {1000: SHOWN}  # pictures of each that are drawn, where it is not MANY
+CAPTIONS, SHOWN = 10, 4  # prompts; images of each that are shown
+CANDIDATES = {1000: SHOWN}  # images of each that are sampled, where it is not MANY
 MANY = 12
 TRIPS = (10, 20, 50, 100)  # steps of the round trip
 PAPERS = {
     "bits_per_dim": "at most 3.75 (DDPM, Table 2)",
     "fid": "3.17 (DDPM, 1000 steps); DDIM by steps 10, 20, 50, 100, 1000: 13.36, 6.84, 4.67, 4.16, 4.04 (Table 1)",
     "round_trip_mse": "DDIM by steps 10, 20, 50, 100: 0.014, 0.0065, 0.0023, 0.0009 (Table 2)",
-    "note": "nets of 35.7 million parameters, trained for 800,000 updates of 128 pictures",
+    "note": "nets of 35.7 million parameters, trained for 800,000 steps of 128 images",
     "data": DATA_NOTE,
 }
 
 
 def main() -> None:
-    """Evaluate, draw, compare, write."""
+    """Evaluate, sample, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a config below configs/, without .yaml")
     parser.add_argument("--clip", required=True, help="export of a clip run on the same data")
@@ -78,7 +78,7 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
     images = [str(path) for path in sorted(prompts.glob("**/*.png"))]
     commands = {}
     for steps in STEPS:
-        shutil.rmtree(out / f"samples_{steps}", ignore_errors=True)  # sampling would go on with them, and is timed
+        shutil.rmtree(out / f"samples_{steps}", ignore_errors=True)  # sampling would continue with them, and is timed
         how = [f"--model={export}", "method=ddim", "clip=true", f"steps={steps}"]
         how += [f"--prompt-file={prompts}/prompts.jsonl", f"--candidates={CANDIDATES.get(steps, MANY)}"]
         how.append(f"--out={out}/samples_{steps}")
@@ -96,8 +96,8 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
 
 def by_steps(out: Path, steps: int, seconds: float) -> dict[str, Any]:
     """What is known of one number of steps."""
-    pictures = CAPTIONS * CANDIDATES.get(steps, MANY)
-    row: dict[str, Any] = {"pictures": pictures, "seconds_a_picture": round(seconds / pictures, 3)}
+    images = CAPTIONS * CANDIDATES.get(steps, MANY)
+    row: dict[str, Any] = {"images": images, "seconds_a_image": round(seconds / images, 3)}
     if steps not in CANDIDATES:
         found = read(out / f"fidelity_{steps}" / "fidelity.json")["numbers"]
         row |= {number["name"]: rounded(number["value"]) for number in found}
@@ -112,7 +112,7 @@ def read(path: Path) -> Any:
 
 
 def draw(run: Path, out: Path, path: Path) -> None:
-    """Curves above the pictures of each number of steps: a row for each caption."""
+    """Curves above the images of each number of steps: a row for each caption."""
     figure = plt.figure(figsize=(15, 8.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.6, 6])
     rows = metrics(run)
@@ -131,7 +131,7 @@ def draw(run: Path, out: Path, path: Path) -> None:
 
 
 def sheet(folder: Path) -> np.ndarray:
-    """The first pictures of each caption side by side."""
+    """The first images of each caption side by side."""
     names = [[f"{row:05d}_{column:04d}.png" for column in range(SHOWN)] for row in range(CAPTIONS)]
     return np.concatenate(
         [np.concatenate([np.asarray(Image.open(folder / name)) for name in row], axis=1) for row in names], axis=0

@@ -1,4 +1,4 @@
-"""One side of diffusion.py: "step" takes one training step, "draw" draws pictures by a few steps of DDIM.
+"""One side of diffusion.py: "step" takes one training step, "sample" samples images by a few steps of DDIM.
 
 The command line has a JSON object: side, samples, steps (of DDIM), net (channels at full size, their multipliers,
 dropout) and, for ours, blocks (residual blocks at each side), attention_sizes and optimizer ("adam" or "engine").
@@ -29,10 +29,10 @@ def main() -> None:
     declare_missing_operators()  # the peers import torchvision
     asked = json.loads(sys.argv[1])
     size = (asked["samples"], SIZE, SIZE, 3)
-    pictures = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     sides = {"ours": ours, "diffusers": diffusers, "denoising-diffusion-pytorch": denoising_diffusion_pytorch}
-    serve(answers, *sides[asked["side"]](asked, pictures.permute(0, 3, 1, 2)))
+    serve(answers, *sides[asked["side"]](asked, images.permute(0, 3, 1, 2)))
 
 
 def trained(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -62,15 +62,15 @@ def ours(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions]:
         optimizer = torch.optim.Adam(nets["model"].parameters(), lr=LEARNING_RATE)
     seeds = torch.arange(len(images))
     batch = {"image": images, "seed": seeds, "weight": torch.ones(len(images))}
-    updates = iter(range(1_000_000))
+    steps = iter(range(1_000_000))
 
     def draw() -> None:
         nets["model"].eval()
         stage.sample_images(nets, seeds, options=Options(method="ddim", steps=asked["steps"]))
         nets["model"].train()
 
-    step = trained(lambda: stage.loss("model", nets, batch, next(updates)).total, optimizer)
-    return nets["model"], {"step": step, "draw": draw}
+    step = trained(lambda: stage.loss("model", nets, batch, next(steps)).total, optimizer)
+    return nets["model"], {"step": step, "sample": draw}
 
 
 def diffusers(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions]:
@@ -93,7 +93,7 @@ def diffusers(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions
         dropout=net["dropout"],
     )
     values = images.contiguous().float() / 127.5 - 1
-    noising, drawing = DDPMScheduler(TIMESTEPS), DDIMScheduler(TIMESTEPS)
+    noising, decoding = DDPMScheduler(TIMESTEPS), DDIMScheduler(TIMESTEPS)
 
     def loss() -> Tensor:
         noise, times = torch.randn_like(values), torch.randint(TIMESTEPS, (len(values),))
@@ -103,13 +103,13 @@ def diffusers(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions
     @torch.no_grad()
     def draw() -> None:
         model.eval()
-        drawing.set_timesteps(asked["steps"])
+        decoding.set_timesteps(asked["steps"])
         x = torch.randn_like(values)
-        for time in drawing.timesteps:
-            x = drawing.step(model(x, time).sample, time, x).prev_sample
+        for time in decoding.timesteps:
+            x = decoding.step(model(x, time).sample, time, x).prev_sample
         model.train()
 
-    return model, {"step": trained(loss, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)), "draw": draw}
+    return model, {"step": trained(loss, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)), "sample": draw}
 
 
 def denoising_diffusion_pytorch(asked: dict[str, Any], images: Tensor) -> tuple[nn.Module, Actions]:
@@ -129,7 +129,7 @@ def denoising_diffusion_pytorch(asked: dict[str, Any], images: Tensor) -> tuple[
         diffusion.train()
 
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=LEARNING_RATE)
-    return model, {"step": trained(lambda: diffusion(values), optimizer), "draw": draw}
+    return model, {"step": trained(lambda: diffusion(values), optimizer), "sample": draw}
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     shape = asked["shape"]
     size = (shape["samples"], shape["image_size"], shape["image_size"], 3)
-    pictures = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    net, step = {"ours": ours, "dalle-pytorch": theirs}[asked["side"]](asked, pictures.permute(0, 3, 1, 2))
+    net, step = {"ours": ours, "dalle-pytorch": theirs}[asked["side"]](asked, images.permute(0, 3, 1, 2))
     serve(answers, net, {"step": step})
 
 

@@ -60,10 +60,10 @@ def main(action: str, loader: str, source: str, out: str, sentinel: str = "") ->
         logging.getLogger().addHandler(ToReport(logging.ERROR))
         try:
             for row in READERS[loader](Path(source), lambda text: record(message=text)):
-                picture, caption = row.get("jpg"), row.get("txt")
+                image, caption = row.get("jpg"), row.get("txt")
                 record(
                     key=row["key"],
-                    picture=None if picture is None else hashlib.sha256(picture).hexdigest(),
+                    image=None if image is None else hashlib.sha256(image).hexdigest(),
                     caption=None if caption is None else caption.decode(errors="replace"),
                 )
             ending = {"ended": "complete"}
@@ -81,17 +81,17 @@ def peak_memory_bytes() -> int:
 
 
 def samples(source: Path) -> list[tuple[str, bytes, bytes]]:
-    """(key, picture, caption) of every sample."""
+    """(key, image, caption) of every sample."""
     return [
         (path.stem, path.read_bytes(), path.with_suffix(".txt").read_bytes()) for path in sorted(source.glob("*.jpg"))
     ]
 
 
-def decode_with_pillow(picture: bytes) -> None:
+def decode_with_pillow(image: bytes) -> None:
     """What users of loaders that hand out bytes do next."""
     from PIL import Image
 
-    Image.open(io.BytesIO(picture)).convert("RGB")
+    Image.open(io.BytesIO(image)).convert("RGB")
 
 
 # ---- this project ----
@@ -102,8 +102,8 @@ def write_dalle_scale(content: list[tuple[str, bytes, bytes]], out: Path, sentin
     from dalle_scale.curation.shard_writer import ShardWriter
 
     with ShardWriter(out, len(content) // SHARDS) as writer:
-        for key, picture, caption in content:
-            writer.add(key, {"jpg": picture, "txt": caption})
+        for key, image, caption in content:
+            writer.add(key, {"jpg": image, "txt": caption})
 
 
 def read_dalle_scale(folder: Path, say: Say) -> Iterator[Row]:
@@ -135,12 +135,12 @@ def read_manifest(manifest: Any, say: Say) -> Iterator[Row]:
     reader = Reader(manifest)
     for sample in range(manifest.num_samples):
         try:
-            picture, caption = reader.read_image(sample), reader.read(sample, "txt")
-            decode(picture)
+            image, caption = reader.read_image(sample), reader.read(sample, "txt")
+            decode(image)
         except BadSample as error:
             say(f"{manifest.key(sample)}: {error}")
             continue
-        yield {"key": manifest.key(sample), "jpg": picture, "txt": caption}
+        yield {"key": manifest.key(sample), "jpg": image, "txt": caption}
 
 
 def build(folder: Path, say: Say) -> Path:
@@ -165,12 +165,12 @@ def write_webdataset(content: list[tuple[str, bytes, bytes]], out: Path, sentine
 
     out.mkdir(parents=True)
     with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=len(content) // SHARDS, verbose=0) as writer:
-        for key, picture, caption in content:
-            writer.write({"__key__": key, "jpg": picture, "txt": caption})
+        for key, image, caption in content:
+            writer.write({"__key__": key, "jpg": image, "txt": caption})
 
 
 def read_webdataset(folder: Path, say: Say) -> Iterator[Row]:
-    """All tars in order; a handler that tells and goes on, so that what is lost without a word is its own doing."""
+    """All tars in order; a handler that tells and continues, so that what is lost without a word is its own doing."""
 
     def handler(error: Exception) -> bool:
         say(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -229,12 +229,12 @@ def write_mosaic(content: list[tuple[str, bytes, bytes]], out: Path, sentinel: s
     """MDS shards with hashes."""
     streaming, _library = import_streaming()
     columns = {"key": "str", "jpg": "bytes", "txt": "bytes", **({"extra": "pkl"} if sentinel else {})}
-    total = sum(len(key) + len(picture) + len(caption) + 16 for key, picture, caption in content)
+    total = sum(len(key) + len(image) + len(caption) + 16 for key, image, caption in content)
     limit = total // SHARDS + 2048  # bytes; the second shard takes what the first leaves
     with streaming.MDSWriter(out=str(out), columns=columns, hashes=["sha1"], size_limit=limit) as writer:
-        for key, picture, caption in content:
+        for key, image, caption in content:
             extra = {"extra": Malicious(sentinel)} if sentinel else {}
-            writer.write({"key": key, "jpg": picture, "txt": caption, **extra})
+            writer.write({"key": key, "jpg": image, "txt": caption, **extra})
 
 
 def read_mosaic(folder: Path, say: Say) -> Iterator[Row]:
@@ -260,8 +260,8 @@ def mosaic_rows(options: dict[str, str]) -> Iterator[Row]:
 
 def make_litdata_item(task: tuple[str, bytes, bytes, str]) -> dict[str, Any]:
     """One sample; runs in a process of litdata's."""
-    key, picture, caption, sentinel = task
-    item: dict[str, Any] = {"key": key, "jpg": picture, "txt": caption}
+    key, image, caption, sentinel = task
+    item: dict[str, Any] = {"key": key, "jpg": image, "txt": caption}
     return {**item, "extra": Malicious(sentinel)} if sentinel else item
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py step           one training step of the 12-billion-parameter model, and its memory
     python benchmarks/gpu.py states         1.3 billion parameters in bf16, in fp16 with scales, with fp32 states
-    python benchmarks/gpu.py training       share of the matrix rate at 1.3 billion; tokens a second beside peers
+    python benchmarks/gpu.py training       share of the matrix rate at 1.3 billion; tokens/s beside peers
     python benchmarks/gpu.py sampling       512 candidates of a caption from the 12-billion-parameter model
     python benchmarks/gpu.py autoencoders   steps of the dVAE and of diffusion, beside peers
 
@@ -59,9 +59,9 @@ def sizes(args: argparse.Namespace, measurement: object) -> object:
 
 
 OPTIONS = {
-    "samples": "in a micro-batch, or pictures drawn at a time",
-    "accumulation": "micro-batches an update",
-    "updates": "of each training",
+    "samples": "in a micro-batch, or images sampled at a time",
+    "accumulation": "micro-batches a step",
+    "steps": "of each training",
     "candidates": "of the caption",
     "repetitions": "timed calls, of which the median counts",
 }

@@ -25,7 +25,7 @@ class Sizes:
 
     dvae: dict[str, Any]  # as in autoencoders.DVAES
     diffusion: dict[str, dict[str, Any]]  # as diffusion.SIDES
-    samples: int  # pictures of the dVAEs
+    samples: int  # images of the dVAEs
     diffusion_samples: int
     repetitions: int  # steps
     recipe: bool  # whether the paper's dVAE is measured too
@@ -51,14 +51,14 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     result["dvae"] = {
         "samples": sizes.samples,
         **sizes.dvae["shape"],
-        "sides": gpu_sides.compare(dvaes(sizes), sizes.samples, "pictures", *how),
+        "sides": gpu_sides.compare(dvaes(sizes), sizes.samples, "images", *how),
     }
     report.write(result, last=False)
     steps = {"kind": "diffusion", "sizes": {}, "samples": sizes.diffusion_samples, "steps": 1}
     asked = {name: {**steps, **side} for name, side in sizes.diffusion.items()}
     result["diffusion"] = {
         "samples": sizes.diffusion_samples,
-        "sides": gpu_sides.compare(asked, sizes.diffusion_samples, "pictures", *how),
+        "sides": gpu_sides.compare(asked, sizes.diffusion_samples, "images", *how),
     }
     report.write(result)
 

@@ -120,8 +120,8 @@ class Report:
         self._path, self._about = path, described(device)
 
     @property
-    def picture(self) -> Path | None:
-        """Where a picture of the result goes."""
+    def image(self) -> Path | None:
+        """Where an image of the result goes."""
         return self._path.with_suffix(".png") if self._path else None
 
     def write(self, result: dict[str, Any], last: bool = True) -> None:

@@ -25,7 +25,7 @@ ALONE = ("engine.zero=1", "optim.model.ema_decay=0", "model.caption_dropout=0", 
 
 def load(name: str, samples: int, accumulation: int, *overrides: str) -> RunConfig:
     """The config configs/<name>.yaml for one rank, with `samples` in a micro-batch. Raises UserError."""
-    batch = (f"batch_samples={samples * accumulation}", f"engine.micro_batch_samples={samples}")
+    batch = (f"global_batch_size={samples * accumulation}", f"engine.micro_batch_size={samples}")
     return configs.load(ROOT / "configs" / f"{name}.yaml", [*ALONE, *batch, *overrides])
 
 
@@ -35,12 +35,12 @@ class Run:
 
     config: RunConfig
     stage: Stage
-    players: build.Players
-    updates: int = 0
+    trained_nets: build.TrainedNets
+    steps: int = 0
 
     @classmethod
     def open(cls, config: RunConfig) -> Run:
-        """Fresh weights, drawn where they will be: a CPU would take minutes for billions."""
+        """Fresh weights, sampled where they will be: a CPU would take minutes for billions."""
         build.start()
         dist.seed_everything(config.seed, step=-1)
         stage = open_stage(config)
@@ -49,32 +49,32 @@ class Run:
         return cls(config, stage, build.build(config, nets))
 
     def update(self, batches: list[Batch], before_step: Callable[[], Any] = lambda: None) -> Tensor:
-        """One update as `train.Trainer` has it; the mean loss in nats, on the device.
+        """One step as `train.Trainer` has it; the mean loss in nats, on the device.
 
         before_step: called when all gradients are there.
         """
-        dist.seed_everything(self.config.seed, self.updates)
-        player, losses = self.players["model"], []
-        with self.players.turn("model") as nets:
+        dist.seed_everything(self.config.seed, self.steps)
+        trained_net, losses = self.trained_nets["model"], []
+        with self.trained_nets.updating("model") as nets:
             for batch in batches:
-                total = self.stage.loss("model", nets, batch, self.updates).total
-                player.backward(total)
+                total = self.stage.loss("model", nets, batch, self.steps).total
+                trained_net.backward(total)
                 losses.append(total.detach())
         before_step()
-        player.step(self.updates)
-        self.updates += 1
+        trained_net.step(self.steps)
+        self.steps += 1
         return torch.stack(losses).mean()
 
     def close(self) -> None:
         """Let go of the engine, which DeepSpeed would keep; then `gpu_clock.release` frees its memory."""
-        self.players["model"].engine.destroy()
-        self.players.clear()
+        self.trained_nets["model"].engine.destroy()
+        self.trained_nets.clear()
 
 
 def random_batches(run: Run, device: torch.device) -> list[Batch]:
-    """The micro-batches of an update: captions without pads and codes, uniformly drawn, the same every time."""
+    """The micro-batches of a step: captions without pads and codes, uniformly sampled, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    samples = run.config.micro_batch_samples(1)
+    samples = run.config.micro_batch_size(1)
     model = run.config.model
 
     def batch() -> Batch:
@@ -93,16 +93,16 @@ def to_batch(text: Tensor, codes: Tensor, device: torch.device) -> Batch:
 
 
 def tokens(config: RunConfig) -> int:
-    """Of an update: captions and codes, pads included."""
+    """Of a step: captions and codes, pads included."""
     model = config.model
-    count: int = config.batch_samples * (model["text_length"] + model["grid"] ** 2)
+    count: int = config.global_batch_size * (model["text_length"] + model["grid"] ** 2)
     return count
 
 
 def planned(config: RunConfig, memory_gib: float, flops: float) -> dict[str, Any]:
     """What launch/plan.py predicts of this run on one GPU: the row of its ZeRO stage, and the parameters. `lasting` are
     the bytes that are there whenever all gradients are."""
-    alone = {"machines": 1, "gpus": 1, "memory_gib": memory_gib, "flops": flops, "intra_gbps": 1.0, "inter_gbps": 1.0}
+    alone = {"nodes": 1, "gpus": 1, "memory_gib": memory_gib, "flops": flops, "intra_gbps": 1.0, "inter_gbps": 1.0}
     document = plan.document(config, configs.parse(plan.Cluster, alone, where="cluster"))
     row = document["zero"][config.engine.zero]
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def planned(config: RunConfig, memory_gib: float, flops: float) -> dict[str, Any
 def shares(config: RunConfig, stage: Stage, seconds: float, rate: float) -> dict[str, float]:
     """Tokens a second, and the share of the matrix rate: of the operations that the masks need, and with those of
     recomputed activations."""
-    flops = stage.flops_per_sample() * config.batch_samples
+    flops = stage.flops_per_sample() * config.global_batch_size
     done = flops * (plan.RECOMPUTED if config.engine.activation_checkpointing else 1)
     return {
         "tokens_per_second": round(tokens(config) / seconds, 1),

@@ -1,8 +1,8 @@
-"""Candidates of one caption drawn by the 12-billion-parameter model with random weights: wall time and memory.
+"""Candidates of one caption sampled by the 12-billion-parameter model with random weights: wall time and memory.
 
 The matrices are of 16 bits, as in training, and the rest fp32. Batches are as large as the program makes them. Drawn
-codes are decoded by the paper's dVAE with random weights, picture by picture, as the program does; the program decodes
-beside the next batch, here it comes after. One candidate is drawn before, and its seconds are told.
+codes are decoded by the paper's dVAE with random weights, image by image, as the program does; the program decodes
+beside the next batch, here it comes after. One candidate is sampled before, and its seconds are told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sizes:
     config: str  # of the transformer, below configs/, without .yaml
     decoder: str  # of the dVAE
     candidates: int
-    samples: int  # drawn at a time; 0 = as many as the program would
+    samples: int  # sampled at a time; 0 = as many as the program would
 
 
 FULL = Sizes("dalle/paper_12b", "dvae/paper_256", candidates=512, samples=0)
@@ -39,7 +39,7 @@ TOY = Sizes("tiny/dalle", "tiny/dvae", candidates=7, samples=0)
 
 @torch.inference_mode()
 def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> None:
-    """Draw, decode, write."""
+    """Sample, decode, write."""
     rate = gpu_clock.matrix_rate(device)
     stage, nets = opened(sizes.config, device)
     model = nets["model"]
@@ -47,25 +47,25 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     gpu_clock.release(device)
     generator = torch.Generator().manual_seed(0)
     caption = torch.randint(stage.config.text_vocab, (1, stage.config.text_length), generator=generator).to(device)
-    fitting = sizes.samples or batch_size.batch_samples(
+    fitting = sizes.samples or batch_size.images_per_batch(
         cache_size.sampling_memory(model, guided=False), 1, sizes.candidates, device
     )
     batch = batch_size.even(sizes.candidates, fitting)
 
-    def drawn(seeds: Tensor) -> Tensor:
+    def sample_codes(seeds: Tensor) -> Tensor:
         codes: Tensor = stage.sample(nets, caption.expand(len(seeds), -1), seeds)
         return codes
 
-    one = gpu_clock.seconds(lambda: drawn(torch.arange(1, device=device)), device)
+    one = gpu_clock.seconds(lambda: sample_codes(torch.arange(1, device=device)), device)
     gpu_clock.forget_peak(device)
     before = gpu_clock.peak_bytes(device)
     found: list[Tensor] = []
 
-    def draw_all() -> None:
+    def sample_all() -> None:
         parts = torch.split(torch.arange(sizes.candidates, device=device), batch)
-        found.extend(drawn(seeds) for seeds in log.progress(parts, "draw", "batches", len(parts)))
+        found.extend(sample_codes(seeds) for seeds in log.progress(parts, "sample", "batches", len(parts)))
 
-    drawing, peak = gpu_clock.seconds(draw_all, device), gpu_clock.peak_bytes(device)
+    sampling, peak = gpu_clock.seconds(sample_all, device), gpu_clock.peak_bytes(device)
     decoding = gpu_clock.seconds(lambda: decode(torch.cat(found), sizes.decoder, device), device)
     report.write(
         {
@@ -74,11 +74,11 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
             "candidates": sizes.candidates,
             "drawn_at_a_time": batch,
             "matrix_rate": rate,
-            "seconds": round(drawing + decoding, 3),
-            "seconds_drawing": round(drawing, 3),
+            "seconds": round(sampling + decoding, 3),
+            "seconds_drawing": round(sampling, 3),
             "seconds_decoding": round(decoding, 3),
             "seconds_of_one_candidate_alone": round(one, 3),
-            "seconds_a_candidate": round((drawing + decoding) / sizes.candidates, 4),
+            "seconds_a_candidate": round((sampling + decoding) / sizes.candidates, 4),
             "different_candidates": len(torch.unique(torch.cat(found), dim=0)),
             "memory_a_candidate": {
                 "measured_bytes": None if peak is None or before is None else round((peak - before) / batch),
@@ -91,7 +91,7 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
 
 
 def opened(name: str, device: torch.device) -> tuple[Any, dict[str, nn.Module]]:
-    """The stage of a config and its nets with random weights, which take no gradient, drawn where they will be."""
+    """The stage of a config and its nets with random weights, which take no gradient, sampled where they will be."""
     stage = open_stage(configs.load(ROOT / "configs" / f"{name}.yaml"))
     torch.manual_seed(0)
     with torch.inference_mode(False), device:
@@ -102,9 +102,7 @@ def opened(name: str, device: torch.device) -> tuple[Any, dict[str, nn.Module]]:
 
 
 def decode(codes: Tensor, name: str, device: torch.device) -> list[Tensor]:
-    """Pictures uint8 [1, 3, S, S] of codes [N, P], on the CPU."""
+    """Images uint8 [1, 3, S, S] of codes [N, P], on the CPU."""
     stage, nets = opened(name, device)
     tokenizer = stage.tokenizer(nets)
-    return [
-        tokenizer.decode(one).cpu() for one in log.progress(torch.split(codes, 1), "decode", "pictures", len(codes))
-    ]
+    return [tokenizer.decode(one).cpu() for one in log.progress(torch.split(codes, 1), "decode", "images", len(codes))]

@@ -88,7 +88,7 @@ def dvae(asked: dict[str, Any], device: torch.device) -> Side:
     sides = opened("dvae_side", asked)
     make = {"ours": sides.ours, "dalle-pytorch": sides.theirs}[asked["side"]]
     with device:
-        net, step = make(asked, pictures(asked["shape"]["samples"], asked["shape"]["image_size"], device))
+        net, step = make(asked, images(asked["shape"]["samples"], asked["shape"]["image_size"], device))
     return net, in_bf16(step, device)
 
 
@@ -104,19 +104,19 @@ def diffusion(asked: dict[str, Any], device: torch.device) -> Side:
         "denoising-diffusion-pytorch": sides.denoising_diffusion_pytorch,
     }[asked["side"]]
     with device:
-        net, actions = make(asked, pictures(asked["samples"], sides.SIZE, device))
+        net, actions = make(asked, images(asked["samples"], sides.SIZE, device))
     return net.to(device), in_bf16(actions["step"], device)
 
 
-def pictures(samples: int, size: int, device: torch.device) -> torch.Tensor:
+def images(samples: int, size: int, device: torch.device) -> torch.Tensor:
     """Random bytes [samples, 3, size, size], channels-last in memory."""
     shape, generator = (samples, size, size, 3), torch.Generator().manual_seed(0)
-    drawn = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
-    return drawn.permute(0, 3, 1, 2).to(device)
+    sampled = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+    return sampled.permute(0, 3, 1, 2).to(device)
 
 
 def in_bf16(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A step that computes its loss, gradients and update itself; what it makes without naming a device lies here."""
+    """A step that computes its loss, gradients and step itself; what it makes without naming a device lies here."""
 
     def wrapped() -> None:
         with device, torch.autocast(device.type, torch.bfloat16):

@@ -1,8 +1,8 @@
-"""The 1.3-billion-parameter model trained for some hundred updates with 16-bit states and with fp32 states.
+"""The 1.3-billion-parameter model trained for some hundred steps with 16-bit states and with fp32 states.
 
-All cases begin with the same weights (rounded to what they hold) and see the same batches, which a rule draws that can
-be learned. fp32 states are bf16 weights with fp32 masters and moments: fp32 products would take an hour. Their losses
-lie over each other in one picture.
+All cases begin with the same weights (rounded to what they hold) and see the same batches, which a rule samples that
+can be learned. fp32 states are bf16 weights with fp32 masters and moments: fp32 products would take an hour. Their
+losses lie over each other in one image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CASES = {
     "fp16, 16-bit states, a scale a branch": ("engine.dtype=fp16", "optim.model.kind=adamw16"),
 }
 LEARNING_RATE = 2e-4
-SMOOTHED = 10  # updates
+SMOOTHED = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Sizes:
 
     config: str  # below configs/, without .yaml
     samples: int  # a batch
-    updates: int  # of each case
+    steps: int  # of each case
     held_out: int  # batches
 
 
-FULL = Sizes("dalle/paper_1b", samples=8, updates=200, held_out=4)
-TOY = Sizes(gpu_engine.TOY, samples=2, updates=12, held_out=1)
+FULL = Sizes("dalle/paper_1b", samples=8, steps=200, held_out=4)
+TOY = Sizes(gpu_engine.TOY, samples=2, steps=12, held_out=1)
 
 
 def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> None:
-    """Train all cases, draw, write."""
+    """Train all cases, sample, write."""
     config = gpu_engine.load(sizes.config, sizes.samples, 1)
     text_weight = open_stage(config).config.text_weight
     result: dict[str, Any] = {
         "config": sizes.config,
         "samples": sizes.samples,
-        "updates": sizes.updates,
+        "steps": sizes.steps,
         "learning_rate": LEARNING_RATE,
         "least_possible_nats": round(rule_of(config).least_nats(text_weight), 4),
         "matrix_rate": gpu_clock.matrix_rate(device),
@@ -68,23 +68,23 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
     reference = result["cases"][REFERENCE]["held_out_nats"]
     for row in result["cases"].values():
         row["by_fp32_states"] = round(row["held_out_nats"] / reference, 5)
-    if report.picture is not None:
-        draw(result, curves, report.picture)
+    if report.image is not None:
+        draw(result, curves, report.image)
     report.write(result)
 
 
 def train(
     name: str, changes: tuple[str, ...], sizes: Sizes, device: torch.device
 ) -> tuple[dict[str, Any], list[float]]:
-    """One case: its loss on batches that it has not seen, its speed and memory; and its loss at every update, nats."""
-    schedule = f"{{kind: cosine, warmup_updates: {max(1, sizes.updates // 10)}}}"
-    rates = (f"updates={sizes.updates}", f"optim.model.lr={LEARNING_RATE}", f"optim.model.schedule={schedule}")
+    """One case: its loss on batches that it has not seen, its speed and memory; and its loss at every step, nats."""
+    schedule = f"{{kind: cosine, warmup_steps: {max(1, sizes.steps // 10)}}}"
+    rates = (f"steps={sizes.steps}", f"optim.model.lr={LEARNING_RATE}", f"optim.model.schedule={schedule}")
     config = gpu_engine.load(sizes.config, sizes.samples, 1, *rates, *changes)
     gpu_clock.forget_peak(device)
     run = gpu_engine.Run.open(config)
     rule = rule_of(config)
     order, losses = torch.Generator().manual_seed(0), []
-    for update in log.progress(range(sizes.updates), name, "updates", sizes.updates):
+    for update in log.progress(range(sizes.steps), name, "steps", sizes.steps):
         if update == gpu_clock.WARM_UP:
             gpu_clock.synchronise(device)
             began = time.perf_counter()
@@ -93,16 +93,16 @@ def train(
     curve = torch.stack(losses).tolist()  # waits for the device
     seconds = time.perf_counter() - began
     order.manual_seed(1)
-    with run.players.evaluating() as nets:
+    with run.trained_nets.evaluating() as nets:
         held_out = [
             run.stage.loss("model", nets, gpu_engine.to_batch(*rule.draw(sizes.samples, order), device), 0).total.item()
             for _ in range(sizes.held_out)
         ]
     row = {
         "held_out_nats": round(float(np.mean(held_out)), 5),
-        "tokens_per_second": round(gpu_engine.tokens(config) * (sizes.updates - gpu_clock.WARM_UP) / seconds, 1),
+        "tokens_per_second": round(gpu_engine.tokens(config) * (sizes.steps - gpu_clock.WARM_UP) / seconds, 1),
         "peak_bytes": gpu_clock.peak_bytes(device),
-        "log": {key: value for key, value in run.players.numbers().items() if key != "lr"},
+        "log": {key: value for key, value in run.trained_nets.numbers().items() if key != "lr"},
         "training_nats": [round(float(np.mean(part)), 4) for part in parts(curve)],
     }
     run.close()
@@ -110,12 +110,12 @@ def train(
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """What draws tokens for a model."""
+    """What samples tokens for a model."""
     return Rule(**{key: config.model[key] for key in ("text_vocab", "text_length", "image_vocab", "grid")})
 
 
 def parts(curve: list[float]) -> list[list[float]]:
-    """`SMOOTHED` updates each."""
+    """`SMOOTHED` steps each."""
     return [curve[start : start + SMOOTHED] for start in range(0, len(curve), SMOOTHED)]
 
 
@@ -127,7 +127,7 @@ def draw(result: dict[str, Any], curves: dict[str, list[float]], path: Path) -> 
         curve = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(np.arange(len(curve)) + width, curve, linewidth=1, label=f"{name}: {held_out:.4f}")
     axes.axhline(result["least_possible_nats"], color="grey", linestyle="--", linewidth=1, label="the rule leaves open")
-    axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
+    axes.set(xlabel="steps", ylabel="loss, nats a token", yscale="log")
     axes.legend(title="loss on held-out batches", fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=90)

@@ -1,7 +1,7 @@
 """One training step of the 12-billion-parameter model on one GPU: 16-bit states, recomputed activations.
 
 8 bytes a parameter last: weights, gradients and two moments of 16 bits. The peak is the allocator's over the timed
-updates, beside what launch/plan.py predicts; what was there when all gradients were is beside the part that lasts.
+steps, beside what launch/plan.py predicts; what was there when all gradients were is beside the part that lasts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Sizes:
 
     config: str  # below configs/, without .yaml
     samples: int  # in a micro-batch
-    accumulation: int  # micro-batches an update
-    repetitions: int  # updates
+    accumulation: int  # micro-batches a step
+    repetitions: int  # steps
 
 
 FULL = Sizes("dalle/paper_12b", samples=8, accumulation=1, repetitions=5)
@@ -51,7 +51,7 @@ def measure(sizes: Sizes, device: torch.device, report: gpu_clock.Report) -> Non
             "config": sizes.config,
             "samples": sizes.samples,
             "accumulation": sizes.accumulation,
-            "updates": run.updates,
+            "steps": run.steps,
             "loss_nats": round(loss.item(), 4),
             "matrix_rate": rate,
             **clock,

@@ -1,6 +1,6 @@
-"""Captions and pictures as tokens, drawn by a rule that a transformer can learn, and the least loss it can reach.
+"""Captions and images as tokens, sampled by a rule that a transformer can learn, and the least loss it can reach.
 
-A caption is 16 words, and pads. Each word paints one of 4 x 4 tiles of the picture with four codes of its own in a
+A caption is 16 words, and pads. Each word paints one of 4 x 4 tiles of the image with four codes of its own in a
 2 x 2 pattern. Of all codes a tenth is then replaced by any code.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILES = 4  # along a side of the picture
+TILES = 4  # along a side of the image
 MOST_WORDS = 64
 NOISE = 0.1  # share of codes that are replaced
 

@@ -1,11 +1,11 @@
-"""How the cost of a token grows with the picture: grids of 16, 32 and 64 codes a side, beside the keys that it sees.
+"""How the cost of a token grows with the image: grids of 16, 32 and 64 codes a side, beside the keys that it sees.
 
     python benchmarks/growth.py
 
 A caption of 256 tokens; layers row, column, row, conv of width 256 with 8 heads; fp32, one thread. Three things are
 timed, and each is told a token: attention alone, forward and backward; a training step, in which all else costs the
-same a token; and a step of drawing, for which a token is a code of each candidate. Training takes as many samples as
-give every grid 4096 codes; 16 candidates are drawn, whole pictures. All grids take turns. Growth is that from the
+same a token; and a step of sampling, for which a token is a code of each candidate. Training takes as many samples as
+give every grid 4096 codes; 16 candidates are sampled, whole images. All grids take turns. Growth is that from the
 smallest grid, the median over repetitions, of processor time. Writes benchmarks/results/growth.json.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = {}
-    for name, of_grid in {"attention": attention, "training step": training, "drawing": drawing}.items():
+    for name, of_grid in {"attention": attention, "training step": training, "sampling": decoding}.items():
         rows[name] = compared({grid: of_grid(grid) for grid in GRIDS}, name, args.repetitions)
     result = {"repetitions": args.repetitions, **rows, **describe()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
@@ -71,7 +71,7 @@ def compared(measurements: dict[int, Measurement], name: str, repetitions: int) 
 
 
 def layout_of(grid: int) -> Layout:
-    """Of the states of a caption and a picture."""
+    """Of the states of a caption and an image."""
     return Layout(TEXT + 2, grid)
 
 
@@ -125,7 +125,7 @@ def training(grid: int) -> Measurement:
     return lambda: timed(step, samples * layout_of(grid).length), keys_seen(grid)
 
 
-def drawing(grid: int) -> Measurement:
+def decoding(grid: int) -> Measurement:
     """All codes, without choosing them."""
     net: Any = stage_of(grid).nets()["model"].eval()
     text = torch.randint(VOCABULARY, (1, TEXT))

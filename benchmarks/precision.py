@@ -4,7 +4,7 @@
     python benchmarks/precision.py transformer dvae     # only those whose names begin so
 
 Training runs the stage's loss, the engine, optimizer and average of the recipe, as launch/train.py does, on random
-pictures, captions and codes. Both precisions take turns in one process, on all cores; a figure is the median of its
+images, captions and codes. Both precisions take turns in one process, on all cores; a figure is the median of its
 rounds. "auto" is what `engine.dtype: auto` chose for the recipe here, and its gain the seconds of fp32 by those of its
 choice. Writes benchmarks/results/precision_<processor>.json, a case as soon as it is measured; those of other machines
 stay beside it. Rates are of matrix products at a net's own sizes, as the program measures them.
@@ -36,8 +36,8 @@ SECONDS = 4.0  # of measuring a case, about
 TYPES = ("fp32", "bf16")
 CANDIDATES = 16
 BIG = ["model.layers=8", "model.width=512", "model.heads=8", "model.grid=16", "model.text_length=32"]
-BIG += ["batch_samples=4", "engine.micro_batch_samples=4", "engine.activation_checkpointing=false", "engine.zero=0"]
-FULL, SMALL = "model.attention=[full]", ["engine.zero=0", "engine.micro_batch_samples=null"]
+BIG += ["global_batch_size=4", "engine.micro_batch_size=4", "engine.activation_checkpointing=false", "engine.zero=0"]
+FULL, SMALL = "model.attention=[full]", ["engine.zero=0", "engine.micro_batch_size=null"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,16 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """By name."""
-    emoji, wide = "dvae/noto_emoji_64", ("model.width=128", "batch_samples=8")
-    stem = ("model.image_size=64", "model.n_hid=64", "batch_samples=4", *SMALL)
-    base = ("model.width=384", "model.layers=6", "model.heads=6", "batch_samples=16", "model.text_width=256", *SMALL)
+    emoji, wide = "dvae/noto_emoji_64", ("model.width=128", "global_batch_size=8")
+    stem = ("model.image_size=64", "model.n_hid=64", "global_batch_size=4", *SMALL)
+    base = (
+        "model.width=384",
+        "model.layers=6",
+        "model.heads=6",
+        "global_batch_size=16",
+        "model.text_width=256",
+        *SMALL,
+    )
     return {
         "transformer_full": Case("dalle/small_256", (*BIG, FULL)),
         "transformer_sparse": Case("dalle/small_256", tuple(BIG)),
@@ -76,8 +83,8 @@ def cases() -> dict[str, Case]:
         "sample_transformer_full": Case("dalle/small_256", (*BIG, FULL), "sample"),
         "sample_transformer_sparse": Case("dalle/small_256", tuple(BIG), "sample"),
         "encode_patch": Case(emoji, what="encode"),
-        "encode_stem": Case("dvae/paper_256", (*stem, "model.image_size=256", "batch_samples=2"), "encode"),
-        "decode_stem": Case("dvae/paper_256", (*stem, "model.image_size=256", "batch_samples=2"), "decode"),
+        "encode_stem": Case("dvae/paper_256", (*stem, "model.image_size=256", "global_batch_size=2"), "encode"),
+        "decode_stem": Case("dvae/paper_256", (*stem, "model.image_size=256", "global_batch_size=2"), "decode"),
     }
 
 
@@ -152,15 +159,15 @@ def open_stage(config: RunConfig) -> Stage:
 
 
 def step_of_training(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
-    """A function that makes one update."""
+    """A function that makes one step."""
     from dalle_scale.engine import build
     from dalle_scale.train import Trainer
 
     stage = open_stage(config)
     dist.seed_everything(0, step=-1)
-    players = build.build(config, stage.nets())
-    trainer = Trainer(config, stage, players, None, None, {}, done=1_000)  # type: ignore[arg-type]
-    return partial(trainer._update, [random_batch(stage.inputs, config.batch_samples)])
+    trained_nets = build.build(config, stage.nets())
+    trainer = Trainer(config, stage, trained_nets, None, None, {}, done=1_000)  # type: ignore[arg-type]
+    return partial(trainer._update, [random_batch(stage.inputs, config.global_batch_size)])
 
 
 def step_of_sampling(case: Case, config: RunConfig, dtype: str) -> Callable[[], object]:
@@ -185,7 +192,7 @@ def step_of_coding(case: Case, config: RunConfig, dtype: str) -> Callable[[], ob
     nets = {name: net.eval().requires_grad_(False) for name, net in stage.nets().items()}
     precision.cast(nets, torch.device("cpu"), dtype)
     tokenizer = stage.tokenizer(nets)  # type: ignore[attr-defined]
-    images = random_batch(stage.inputs, config.batch_samples)["image"]
+    images = random_batch(stage.inputs, config.global_batch_size)["image"]
     codes = tokenizer.encode(images)
     return partial(tokenizer.encode, images) if case.what == "encode" else partial(tokenizer.decode, codes)
 

@@ -1,4 +1,4 @@
-"""How fast large pictures on a web server become 256-pixel shards: download.py beside img2dataset.
+"""How fast large images on a web server become 256-pixel shards: download.py beside img2dataset.
 
     python benchmarks/preprocess.py
 
@@ -28,15 +28,15 @@ import numpy as np
 import simplejpeg
 
 HEIGHT, WIDTH, QUALITY, SIZE = 1424, 1900, 90, 256
-SMALLEST, LARGEST, LEAVES = 8.0, 600.0, 4000  # radii in pixels and number of the discs in a picture
-DISTINCT = 48  # pictures on the server; urls name them in turn
+SMALLEST, LARGEST, LEAVES = 8.0, 600.0, 4000  # radii in pixels and number of the discs in an image
+DISTINCT = 48  # images on the server; urls name them in turn
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]
 IMG2DATASET = ("img2dataset==1.47.0", "setuptools<81")
 
 
 def main() -> None:
-    """Make pictures and list, let both run in turn, write the medians."""
+    """Make images and list, let both run in turn, write the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--urls", type=int, default=1200)
     parser.add_argument("--rounds", type=int, default=5)
@@ -52,10 +52,8 @@ def main() -> None:
 
     python = peer("img2dataset", *IMG2DATASET)
     shutil.rmtree(args.folder, ignore_errors=True)
-    megabytes = draw(args.folder / "pictures")
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(args.folder / "pictures")], stdout=-1, text=True
-    )
+    megabytes = draw(args.folder / "images")
+    server = subprocess.Popen([sys.executable, __file__, "--serve", str(args.folder / "images")], stdout=-1, text=True)
     assert server.stdout is not None
     write_list(args.folder / "list.csv", args.urls, port=int(server.stdout.readline()))
     commands = {"ours": ours(args.folder), "img2dataset": theirs(args.folder, str(python), args.urls)}
@@ -68,11 +66,9 @@ def main() -> None:
         server.kill()
     result = {
         "urls": args.urls,
-        "picture": f"{WIDTH} x {HEIGHT}, {megabytes:.2f} MB",
+        "image": f"{WIDTH} x {HEIGHT}, {megabytes:.2f} MB",
         "rounds": args.rounds,
-        "pictures_per_second": {
-            name: round(args.urls / statistics.median(times), 1) for name, times in seconds.items()
-        },
+        "images_per_second": {name: round(args.urls / statistics.median(times), 1) for name, times in seconds.items()},
         "ours_over_img2dataset": round(
             statistics.median(a / b for a, b in zip(seconds["img2dataset"], seconds["ours"], strict=True)), 2
         ),
@@ -120,23 +116,23 @@ def theirs(folder: Path, python: str, urls: int) -> list[str]:
 
 
 def once(command: list[str], out: Path, urls: int) -> float:
-    """Seconds of one whole run; all pictures must have come out of it."""
+    """Seconds of one whole run; all images must have come out of it."""
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    pictures = 0
+    images = 0
     for path in out.rglob("*.tar"):
         with tarfile.open(path) as tar:
-            pictures += sum(name.endswith(".jpg") for name in tar.getnames())
-    assert pictures == urls, f"{command[0]}: {pictures} of {urls} pictures\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            images += sum(name.endswith(".jpg") for name in tar.getnames())
+    assert images == urls, f"{command[0]}: {images} of {urls} images\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return seconds
 
 
 def draw(folder: Path) -> float:
-    """The pictures; returns their mean size in megabytes."""
+    """The images; returns their mean size in megabytes."""
     folder.mkdir(parents=True)
     sizes = []
     for number in range(DISTINCT):
@@ -147,7 +143,7 @@ def draw(folder: Path) -> float:
 
 
 def dead_leaves(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A picture [H, W, 3] of discs that hide each other, of all sizes alike (radii fall as r^-3), which has edges and
+    """An image [H, W, 3] of discs that hide each other, of all sizes alike (radii fall as r^-3), which has edges and
     a spectrum as photographs do (Lee, Mumford and Huang, 2001), and a camera's noise of two levels."""
     rng = np.random.default_rng(seed)
     radii = (SMALLEST**-2 - rng.random(LEAVES) * (SMALLEST**-2 - LARGEST**-2)) ** -0.5
@@ -169,13 +165,13 @@ def write_list(path: Path, urls: int, port: int) -> None:
         rows = csv.writer(file)
         rows.writerow(["url", "caption"])
         rows.writerows(
-            [f"http://127.0.0.1:{port}/{number % DISTINCT}.jpg?{number}", f"picture number {number}"]
+            [f"http://127.0.0.1:{port}/{number % DISTINCT}.jpg?{number}", f"image number {number}"]
             for number in range(urls)
         )
 
 
 def serve(folder: Path) -> None:
-    """Serve the pictures from memory on a free port, which is printed."""
+    """Serve the images from memory on a free port, which is printed."""
     files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -39,7 +39,7 @@ def ours() -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
 
 
 def theirs() -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
-    """vector-quantize-pytorch with the same settings; it updates its codebook in the forward pass."""
+    """vector-quantize-pytorch with the same settings; it steps its codebook in the forward pass."""
     from vector_quantize_pytorch import VectorQuantize
 
     quantizer = VectorQuantize(

@@ -67,19 +67,19 @@ def prepare(folder: Path) -> None:
 
     before = Path.cwd()
     os.chdir(folder)  # the demo writes below the current folder
-    steps = demo.steps(demo.Size(train_samples=TRAIN_SAMPLES, prompts=4, dvae_updates=1))
+    steps = demo.steps(demo.Size(train_samples=TRAIN_SAMPLES, prompts=4, dvae_steps=1))
     PROGRAMS.run({name: steps[name] for name in ("shards", "text_tokenizer", "dvae", "encode", "encode_valid")})
     os.chdir(before)
 
 
 def measure(folder: Path, net: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of each side's turns; the first, which allocates, is left out."""
-    batch = yaml.safe_load((ROOT / f"configs/demo/{net}.yaml").read_text())["batch_samples"]
+    batch = yaml.safe_load((ROOT / f"configs/demo/{net}.yaml").read_text())["global_batch_size"]
     with ExitStack() as stack:
         sides: dict[str, list[Training]] = {side: [] for side in SIDES}
         for side, (count, processes, threads) in SIDES.items():
             for index in range(count):
-                settings = [f"updates={(rounds + 1) * STEPS[net]}", f"batch_samples={batch // count}"]
+                settings = [f"steps={(rounds + 1) * STEPS[net]}", f"global_batch_size={batch // count}"]
                 place = folder / net / f"{side} {index}"
                 sides[side].append(stack.enter_context(Training(folder, net, place, processes, threads, settings)))
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}

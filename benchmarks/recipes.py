@@ -1,11 +1,11 @@
-"""What an autoencoder's recipe came to: how it was trained, its curves, how well pictures come back, what it draws.
+"""What an autoencoder's recipe came to: how it was trained, its curves, how well images come back, what it samples.
 
     python benchmarks/recipes.py vae/cifar10_32
     python benchmarks/recipes.py vqvae/cifar10_32 --prior dalle/vqvae_cifar10_32
     python benchmarks/recipes.py vqvae2/noto_emoji_128 --prior vqvae2_prior/noto_emoji_128_{top,bottom}
 
 after `deepspeed --num_gpus 2 launch/train.py configs/<name>.yaml` for each of these. Reads the runs that the configs
-name, evaluates the export on all held-out pictures (launch/evaluate.py) and draws samples (launch/sample.py), by the
+name, evaluates the export on all held-out images (launch/evaluate.py) and samples samples (launch/sample.py), by the
 priors where there are any. Writes benchmarks/results/recipe_<name>.json and .png.
 """
 
@@ -34,16 +34,16 @@ PAPERS = {  # bits/dim on CIFAR-10, upper bounds: van den Oord et al. 2017, sect
     "vae/cifar10_32": {"bits_per_dim_of_the_paper": 4.51, "note": "a larger net, until it converged"},
     "vqvae/cifar10_32": {
         "bits_per_dim_of_the_paper": 4.67,
-        "note": "of 8x8x10 codes a picture, ours of 8x8: the pixels alone cost more here",
+        "note": "of 8x8x10 codes an image, ours of 8x8: the pixels alone cost more here",
     },
 }
 DATA_NOTE = "a re-compressed copy of CIFAR-10 (JPEG), whose last bits differ from the original's"
-CAPTIONS, CANDIDATES, ALONE = 10, 6, 72  # prompts and pictures of each; pictures where there is no prompt
-CURVES = ("psnr_db", "bits_per_dim", "codes_used", "disc_weight")  # drawn beside the loss, where a stage has them
+CAPTIONS, CANDIDATES, ALONE = 10, 6, 72  # prompts and images of each; images where there is no prompt
+CURVES = ("psnr_db", "bits_per_dim", "codes_used", "disc_weight")  # sampled beside the loss, where a stage has them
 
 
 def main() -> None:
-    """Evaluate, draw, write."""
+    """Evaluate, sample, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a config below configs/, without .yaml")
     parser.add_argument("--prior", nargs="*", default=[], help="configs of its priors; of several levels the top first")
@@ -56,8 +56,8 @@ def main() -> None:
     out = runs[args.recipe] / "result"
     valid = str(configs[args.recipe].data.valid)
     drawers = args.prior or ([args.recipe] if configs[args.recipe].stage == "vae" else [])
-    shutil.rmtree(out / "samples", ignore_errors=True)  # sampling would go on with them, or refuse another model's
-    PROGRAMS.run(evaluation(runs, args.recipe, args.prior, valid, out) | drawing(configs, runs, drawers, valid, out))
+    shutil.rmtree(out / "samples", ignore_errors=True)  # sampling would continue with them, or refuse another model's
+    PROGRAMS.run(evaluation(runs, args.recipe, args.prior, valid, out) | decoding(configs, runs, drawers, valid, out))
     [quality] = json.loads((out / "evaluation" / "comparison.json").read_text())["exports"]
     paper = {"paper": {**PAPERS[args.recipe], "data": DATA_NOTE}} if args.recipe in PAPERS else {}
     result = {
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def evaluation(runs: dict[str, Path], recipe: str, priors: list[str], valid: str, out: Path) -> dict[str, Command]:
-    """The command that measures the export on all held-out pictures."""
+    """The command that measures the export on all held-out images."""
     options = [f"--prior={runs[name]}/export" for name in priors]
     return {
         "evaluate": PROGRAMS.python(
@@ -82,10 +82,10 @@ def evaluation(runs: dict[str, Path], recipe: str, priors: list[str], valid: str
     }
 
 
-def drawing(
+def decoding(
     configs: dict[str, RunConfig], runs: dict[str, Path], drawers: list[str], valid: str, out: Path
 ) -> dict[str, Command]:
-    """The commands that draw: from captions of held-out pictures where the model reads any, else from nothing."""
+    """The commands that sample: from captions of held-out images where the model reads any, else from nothing."""
     if not drawers:
         return {}
     options = [*(f"--model={runs[name]}/export" for name in drawers), f"--out={out}/samples"]
@@ -98,14 +98,14 @@ def drawing(
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Command, updates, seconds between the first and the last line of the log, and the last validation."""
+    """Command, steps, seconds between the first and the last line of the log, and the last validation."""
     rows = metrics(run)
     _, program, *arguments = shlex.split((run / "log").read_text().splitlines()[0])
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     valid = [row for row in rows if any(key.startswith("valid/") for key in row)][-1:]
     return {
         "command": PROGRAMS.typed(["deepspeed", "--num_gpus", "2", program, *arguments]),
-        "updates": rows[-1]["update"],
+        "steps": rows[-1]["step"],
         "seconds": round(rows[-1]["time_seconds"] - rows[0]["time_seconds"]),
         **{key: rounded(value) for row in valid for key, value in row.items() if key.startswith("valid/")},
     }
@@ -124,7 +124,7 @@ def rounded(value: Any) -> Any:
 def draw(recipe: str, runs: dict[str, Path], out: Path, path: Path) -> None:
     """Curves of every run above the reconstructions and the samples."""
     curves = [(name, key) for name, run in runs.items() for key in curve_names(run)]
-    sheets = {"held-out pictures, what comes back below each": next((out / "evaluation").glob("recon*.png"), None)}
+    sheets = {"held-out images, what comes back below each": next((out / "evaluation").glob("recon*.png"), None)}
     sheets["samples"] = (out / "samples" / "grid.png") if (out / "samples").exists() else None
     shown = {title: np.asarray(Image.open(file)) for title, file in sheets.items() if file}
     width = 4.2 * len(curves)
@@ -146,7 +146,7 @@ def draw(recipe: str, runs: dict[str, Path], out: Path, path: Path) -> None:
 
 
 def curve_names(run: Path) -> list[str]:
-    """What to draw of a run: the loss and whatever else of CURVES it has."""
+    """What to sample of a run: the loss and whatever else of CURVES it has."""
     names = {key.split("/", 1)[1] for row in metrics(run) for key in row if key.startswith(("train/", "valid/"))}
     return [name for name in ("loss", "model/loss") if name in names][:1] + [name for name in CURVES if name in names][
         :2
@@ -154,12 +154,12 @@ def curve_names(run: Path) -> list[str]:
 
 
 def curve(axes: plt.Axes, rows: list[dict[str, Any]], name: str) -> None:
-    """One measure over the updates, while training and held out."""
+    """One measure over the steps, while training and held out."""
     for part, style in (("train", "-"), ("valid", "o--")):
-        points = [(row["update"], row[f"{part}/{name}"]) for row in rows if f"{part}/{name}" in row]
+        points = [(row["step"], row[f"{part}/{name}"]) for row in rows if f"{part}/{name}" in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=part, markersize=3, linewidth=1.2)
-    axes.set_xlabel("updates")
+    axes.set_xlabel("steps")
     axes.set_ylabel(name.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

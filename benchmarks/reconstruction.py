@@ -1,4 +1,4 @@
-"""What an image tokenizer makes of pictures it has not seen: PSNR, codes used, perplexity, a grid of reconstructions.
+"""What an image tokenizer makes of images it has not seen: PSNR, codes used, perplexity, a grid of reconstructions.
 
     python benchmarks/reconstruction.py --run runs/cifar10_32/dvae --shards runs/cifar10_32/shards/valid --name cifar10
 
@@ -26,7 +26,7 @@ from dalle_scale.stages import dvae
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 12
-BATCH_SAMPLES = 60
+BATCH_SIZE = 60
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
         args.shards,
         stage.inputs,
         seed=0,
-        batch_samples=BATCH_SAMPLES,
-        micro_batch_samples=BATCH_SAMPLES,
+        global_batch_size=BATCH_SIZE,
+        micro_batch_size=BATCH_SIZE,
         rank=0,
         world_size=1,
         train=False,
@@ -65,7 +65,7 @@ def main() -> None:
     sheet.resize((sheet.width * zoom, sheet.height * zoom), 0).save(RESULTS / f"{args.name}.png", optimize=True)
     result = {
         "training": training(args.run),
-        "pictures": stream.num_samples,
+        "images": stream.num_samples,
         **{name: round(value, 4) for name, value in quality.items()},
         **describe(),
     }
@@ -74,13 +74,13 @@ def main() -> None:
 
 
 def training(run: Path) -> dict[str, object]:
-    """How the tokenizer was trained: command, updates, seconds between the first and the last line of the log."""
+    """How the tokenizer was trained: command, steps, seconds between the first and the last line of the log."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     _, program, *arguments = shlex.split((run / "log").read_text().splitlines()[0])
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     return {
         "command": Programs(ROOT).typed(["deepspeed", program, *arguments]),
-        "updates": rows[-1]["update"],
+        "steps": rows[-1]["step"],
         "seconds": round(rows[-1]["time_seconds"] - rows[0]["time_seconds"]),
     }
 

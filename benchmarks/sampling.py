@@ -1,11 +1,11 @@
-"""The 1024 codes of pictures of one caption, drawn by the transformer, beside DALLE-pytorch and a cached GPT-2.
+"""The 1024 codes of images of one caption, sampled by the transformer, beside DALLE-pytorch and a cached GPT-2.
 
     python benchmarks/sampling.py
 
 The nets of transformer.py with random weights; 1 and 16 candidates. Beside ours: DALLE-pytorch as shipped, a forward
 pass over everything for each code; and transformers' generate over a dense GPT-2 of the same size, whose keys and
-values grow by concatenation as minDALL-E's do, or lie in static memory. Ours draws with seeds that make a picture
-independent of its batch. Each side is a process of its own on one thread, in turn. DALLE-pytorch draws five of the
+values grow by concatenation as minDALL-E's do, or lie in static memory. Ours samples with seeds that make an image
+independent of its batch. Each side is a process of its own on one thread, in turn. DALLE-pytorch samples five of the
 codes, first to last, and its time is 1024 times their mean. Writes benchmarks/results/sampling.json.
 """
 
@@ -55,8 +55,8 @@ def compare(python: str, candidates: int, repetitions: int) -> dict[str, Any]:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with Sides(commands) as sides:
         for repetition in log.progress(range(repetitions + 1), f"{candidates} candidates", "rounds", repetitions + 1):
-            round_ = {name: tuple(sides.ask(name, "draw")) for name in CACHED}
-            places = [sides.ask("dalle-pytorch", f"draw {place}") for place in PLACES]
+            round_ = {name: tuple(sides.ask(name, "sample")) for name in CACHED}
+            places = [sides.ask("dalle-pytorch", f"sample {place}") for place in PLACES]
             round_["dalle-pytorch"] = tuple(GRID**2 * statistics.mean(clock) for clock in zip(*places, strict=True))
             for name, clocks in round_.items() if repetition else ():  # the first allocates
                 seconds[name].append(clocks)

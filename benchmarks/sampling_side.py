@@ -1,7 +1,7 @@
-"""One side of sampling.py: draws the codes of pictures for one caption, with random weights.
+"""One side of sampling.py: samples the codes of images for one caption, with random weights.
 
-The command line has a JSON object: side, candidates. "draw" draws all codes; of DALLE-pytorch, which takes hours, there
-is "draw N" instead: code N alone, after N others.
+The command line has a JSON object: side, candidates. "sample" samples all codes; of DALLE-pytorch, which takes hours,
+there is "sample N" instead: code N alone, after N others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_side import CODES, GRID, TEXT, WORDS, dalle_pytorch, gpt2, ours
 
 KINDS = ["row", "column", "row", "conv"]
-PLACES = (0, 255, 511, 767, 1023)  # codes that DALLE-pytorch draws
+PLACES = (0, 255, 511, 767, 1023)  # codes that DALLE-pytorch samples
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def draw_ours(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, dict[str,
     fields = {**sizes, "width": 256, "layers": len(KINDS), "heads": 8, "attention": KINDS}
     stage = dalle.Stage(dalle.Stage.Config.model_validate_json(json.dumps(fields)))
     net.store_by_columns()  # type: ignore[operator]  # as the program does when it has loaded a model
-    return net, {"draw": lambda: stage.sample({"model": net}, text, torch.arange(len(text)))}
+    return net, {"sample": lambda: stage.sample({"model": net}, text, torch.arange(len(text)))}
 
 
 def draw_gpt2(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, dict[str, Callable[[], Any]]]:
@@ -53,7 +53,7 @@ def draw_gpt2(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, dict[str,
     if asked["side"] == "static cache":
         rules["cache_implementation"] = "static"
     mask = torch.ones_like(text)
-    return net, {"draw": lambda: net.generate(text, attention_mask=mask, **rules)}  # type: ignore[operator]
+    return net, {"sample": lambda: net.generate(text, attention_mask=mask, **rules)}  # type: ignore[operator]
 
 
 def draw_dalle_pytorch(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, dict[str, Callable[[], Any]]]:
@@ -66,7 +66,7 @@ def draw_dalle_pytorch(asked: dict[str, Any], text: Tensor) -> tuple[nn.Module, 
         kept = logits.topk(logits.shape[1] // 2)  # its filter_thres of 0.5
         kept.indices.gather(1, kept.values.softmax(-1).multinomial(1))
 
-    return net, {f"draw {place}": lambda place=place: draw(place) for place in PLACES}  # type: ignore[misc]
+    return net, {f"sample {place}": lambda place=place: draw(place) for place in PLACES}  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A small transformer with 16-bit weights and states against the same in fp32, and what goes wrong in fp16.
 
     python benchmarks/sixteen_bits.py
-    python benchmarks/sixteen_bits.py --pictures cifar10_train.tar
+    python benchmarks/sixteen_bits.py --images cifar10_train.tar
 
 For each seed all cases see the same batches (captions and 8x8 colours of the toy world, or of photographs in a tar with
 a folder for each class) from the same initial weights, and the learning rate ends at 0. Two equal runs that differ in
@@ -12,10 +12,10 @@ computed in fp32 and rounded, which is what tensor cores do. "fp32 masters" is o
 `engine.dtype: bf16` builds it, with AdamW and the processor's own products.
 
 The fp16 runs have two hardships that small models do not have by themselves: the loss is divided by 256, as by
-accumulation over 256 micro-batches, and in every 60th update the gradient of one block overflows (the paper skips 5 %
-of its updates for such reasons). "one scale" multiplies the loss by one number: 2^16 at first, halved at an overflow,
-doubled after 1,000 updates without (DeepSpeed's rule). Writes benchmarks/results/sixteen_bits.json and .png, or
-sixteen_bits_pictures.json and .png.
+accumulation over 256 micro-batches, and in every 60th step the gradient of one block overflows (the paper skips 5 %
+of its steps for such reasons). "one scale" multiplies the loss by one number: 2^16 at first, halved at an overflow,
+doubled after 1,000 steps without (DeepSpeed's rule). Writes benchmarks/results/sixteen_bits.json and .png, or
+sixteen_bits_images.json and .png.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from dalle_scale.config import DataConfig, EngineConfig, OptimConfig, RunConfig
 from dalle_scale.engine import optim
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.models.transformer.model import Transformer
-from dalle_scale.nn.residual_scaling import SHORT, branches_of, cast, in_16_bits
+from dalle_scale.nn.residual_scaling import HALF, branches_of, cast, in_16_bits
 
-UPDATES, SEEDS, BATCH = 2_000, 4, 8
-PICTURES, HELD_OUT = 8_192, 256
+STEPS, SEEDS, BATCH = 2_000, 4, 8
+IMAGES, HELD_OUT = 8_192, 256
 MICRO_BATCHES, OVERFLOW_EVERY, OVERFLOWING_BLOCK = 256, 60, 2
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.96), "weight_decay": 0.045, "clip_norm": 1.0}
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,20 +82,20 @@ CASES = (
 def main() -> None:
     """Train all cases, two at a time; write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--pictures", type=Path, metavar="TAR", help="in place of the toy world")
+    parser.add_argument("--images", type=Path, metavar="TAR", help="in place of the toy world")
     which = "only these of CASES beside fp32, which is number 0; nothing is written"
     parser.add_argument("--cases", type=int, nargs="+", choices=range(1, len(CASES)), metavar="N", help=which)
     args = parser.parse_args()
     chosen = CASES if args.cases is None else [CASES[0], *(CASES[number] for number in args.cases)]
-    jobs = [(case, seed, args.updates, args.pictures) for seed in range(args.seeds) for case in chosen]
+    jobs = [(case, seed, args.steps, args.images) for seed in range(args.seeds) for case in chosen]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         runs = list(tqdm(pool.imap(run, jobs), total=len(jobs), desc="runs"))
     by_case = [runs[start :: len(chosen)] for start in range(len(chosen))]
     cases = [summary(case, mine, by_case[0]) for case, mine in zip(chosen, by_case, strict=True)]
     for row in cases:
-        numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_updates']}"
+        numbers = f"by fp32 {row['by_fp32']:7.4f} +- {row['standard_error']:6.4f}  skipped {row['skipped_steps']}"
         print(f"{row['name']:<42}{numbers}")
     if args.cases is None:
         keep(args, cases, by_case)
@@ -104,13 +104,13 @@ def main() -> None:
 def keep(args: argparse.Namespace, cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]]) -> None:
     """Write the result and the plot."""
     result = {
-        "updates": args.updates,
+        "steps": args.steps,
         "seeds": args.seeds,
         "parameters": sum(p.numel() for p in fresh_net(0).parameters()),
         "cases": cases,
         **describe(),
     }
-    name = RESULTS / ("sixteen_bits_pictures" if args.pictures else "sixteen_bits")
+    name = RESULTS / ("sixteen_bits_images" if args.images else "sixteen_bits")
     name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(cases, by_case, name.with_suffix(".png"))
 
@@ -123,16 +123,16 @@ def summary(case: Case, runs: list[dict[str, Any]], reference: list[dict[str, An
         "held_out_nats": [run["held_out_nats"] for run in runs],
         "by_fp32": round(float(np.mean(ratios)), 5),
         "standard_error": round(float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5, 5) if len(ratios) > 1 else 0.0,
-        "skipped_updates": [run["skipped_updates"] for run in runs],
+        "skipped_steps": [run["skipped_steps"] for run in runs],
         "seconds": [run["seconds"] for run in runs],
     }
 
 
 def run(job: tuple[Case, int, int, Path | None]) -> dict[str, Any]:
-    """Train one case with a seed; its curve and its loss on held-out pictures, in nats a token."""
-    case, seed, updates, pictures = job
+    """Train one case with a seed; its curve and its loss on held-out images, in nats a token."""
+    case, seed, steps, images = job
     torch.set_num_threads(1)
-    text, codes = photographs(pictures, PICTURES) if pictures else scenes(PICTURES)
+    text, codes = photographs(images, IMAGES) if images else scenes(IMAGES)
     net = fresh_net(seed)
     if case.start_rounded:
         for parameter in in_16_bits(net):
@@ -141,21 +141,19 @@ def run(job: tuple[Case, int, int, Path | None]) -> dict[str, Any]:
         cast(net, case.dtype)
     began = time.perf_counter()
     way = train_in_engine if case.engine else train
-    curve, skipped = way(net, case, seed, updates, text[HELD_OUT:], codes[HELD_OUT:])
+    curve, skipped = way(net, case, seed, steps, text[HELD_OUT:], codes[HELD_OUT:])
     with torch.no_grad(), nullcontext() if case.engine else ProductsInFp32():
         held_out = loss_of(net, text[:HELD_OUT], codes[:HELD_OUT]).item()
     return {
         "held_out_nats": round(held_out, 5),
-        "skipped_updates": skipped,
+        "skipped_steps": skipped,
         "seconds": round(time.perf_counter() - began),
         "curve": curve,
     }
 
 
-def train(
-    net: Transformer, case: Case, seed: int, updates: int, text: Tensor, codes: Tensor
-) -> tuple[list[float], int]:
-    """Losses in nats a token, and how many updates were skipped."""
+def train(net: Transformer, case: Case, seed: int, steps: int, text: Tensor, codes: Tensor) -> tuple[list[float], int]:
+    """Losses in nats a token, and how many steps were skipped."""
     short = case.dtype != "fp32"
     rules: dict[str, Any] = {"states": case.states, "rounding": case.rounding} if short else {}
     config = OptimConfig(kind="adamw16" if short else "adamw", **ADAM, **rules)
@@ -166,11 +164,11 @@ def train(
     scaler: Any = OneScale() if case.one_scale else BranchScales(net, hard, config.clip_norm)
     overflow = Overflow(net.blocks[OVERFLOWING_BLOCK]) if hard else None
     order, curve, skipped = torch.Generator().manual_seed(seed), [], 0
-    for update in range(updates):
-        optim.set_lr(optimizer, lr_factor(update, updates))
+    for step in range(steps):
+        optim.set_lr(optimizer, lr_factor(step, steps))
         rows = torch.randint(0, len(text), (BATCH,), generator=order)
         if overflow is not None:
-            overflow.now = update % OVERFLOW_EVERY == OVERFLOW_EVERY - 1
+            overflow.now = step % OVERFLOW_EVERY == OVERFLOW_EVERY - 1
         with ProductsInFp32():
             loss = loss_of(net, text[rows], codes[rows])
             (loss / divided * scaler.of_loss).backward()
@@ -190,7 +188,7 @@ def train(
 
 
 def train_in_engine(
-    net: Transformer, case: Case, seed: int, updates: int, text: Tensor, codes: Tensor
+    net: Transformer, case: Case, seed: int, steps: int, text: Tensor, codes: Tensor
 ) -> tuple[list[float], int]:
     """The same batches and learning rates through the engine that a run has."""
     from dalle_scale.engine import build  # imports deepspeed
@@ -200,16 +198,16 @@ def train_in_engine(
     config = RunConfig(
         stage="dalle",
         run="",
-        updates=updates,
-        batch_samples=BATCH,
+        steps=steps,
+        global_batch_size=BATCH,
         data=DataConfig(train=""),
         optim={"model": OptimConfig(**ADAM)},
         engine=EngineConfig(dtype=case.dtype),  # type: ignore[arg-type]
     )
     engine = build.build(config, {"model": net})["model"].engine
     order, curve = torch.Generator().manual_seed(seed), []
-    for update in range(updates):
-        optim.set_lr(engine.optimizer, lr_factor(update, updates))
+    for step in range(steps):
+        optim.set_lr(engine.optimizer, lr_factor(step, steps))
         rows = torch.randint(0, len(text), (BATCH,), generator=order)
         loss = loss_of(engine, text[rows], codes[rows])
         engine.backward(loss)
@@ -218,9 +216,9 @@ def train_in_engine(
     return curve, 0
 
 
-def lr_factor(update: int, updates: int) -> float:
-    """Of the peak, at an update counted from 0: linear over the first 100, then down to 0."""
-    return min(1.0, (update + 1) / 100) * (1 + float(np.cos(np.pi * update / updates))) / 2
+def lr_factor(step: int, steps: int) -> float:
+    """Of the peak, at a step counted from 0: linear over the first 100, then down to 0."""
+    return min(1.0, (step + 1) / 100) * (1 + float(np.cos(np.pi * step / steps))) / 2
 
 
 def flattened(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, list[Tensor]]]:
@@ -245,7 +243,7 @@ class BranchScales:
         self.scaling = Scaling([scale for scale, _ in branches_of(net)], dynamic, clip_norm)
 
     def prepare(self, groups: list[dict[str, Any]], divided: int, clip_norm: float) -> bool:
-        """Set the divisors; whether to take the update."""
+        """Set the divisors; whether to take the step."""
         self.scaling.clip_norm = clip_norm / divided  # of gradients that are so much smaller
         finite = self.scaling.finite(gradients(groups))
         taken = self.scaling.apply(groups, gradients(groups), finite, lambda tensor: tensor)
@@ -261,7 +259,7 @@ class OneScale:
         self.of_loss, self.patience, self.clean = 2.0**16, 2, 0
 
     def prepare(self, groups: list[dict[str, Any]], divided: int, clip_norm: float) -> bool:
-        """Set the divisors; whether to take the update."""
+        """Set the divisors; whether to take the step."""
         squares = [torch.linalg.vector_norm(g, dtype=torch.float32).double().square() for g, _ in gradients(groups)]
         norm = float(torch.stack(squares).sum().sqrt()) / self.of_loss * divided
         for group in groups:
@@ -303,7 +301,7 @@ class ProductsInFp32(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._overloadpacket in self.products and args[0].dtype in SHORT.values():  # type: ignore[attr-defined]
+        if func._overloadpacket in self.products and args[0].dtype in HALF.values():  # type: ignore[attr-defined]
             wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
             return func(*wide, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
@@ -323,13 +321,13 @@ def loss_of(net: Any, text: Tensor, codes: Tensor) -> Tensor:
 
 
 def draw(cases: list[dict[str, Any]], by_case: list[list[dict[str, Any]]], file: Path) -> None:
-    """A curve for each case: mean over seeds and 50 updates."""
+    """A curve for each case: mean over seeds and 50 steps."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for row, runs in zip(cases, by_case, strict=True):
         curve = np.convolve(np.mean([run["curve"] for run in runs], axis=0), np.ones(50) / 50, mode="valid")
         axes.plot(np.arange(len(curve)) + 50, curve, linewidth=1, label=f"{row['name']}: {row['by_fp32']:.4f}")
-    axes.set(xlabel="updates", ylabel="loss, nats a token", yscale="log")
-    axes.legend(title="loss on held-out pictures, by that of fp32", fontsize=8)
+    axes.set(xlabel="steps", ylabel="loss, nats a token", yscale="log")
+    axes.legend(title="loss on held-out images, by that of fp32", fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=90)
 

@@ -1,8 +1,8 @@
-"""Steps of training on two machines that a slow link joins, with exact means of gradients and with compressed ones.
+"""Steps of training on two nodes that a slow link joins, with exact means of gradients and with compressed ones.
 
     sudo python benchmarks/slow_link.py
 
-The machines are network namespaces on this one, joined by a pair of virtual cards whose rate `tc` (tbf) limits in both
+The nodes are network namespaces on this one, joined by a pair of virtual cards whose rate `tc` (tbf) limits in both
 directions; each starts deepspeed's launcher as docs/cluster.md has it without ssh. Exact and compressed steps take
 turns at every rate, in the same two processes (slow_link_side.py), one thread each. First the link itself is timed with
 a bare connection: a rate that it does not have ends the program. Needs root, `ip` and `tc`. Writes
@@ -55,14 +55,14 @@ def main() -> None:
 
 
 def measure(plan: dict[str, Any]) -> dict[str, Any]:
-    """What rank 0 of the two machines has written. plan: for slow_link_side.py."""
-    with tempfile.TemporaryDirectory() as name, two_machines() as machines:
+    """What rank 0 of the two nodes has written. plan: for slow_link_side.py."""
+    with tempfile.TemporaryDirectory() as name, two_nodes() as nodes:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps(plan))
         (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
         processes = []
         try:
-            for rank, machine in enumerate(machines):
+            for rank, machine in enumerate(nodes):
                 processes.append(subprocess.Popen(command(folder, rank, machine), env=environment()))
             while None in [process.poll() for process in processes] and not any(p.returncode for p in processes):
                 time.sleep(0.2)
@@ -71,13 +71,13 @@ def measure(plan: dict[str, Any]) -> dict[str, Any]:
                 process.terminate()  # the launcher passes it on
                 process.wait()
         if any(process.returncode for process in processes):
-            raise UserError(f"the machines ended with exit codes {[process.returncode for process in processes]}")
+            raise UserError(f"the nodes ended with exit codes {[process.returncode for process in processes]}")
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return found
 
 
 def command(folder: Path, rank: int, machine: str) -> list[str]:
-    """The launcher of one machine."""
+    """The launcher of one node."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--hostfile", str(folder / "hosts"), "--no_ssh"]
     place = ["--node_rank", str(rank), "--master_addr", ADDRESSES[0], "--master_port", "29500"]
     return ["ip", "netns", "exec", machine, *launcher, *place, str(HERE / "slow_link_side.py"), str(folder)]
@@ -89,7 +89,7 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def two_machines() -> Iterator[list[str]]:
+def two_nodes() -> Iterator[list[str]]:
     """Names of two network namespaces with a card each, joined by a link of any rate. They go with their names."""
     names = [f"dalle-scale-{os.getpid()}-{rank}" for rank in range(2)]
     try:

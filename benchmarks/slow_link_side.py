@@ -1,7 +1,7 @@
-"""One machine of slow_link.py: one rank, in a network namespace of its own. Limits its end of the link, and trains.
+"""One node of slow_link.py: one rank, in a network namespace of its own. Limits its end of the link, and trains.
 
-A transformer on random codes: fp32, ZeRO 1 inside the machine, which is this one rank. Two engines of the same net take
-steps in turn: `exact` averages its gradients between the machines as they are, `compressed` with PowerSGD.
+A transformer on random codes: fp32, ZeRO 1 inside the node, which is this one rank. Two engines of the same net take
+steps in turn: `exact` averages its gradients between the nodes as they are, `compressed` with PowerSGD.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dalle_scale.types import Batch, Nets, Stage, UserError
 
 SHARE = 0.15  # of the bytes of the matrices that compression leaves, as in the paper (App. E.2)
 MODEL = {"text_length": 0, "image_vocab": 1024, "grid": 8, "width": 384, "layers": 6, "heads": 6, "conv_kernel": 5}
-BATCH_SAMPLES = 4
+BATCH_SIZE = 4
 TREE = {
     "stage": "dalle",
     "run": "none",
-    "updates": 1_000_000,
-    "batch_samples": BATCH_SAMPLES,
+    "steps": 1_000_000,
+    "global_batch_size": BATCH_SIZE,
     "model": MODEL,
     "data": {"train": "none"},
     "optim": {"model": {"lr": 1e-4, "betas": [0.9, 0.96], "eps": 1e-6, "weight_decay": 0.045, "clip_norm": 4.0}},
-    "engine": {"zero": 1, "machines": 2, "dtype": "fp32"},
+    "engine": {"zero": 1, "nodes": 2, "dtype": "fp32"},
 }
 TOLERANCE = 0.1  # of the rate that the link should have; headers take 5 %
 PROBE_SECONDS, PROBE_BYTES = 1.0, 256 * 2**20  # of the bare connection: at a rate, without one
@@ -75,11 +75,11 @@ class Link:
             UserError: not the rate that the link should have.
         """
         count = int(PROBE_SECONDS * rate_mbps * 1e6 / 8) or PROBE_BYTES
-        turns = [self._send if dist.rank() == sender else self._receive for sender in range(2)]
-        found = [max(turn(count) for _ in range(ROUNDS)) for turn in turns]
+        nets_to_update = [self._send if dist.rank() == sender else self._receive for sender in range(2)]
+        found = [max(net_name(count) for _ in range(ROUNDS)) for net_name in nets_to_update]
         for mbps in found:
             if rate_mbps and not (1 - TOLERANCE) * rate_mbps <= mbps <= (1 + TOLERANCE) * rate_mbps:
-                raise UserError(f"the link carries {mbps:.0f} Mbit/s, {rate_mbps} were set; is the machine too busy?")
+                raise UserError(f"the link carries {mbps:.0f} Mbit/s, {rate_mbps} were set; is the node too busy?")
         return [round(mbps, 1) for mbps in found]
 
     def _send(self, count: int) -> float:
@@ -103,33 +103,33 @@ class Link:
 
 @dataclass
 class Side:
-    """One of the two engines, and what its steps took, on the slower machine each."""
+    """One of the two engines, and what its steps took, on the slower node each."""
 
     stage: Stage
-    players: build.Players
-    updates: int = 0
+    trained_nets: build.TrainedNets
+    steps: int = 0
     seconds: list[float] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
 
     def step(self, batch: Batch, link: Link) -> None:
-        """One timed update, as `train.Trainer` has it."""
+        """One timed step, as `train.Trainer` has it."""
         dist.barrier()
         sent, began, used = link.sent_bytes(), time.perf_counter(), time.process_time()
-        player = self.players["model"]
-        with self.players.turn("model") as nets:
-            player.backward(self.stage.loss("model", nets, batch, self.updates).total)
-        player.step(self.updates)
+        trained_net = self.trained_nets["model"]
+        with self.trained_nets.updating("model") as nets:
+            trained_net.backward(self.stage.loss("model", nets, batch, self.steps).total)
+        trained_net.step(self.steps)
         took = torch.tensor([time.perf_counter() - began, time.process_time() - used], dtype=torch.float64)
         self.wire_bytes.append(link.sent_bytes() - sent)
         seconds, processor_seconds = dist.all_reduce(took, "max").tolist()
         self.seconds.append(seconds)
         self.processor_seconds.append(processor_seconds)
-        self.updates += 1
+        self.steps += 1
 
     def mib_averaged(self) -> float:
-        """What this rank gives to collectives between machines in an update; a ring of two sends as much."""
-        return self.players.numbers()["between_machines_mib"] / self.updates
+        """What this rank gives to collectives between nodes in a step; a ring of two sends as much."""
+        return self.trained_nets.numbers()["between_nodes_mib"] / self.steps
 
     def take(self) -> dict[str, Any]:
         """The steps since the last call, but for the first, which also fills the link's queues."""
@@ -148,7 +148,7 @@ def main() -> None:
     rank, left = paper_rank(stage.nets(), config)
     sides = {"exact": open_side(config, stage, 0), "compressed": open_side(config, stage, rank)}
     generator = torch.Generator().manual_seed(dist.rank())
-    shape = (BATCH_SAMPLES // 2, MODEL["grid"] ** 2)
+    shape = (BATCH_SIZE // 2, MODEL["grid"] ** 2)
     batch = {"codes": torch.randint(MODEL["image_vocab"], shape, generator=generator), "weight": torch.ones(shape[0])}
     link, links = Link.open(plan["card"]), []
     for rate in plan["rates_mbps"]:
@@ -160,8 +160,8 @@ def main() -> None:
         links.append({"measured_mbps": measured} | {name: side.take() for name, side in sides.items()})
     result = {
         "model": MODEL,
-        "parameters": sum(p.numel() for p in sides["exact"].players["model"].module.parameters()),
-        "batch_samples": BATCH_SAMPLES,
+        "parameters": sum(p.numel() for p in sides["exact"].trained_nets["model"].module.parameters()),
+        "global_batch_size": BATCH_SIZE,
         "compression_rank": rank,
         "share_of_matrices_left": round(left, 4),
         "mib_averaged": {name: round(side.mib_averaged(), 2) for name, side in sides.items()},

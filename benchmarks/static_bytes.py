@@ -1,8 +1,8 @@
-"""Bytes that a rank holds for each parameter between two updates, gradients included, counted from live tensors.
+"""Bytes that a rank holds for each parameter between two steps, gradients included, counted from live tensors.
 
     python benchmarks/static_bytes.py
 
-A transformer of 13 million parameters (4 % of them in fp32) takes one update and the backward pass of a second; then
+A transformer of 13 million parameters (4 % of them in fp32) takes one step and the backward pass of a second; then
 the storages of all tensors are counted once each, whoever holds them, and once more at the widest point of the
 optimizer step. 16-bit states (`adamw16`) beside fp32 masters and moments, at ZeRO 1 to 3 on one rank and two, by the
 real launcher. Writes benchmarks/results/static_bytes.json.
@@ -57,7 +57,7 @@ def main() -> None:
 def rank(kind: str, zero: int, path: Path) -> None:
     """On each rank: train and count; rank 0 writes."""
     build.start()
-    tree = {"stage": "dalle", "run": "none", "updates": 10, "batch_samples": 2 * dist.world_size(), "model": MODEL}
+    tree = {"stage": "dalle", "run": "none", "steps": 10, "global_batch_size": 2 * dist.world_size(), "model": MODEL}
     tree |= {"data": {"train": "none"}, "optim": {"model": {"kind": kind, "lr": 1e-3}}}
     tree |= {"engine": {"zero": zero, "dtype": "bf16"}}
     config = configs.parse(RunConfig, tree, where="static_bytes.py")
@@ -66,16 +66,16 @@ def rank(kind: str, zero: int, path: Path) -> None:
     count = sum(parameter.numel() for parameter in plain.parameters())
     planned = memory.estimate(plain, config, "model", dist.world_size())
     del plain
-    players = open_side(config, stage, 0).players
+    trained_nets = open_side(config, stage, 0).trained_nets
     batch = {"codes": torch.zeros(2, MODEL["grid"] ** 2, dtype=torch.int64), "weight": torch.ones(2)}
     widest: list[int] = []
     register_optimizer_step_pre_hook(lambda *_: widest.append(live_bytes()))
     for update in range(2):
-        with players.turn("model") as nets:
-            players["model"].backward(stage.loss("model", nets, batch, update).total)
+        with trained_nets.updating("model") as nets:
+            trained_nets["model"].backward(stage.loss("model", nets, batch, update).total)
         held = live_bytes()
         widest.clear()
-        players["model"].step(update)
+        trained_nets["model"].step(update)
     row = {
         "kind": kind,
         "zero": zero,

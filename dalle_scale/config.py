@@ -20,10 +20,10 @@ from dalle_scale.types import StrictModel, UserError
 Model = TypeVar("Model", bound=BaseModel)
 
 RENAMED: dict[str, str] = {  # keys of 0.1 -> keys of today; of no effect where a section has no such key
-    "updates": "steps",
-    "batch_samples": "global_batch_size",
-    "micro_batch_samples": "micro_batch_size",
-    "machines": "nodes",
+    "steps": "steps",
+    "global_batch_size": "global_batch_size",
+    "micro_batch_size": "micro_batch_size",
+    "nodes": "nodes",
 }
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -39,14 +39,14 @@ DataSource = str | tuple[SourceConfig, ...]
 
 
 class DataConfig(StrictModel):
-    """Where samples come from and how they are read."""
+    """Data sets and how they are read."""
 
     # folder with a manifest, written by data_tools/build_shards.py or launch/encode.py; or a list of {path, weight}
     train: DataSource
     valid: str | None = None  # the same, held out
     text_tokenizer: str | None = None  # sentencepiece .model file, or a folder / name of a Hugging Face tokenizer
     workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in this process
-    threads: int = Field(default=1, ge=1)  # that decode pictures in each of them
+    threads: int = Field(default=1, ge=1)  # that decode images in each of them
     window_shards: int = Field(default=16, gt=0)  # samples are shuffled among so many shards at a time
     cache: str | None = None  # folder that remote shards are fetched to; the processes of a machine share it
     cache_gib: float = Field(default=100.0, gt=0)  # its largest size
@@ -54,15 +54,15 @@ class DataConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """Learning rate as a factor of its peak, a function of the update number (plateau: and of the losses so far)."""
+    """Learning rate as a factor of its peak, a function of the step number (plateau: and of the losses so far)."""
 
     kind: Literal["constant", "cosine", "plateau"] = "constant"
-    warmup_updates: int = Field(default=0, ge=0)  # linear from 0
-    decay_updates: int | None = Field(default=None, gt=0)  # cosine: ends at `final_factor`; None = at the last update
+    warmup_steps: int = Field(default=0, ge=0)  # linear from 0
+    decay_steps: int | None = Field(default=None, gt=0)  # cosine: ends at `final_factor`; None = at the last step
     final_factor: float = Field(default=0.0, ge=0, le=1)
     # plateau (arXiv 2102.12092, Sec. 2.3 does not give the criterion): halve when the mean training loss of a window
     # is not lower than the best window's by `plateau_margin`, at most `plateau_halvings` times
-    plateau_window_updates: int = Field(default=10_000, gt=0)
+    plateau_window_steps: int = Field(default=10_000, gt=0)
     plateau_margin: float = Field(default=0.001, ge=0)
     plateau_halvings: int = Field(default=5, ge=0)
 
@@ -78,7 +78,7 @@ class OptimConfig(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    # adamw16: moments as in the DALL-E paper (1-6-9, 0-6-10), in bf16 or in fp32; how small updates reach the weights
+    # adamw16: moments as in the DALL-E paper (1-6-9, 0-6-10), in bf16 or in fp32; how small steps reach the weights
     states: Literal["paper", "bf16", "fp32"] = "paper"
     rounding: Literal["stochastic", "compensated", "nearest"] = "stochastic"
     variance_clip: float = Field(default=5.0, gt=0)  # largest second moment
@@ -88,26 +88,26 @@ class OptimConfig(StrictModel):
 
 
 class EngineConfig(StrictModel):
-    """How the work is spread and in which precision."""
+    """Parallelism and precision."""
 
     zero: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO stage
     # auto: bf16 where the matrices of these nets multiply 1.5 times as fast in it as in fp32, else fp32
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    micro_batch_samples: int | None = Field(default=None, gt=0)  # per rank and backward; None = batch / world size
+    micro_batch_size: int | None = Field(default=None, gt=0)  # per rank and backward; None = batch / world size
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     # ZeRO spans the ranks of one of so many machines of equal size; gradients are averaged between machines on top
-    machines: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
     compression_rank: int = Field(default=0, ge=0)  # of PowerSGD between machines; 0 = exact means
 
 
 class LogConfig(StrictModel):
-    """Cadences, in updates; 0 = never."""
+    """Cadences, in steps; 0 = never."""
 
     every: int = Field(default=10, ge=1)
     preview_every: int = Field(default=0, ge=0)
     valid_every: int = Field(default=0, ge=0)
     valid_samples: int = Field(default=512, gt=0)
-    save_every: int = Field(default=0, ge=0)  # the last update is always saved
+    save_every: int = Field(default=0, ge=0)  # the last step is always saved
     keep: int = Field(default=2, gt=0)  # checkpoints kept
     wandb: str | None = None  # project name; needs `pip install wandb`
 
@@ -118,8 +118,8 @@ class RunConfig(StrictModel):
     stage: str
     run: str  # folder of everything the run writes
     seed: int = 0
-    updates: int = Field(gt=0)  # optimizer steps in all
-    batch_samples: int = Field(gt=0)  # global batch
+    steps: int = Field(gt=0)  # optimizer steps in all
+    global_batch_size: int = Field(gt=0)  # global batch
     model: dict[str, Any] = Field(default_factory=dict)  # the stage's own Config
     tokenizer: str | None = None  # export of the image tokenizer below this stage
     data: DataConfig
@@ -127,28 +127,28 @@ class RunConfig(StrictModel):
     engine: EngineConfig = EngineConfig()
     log: LogConfig = LogConfig()
 
-    def micro_batch_samples(self, world_size: int) -> int:
+    def micro_batch_size(self, world_size: int) -> int:
         """Samples of one rank in one backward pass.
 
         Raises:
             UserError: the batch does not divide by world size and micro-batch.
         """
-        if self.batch_samples % world_size:
+        if self.global_batch_size % world_size:
             raise UserError(
-                f"batch_samples: {self.batch_samples} does not divide by the world size {world_size}; "
+                f"global_batch_size: {self.global_batch_size} does not divide by the world size {world_size}; "
                 f"take a multiple of {world_size} or another number of processes"
             )
-        micro = self.engine.micro_batch_samples or self.batch_samples // world_size
-        if self.batch_samples % (micro * world_size):
+        micro = self.engine.micro_batch_size or self.global_batch_size // world_size
+        if self.global_batch_size % (micro * world_size):
             raise UserError(
-                f"engine.micro_batch_samples: batch_samples {self.batch_samples} does not divide by micro-batch "
-                f"{micro} x world size {world_size}; take a divisor of {self.batch_samples // world_size}"
+                f"engine.micro_batch_size: global_batch_size {self.global_batch_size} does not divide by micro-batch "
+                f"{micro} x world size {world_size}; take a divisor of {self.global_batch_size // world_size}"
             )
         return micro
 
     def accumulation(self, world_size: int) -> int:
-        """Backward passes per update."""
-        return self.batch_samples // (self.micro_batch_samples(world_size) * world_size)
+        """Backward passes per step."""
+        return self.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -253,6 +253,21 @@ def _numbers_from_strings(value: Any) -> Any:
     return value
 
 
+RENAMED = {  # last part of a key of 0.1 -> its name since 0.2
+    "updates": "steps",
+    "batch_samples": "global_batch_size",
+    "micro_batch_samples": "micro_batch_size",
+    "machines": "nodes",
+    "sample_steps": "sampling_steps",
+    "preview_steps": "preview_sampling_steps",
+    "bound_steps": "bound_timesteps",
+    **{
+        f"{name}_updates": f"{name}_steps"
+        for name in ("warmup", "decay", "plateau_window", "beta", "beta_warmup", "tau", "discriminator_warmup")
+    },
+}
+
+
 def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """A hint naming the closest known key of the section that `location` points into."""
     fields = model.model_fields
@@ -264,5 +279,7 @@ def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
             fields = inner.model_fields
     if (renamed := RENAMED.get(str(location[-1]))) in fields:
         return f"it is called '{renamed}' since 0.2"
+    if RENAMED.get(str(location[-1])) in fields:
+        return f"it is called '{RENAMED[str(location[-1])]}' since 0.2"
     near = difflib.get_close_matches(str(location[-1]), list(fields), n=1, cutoff=0.4)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"

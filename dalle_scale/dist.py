@@ -32,7 +32,7 @@ def shared_memory() -> Any:
     return _shared_memory
 
 
-def _joined() -> Any:
+def _shared_group() -> Any:
     """torch.distributed, if the process group exists."""
     module = sys.modules.get("torch.distributed")
     return module if module and module.is_available() and module.is_initialized() else None
@@ -40,13 +40,13 @@ def _joined() -> Any:
 
 def rank() -> int:
     """This process's number among all of them; from the launcher's environment before the group exists."""
-    group = _joined()
+    group = _shared_group()
     return int(group.get_rank() if group else os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """Number of processes of the job."""
-    group = _joined()
+    group = _shared_group()
     return int(group.get_world_size() if group else os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -57,7 +57,7 @@ def local_rank() -> int:
 
 def is_joined() -> bool:
     """Whether the process group exists."""
-    return _joined() is not None
+    return _shared_group() is not None
 
 
 def is_main() -> bool:
@@ -76,7 +76,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if group := _joined():
+    if group := _shared_group():
         group.barrier()
 
 
@@ -90,7 +90,7 @@ def join() -> None:
 
 def leave() -> None:
     """Wait for all ranks and end the process group: gloo's threads abort a process whose interpreter goes first."""
-    if group := _joined():
+    if group := _shared_group():
         gc.collect()  # what still holds the group keeps its threads
         group.barrier()  # until all are here, each says by its lock on the shared memory that it lives
         use_shared_memory(None)
@@ -99,7 +99,7 @@ def leave() -> None:
 
 def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     """Reduce `tensor` over all ranks in place ("sum", "max", "mean") and return it."""
-    group = _joined()
+    group = _shared_group()
     if group and world_size() > 1:
         if _shared_memory is not None and tensor.device.type == "cpu":
             _shared_memory.all_reduce(tensor, op)
@@ -112,7 +112,7 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
 
 def all_gather(rows: Tensor, tensor: Tensor) -> Tensor:
     """Write every rank's `tensor` into its row of `rows` [ranks, ...], both contiguous, and return these."""
-    if group := _joined():
+    if group := _shared_group():
         group.all_gather_into_tensor(rows.view(-1), tensor.view(-1))
     else:
         rows.copy_(tensor)
@@ -121,7 +121,7 @@ def all_gather(rows: Tensor, tensor: Tensor) -> Tensor:
 
 def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     """Give every rank the values of rank `source`, in place."""
-    group = _joined()
+    group = _shared_group()
     if group and world_size() > 1:
         group.broadcast(tensor, src=source)
     return tensor
@@ -132,7 +132,7 @@ def seed_everything(seed: int, step: int) -> None:
     import torch
 
     number = (seed * 1_000_003 + step) % (1 << 63)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond, and this runs in every update
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond, and this runs in every step
     if device().type == "cuda":
         torch.cuda.manual_seed(number)
 
@@ -140,7 +140,7 @@ def seed_everything(seed: int, step: int) -> None:
 def sum_on_host(values: Sequence[float]) -> list[float]:
     """Sum each of a few numbers over all ranks without touching the device: what the host decides on in every step."""
     global _host_group
-    group = _joined()
+    group = _shared_group()
     if not group or world_size() == 1:
         return list(values)
     import torch

@@ -1,4 +1,4 @@
-"""What a run tells: one console line a cadence with rate and time left, `metrics.jsonl`, TensorBoard, pictures.
+"""Logs of a run: one console line a cadence with rate and time left, `metrics.jsonl`, TensorBoard, images.
 
 Only rank 0 writes. Also `progress` for every other program and `guarded`, which turns a `UserError` into one line
 and exit code 2.
@@ -63,19 +63,19 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             print(f"error on rank {dist.rank()}: {error}", file=sys.stderr, flush=True)
         exit_code = 2
     except Exception:
-        rank_log.blame()
+        rank_log.report_failure()
         traceback.print_exc()
         exit_code = 1
     rank_log.close(exit_code)
     sys.exit(exit_code)
 
 
-def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """uint8 images [N, 3, H, W] as one picture, `columns` a row, white between."""
-    n, _, height, width = images.shape
+def grid(batch: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """uint8 images [N, 3, H, W] as one image, `columns` a row, white between."""
+    n, _, height, width = batch.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
+    for index, image in enumerate(batch.cpu().permute(0, 2, 3, 1).numpy()):
         y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
         sheet[y : y + height, x : x + width] = image
     return Image.fromarray(sheet)
@@ -84,7 +84,7 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 class Log:
     """The run's journal in `folder`: `metrics.jsonl`, TensorBoard events, `previews/`."""
 
-    def __init__(self, folder: str | Path, updates: int, wandb_project: str | None = None) -> None:
+    def __init__(self, folder: str | Path, steps: int, wandb_project: str | None = None) -> None:
         self.folder = Path(folder)
         self._bar: tqdm[Any] | None = None
         self._wandb: Any = None
@@ -95,36 +95,36 @@ class Log:
 
         self._events = SummaryWriter(str(self.folder / "tensorboard"))
         self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._bar = tqdm(total=updates, unit=" updates", desc=self.folder.name, mininterval=0.5, dynamic_ncols=True)
+        self._bar = tqdm(total=steps, unit=" steps", desc=self.folder.name, mininterval=0.5, dynamic_ncols=True)
         if wandb_project:
             self._wandb = _open_wandb(wandb_project, self.folder)
 
-    def advance(self, update: int) -> None:
-        """Move the progress bar to `update`."""
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self._bar is not None:
-            self._bar.update(update - self._bar.n)
+            self._bar.update(step - self._bar.n)
 
-    def metrics(self, update: int, values: dict[str, float]) -> None:
-        """Record numbers of one update: a line of metrics.jsonl, TensorBoard, and the bar."""
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Record numbers of one step: a line of metrics.jsonl, TensorBoard, and the bar."""
         if self._bar is None:
             return
-        self._metrics.write(json.dumps({"update": update, "time_seconds": round(time.time(), 3), **values}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "time_seconds": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, update)
+            self._events.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(values, step=update)
+            self._wandb.log(values, step=step)
         shown = {name.removeprefix("train/"): f"{value:.4g}" for name, value in list(values.items())[:4]}
         self._bar.set_postfix(shown, refresh=False)
 
-    def pictures(self, update: int, pictures: dict[str, Tensor]) -> None:
-        """Save each uint8 [N, 3, H, W] as `previews/<name>_<update>.png` and to TensorBoard."""
+    def images(self, step: int, images: dict[str, Tensor]) -> None:
+        """Save each uint8 [N, 3, H, W] as `previews/<name>_<step>.png` and to TensorBoard."""
         if self._bar is None:
             return
         (self.folder / "previews").mkdir(exist_ok=True)
-        for name, images in pictures.items():
-            sheet = grid(images, columns=8)
-            sheet.save(self.folder / "previews" / f"{name}_{update:07d}.png")
-            self._events.add_image(name, np.asarray(sheet), update, dataformats="HWC")
+        for name, batch in images.items():
+            sheet = grid(batch, columns=8)
+            sheet.save(self.folder / "previews" / f"{name}_{step:07d}.png")
+            self._events.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything."""

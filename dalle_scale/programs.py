@@ -19,7 +19,7 @@ Command = list[str]
 
 
 def processes() -> int:
-    """How many train a small net here: two where there are two GPUs or, without a GPU, two CPU cores.
+    """Number of processes for a small net here: two where there are two GPUs or, without a GPU, two CPU cores.
 
     On two cores they are faster than one process, also than one of two threads (benchmarks/ranks.py).
     """
@@ -63,6 +63,6 @@ class Programs:
             start = time.perf_counter()
             code = subprocess.run(command).returncode
             if code:
-                raise UserError(f"the step '{name}' failed with exit code {code}; what it said stands above")
+                raise UserError(f"the step '{name}' failed with exit code {code}; its output stands above")
             seconds[name] = round(time.perf_counter() - start, 1)
         return {**seconds, "total": round(sum(seconds.values()), 1)}

@@ -52,11 +52,11 @@ def watch() -> None:
         _current.watch()
 
 
-def blame() -> None:
+def report_failure() -> None:
     """Called with an exception in flight. If another rank has gone, that is the reason: name it and end this process
     with its exit code, or 1 if it was killed. Else return."""
     if _current:
-        _current.blame(PATIENCE_SECONDS)
+        _current.report_failure(PATIENCE_SECONDS)
 
 
 def close(exit_code: int) -> None:
@@ -78,7 +78,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Death:
+class RankFailure:
     """A rank that has gone before its work was done."""
 
     peer: Peer
@@ -105,7 +105,7 @@ class RankLog:
         self._consoles = (self._copy(sys.stdout, 1), self._copy(sys.stderr, 2))
         sys.stdout, sys.stderr = (_Tee(console, self._file) for console in self._consoles)
         self._neighbours: list[Peer] = []
-        self._note: Path | None = None  # exists once the death of a rank has been told
+        self._note: Path | None = None  # exists once the failure of a rank has been reported
         self._thread: threading.Thread | None = None
         self._closed, self._telling = threading.Event(), threading.Lock()
 
@@ -156,36 +156,36 @@ class RankLog:
             console.close()
         self._file.close()
 
-    def blame(self, patience_seconds: float) -> None:
-        """See `blame` above."""
+    def report_failure(self, patience_seconds: float) -> None:
+        """See `report_failure` above."""
         if not self._thread:
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends everyone now; first the word
         until = time.monotonic() + patience_seconds
-        while not (deaths := self._deaths()) and not self._is_told() and time.monotonic() < until:
+        while not (failures := self._failures()) and not self._is_told() and time.monotonic() < until:
             time.sleep(0.05)
-        if deaths or self._is_told():
+        if failures or self._is_told():
             self._file.write(traceback.format_exc())
-            self._end(deaths)
+            self._end(failures)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM outside the training loop: say whose death is the reason, if one is, and die."""
-        self.blame(0)
+        self.report_failure(0)
         os.kill(os.getpid(), number)
 
     def _look(self) -> None:
         """The thread: find out about a death although the main thread hangs."""
         while not self._closed.wait(POLL_SECONDS):
-            deaths = self._deaths()
-            if deaths or self._is_told():
+            failures = self._failures()
+            if failures or self._is_told():
                 if self._closed.wait(GRACE_SECONDS):
                     return
-                self._end(deaths)
+                self._end(failures)
 
-    def _deaths(self) -> list[Death]:
+    def _failures(self) -> list[RankFailure]:
         """Ranks of this machine that have gone and did not end well."""
-        deaths = []
+        failures = []
         for peer in self._neighbours:
             if _is_running(peer):
                 continue
@@ -201,31 +201,31 @@ class RankLog:
             else:
                 how = f"ended with exit code {os.WEXITSTATUS(status)} before its work was done"
             if code != 0:
-                deaths.append(Death(peer, how, code or 1))
-        return deaths
+                failures.append(RankFailure(peer, how, code or 1))
+        return failures
 
     def _is_told(self) -> bool:
         return self._note is not None and self._note.exists()
 
-    def _end(self, deaths: list[Death]) -> NoReturn:
+    def _end(self, failures: list[RankFailure]) -> NoReturn:
         """Name the dead, if nobody has, and end this process at once: what it would wait for does not come."""
         with self._telling:
-            if deaths and self._is_first():
-                for death in deaths:
-                    path, peer = self._path(death.peer.rank), death.peer
+            if failures and self._is_first():
+                for failure in failures:
+                    path, peer = self._path(failure.peer.rank), failure.peer
                     who = f"rank {peer.rank} (host {peer.host}, pid {peer.pid})"
                     last = "".join(f"\n    {line}" for line in _tail(path, LAST_LINES))
                     with suppress(OSError):  # nobody reads the console any more
-                        print(f"error: {who} {death.how}; the end of {path}:{last}", file=sys.stderr, flush=True)
+                        print(f"error: {who} {failure.how}; the end of {path}:{last}", file=sys.stderr, flush=True)
             for child in multiprocessing.active_children():
                 child.terminate()
-            code = max((death.exit_code for death in deaths), default=1)
+            code = max((failure.exit_code for failure in failures), default=1)
             self._flush()
             self._file.write(_last_line(os.getpid(), code) + "\n")
             os._exit(code)
 
     def _is_first(self) -> bool:
-        """Whether nobody has told before. Then nobody else will."""
+        """Whether nobody has reported before. Then nobody else will."""
         assert self._note is not None
         try:
             self._note.touch(exist_ok=False)
@@ -259,7 +259,7 @@ class _Tee:
 
 @dataclass(frozen=True)
 class _Process:
-    """What Linux says of a process."""
+    """Linux's record of a process."""
 
     started: int  # clock ticks after boot
     ended: bool  # though its parent does not know yet
@@ -282,7 +282,7 @@ def _is_running(peer: Peer) -> bool:
 
 
 def _logged_exit_code(path: Path, pid: int) -> int | None:
-    """What a process has written at the end of its log; None if it was ended from outside."""
+    """Exit code at the end of a process's log; None if it was ended from outside."""
     begin = _last_line(pid, "")
     codes = [int(line.removeprefix(begin)) for line in _tail(path, LAST_LINES) if line.startswith(begin)]
     return codes[-1] if codes else None

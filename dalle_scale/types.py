@@ -182,7 +182,7 @@ class Evaluable(Protocol):
     in_bytes: bool  # its bound `elbo_bits_per_dim`, if it has one, is of images of bytes
 
     def evaluate(self, batches: Iterable[Batch], /) -> dict[str, float]:
-        """Numbers over all samples of all ranks (a collective)."""
+        """Results over all samples of all ranks (a collective)."""
         ...
 
 

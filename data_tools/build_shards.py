@@ -11,7 +11,7 @@ A SOURCE is one of
 
 Writes <out>/train and, with --valid-share, <out>/valid: samples go there by a hash of their name. Every input ends
 either in a shard or, with the reason, as a line of <out>/ledger.jsonl; <out>/rows says more. The same input gives the
-same bytes on every run, with any number of workers; a run that was stopped goes on with the same command. Nothing is
+same bytes on every run, with any number of workers; a run that was stopped continues with the same command. Nothing is
 downloaded.
 """
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
-    """What `add_output` and `add_filters` have asked for."""
+    """Recipe from the options of `add_output` and `add_filters`."""
     return Recipe(
         args.size,
         filters(args),
@@ -84,10 +84,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=max(2, cores),
-        help="processes; default: %(default)s; 1 works in the program itself, which a picture can then end",
+        help="processes; default: %(default)s; 1 works in the program itself, which an image can then end",
     )
     parser.add_argument(
-        "--keep-column", action="append", default=[], metavar="NAME", help="stored as JSON beside picture and caption"
+        "--keep-column", action="append", default=[], metavar="NAME", help="stored as JSON beside image and caption"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
 
@@ -117,7 +117,7 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-watermark", type=float, help="rows whose column pwatermark is above, or missing")
     group.add_argument("--max-nsfw", type=float, help="the same for punsafe, or NSFW (UNLIKELY 0, UNSURE 0.5, NSFW 1)")
-    group.add_argument("--dedupe", choices=("none", "exact", "near"), default="none", help="repeated pictures")
+    group.add_argument("--dedupe", choices=("none", "exact", "near"), default="none", help="repeated images")
     group.add_argument("--near-bits", type=int, help=f"of 64 that may differ; default: {Recipe.near_bits}")
 
 

@@ -1,10 +1,10 @@
-"""What is in a data set: one page of plots and the same numbers as JSON.
+"""Describe a data set: one page of plots and the same numbers as JSON.
 
-    python data_tools/describe_shards.py runs/pictures/shards/train [--out stats.html] [--text-tokenizer text.model]
+    python data_tools/describe_shards.py runs/images/shards/train [--out stats.html] [--text-tokenizer text.model]
 
 Writes <out> (default: stats.html in the data set's folder), which needs nothing from outside, and <out> with the ending
-.json. Every sample is read and its checksums verified; of pictures only the headers are looked at. Frequent words and
-languages are told from about --samples captions, chosen by a hash of the key. Languages of short captions are guesses.
+.json. Every sample is read and its checksums verified; of images only the headers are looked at. Frequent words and
+languages are found in about --samples captions, chosen by a hash of the key. Languages of short captions are guesses.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def document(manifest: Manifest, summary: Summary) -> dict[str, Any]:
     }
     if summary.formats:
         names = ("width", "height", "aspect_ratio", "megapixels", "bytes_per_pixel")
-        result["pictures"] = {
+        result["images"] = {
             "formats": dict(ranked(summary.formats)),
             **{name: distribution(getattr(summary, name)) for name in names},
         }
@@ -153,7 +153,7 @@ def length_bins(values: Distribution) -> list[Bin]:
 
 
 def code_numbers(summary: Summary, info: dict[str, Any]) -> dict[str, Any]:
-    """How evenly the codes are used."""
+    """Evenness of code usage."""
     counts = summary.code_counts
     used = int((counts > 0).sum())
     shares = counts[counts > 0] / counts.sum()

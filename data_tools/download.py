@@ -1,4 +1,4 @@
-"""Download the pictures of a list of urls with captions and make shards of them, as training reads them.
+"""Download the images of a list of urls with captions and make shards of them, as training reads them.
 
     python data_tools/download.py LIST... --out runs/web [--size 256] [--valid-share 0.02] [--preset dalle]
 
@@ -6,10 +6,10 @@ A LIST is a CSV, TSV, JSONL or parquet table with a column `url` (or `URL`) and 
 takes them; scores in the columns pwatermark, punsafe and NSFW can be filtered by.
 
 Every row ends in a shard or, with its reason, as a line of <out>/ledger.jsonl; the tables in <out>/rows name the row's
-number in the list, where its other columns are; those named by --keep-column are stored beside picture and caption.
+number in the list, where its other columns are; those named by --keep-column are stored beside image and caption.
 Filters on captions and scores come first, so what they leave out is
-not downloaded. A run that was stopped goes on with the same command, at any number of workers; rows that failed in what
-is done are not asked for again. For these, when all is done:
+not downloaded. A run that was stopped continues with the same command, at any number of workers; rows that failed in
+what is done are not asked for again. For these, when all is done:
 
     python data_tools/download.py LIST... --out runs/web_again --retry-failed runs/web
 
@@ -74,7 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lists", nargs="+", type=Path, metavar="LIST")
     add_output(parser)
-    # while one worker waits for its chunk's slowest servers, another has pictures to decode
+    # while one worker waits for its chunk's slowest servers, another has images to decode
     parser.set_defaults(workers=2 * len(os.sched_getaffinity(0)))
     parser.add_argument("--url-column", help=f"default: the first of {', '.join(URL_COLUMNS)}")
     parser.add_argument("--caption-column", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")

@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 from dalle_scale import log
 from dalle_scale.curation.duplicate_keys import repeated
 from dalle_scale.curation.shard_writer import atomic, commit, write_table
-from dalle_scale.curation.webdataset_import import Row, Sample, scan, settle, to_rows
+from dalle_scale.curation.webdataset_import import Row, Sample, finalize, scan, to_rows
 from dalle_scale.data import manifest
 from dalle_scale.data.cache import PROTOCOLS, FetchError, open_remote, remote_size, retry
 from dalle_scale.data.processes import in_processes
@@ -58,7 +58,7 @@ _EXTENSION = re.compile(r"[a-z0-9_]{1,32}")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about samples. Part of the manifest's info."""
+    """Options of samples. Part of the manifest's info."""
 
     prefix_keys: bool = False
     require: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def part(self) -> Path:
-        """Where its index lies until all are done; what else is known of it lies beside, as .json."""
+        """Path of its index until all are done; further facts lie beside it, as .json."""
         return self.out / PARTS / f"{self.number:06d}.parquet"
 
 
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--require", default="", help="members without which a sample is left out, e.g. jpg,txt")
     parser.add_argument("--prefix-keys", action="store_true", help="for tars that number their samples each anew")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without tars that cannot be read")
+    parser.add_argument("--skip-unreadable", action="store_true", help="continue without tars that cannot be read")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the index that is there; tars are not touched"
     )
@@ -171,7 +171,7 @@ def ranges(text: str) -> Iterator[str]:
 
 
 def to_url(source: str, out: Path) -> str:
-    """What the manifest calls a tar: relative to the data set's folder if it lies there, else as it is."""
+    """Name of a tar in the manifest: relative to the data set's folder if it lies there, else as it is."""
     if "://" not in source and Path(source).is_relative_to(out):
         return Path(source).relative_to(out).as_posix()
     return source
@@ -234,7 +234,7 @@ def index_tar(job: Job) -> str:
     rows = [{"shard": job.url, **row} for row in rows]
     prefix = f"{posixpath.basename(job.url.partition('?')[0]).removesuffix('.tar')}/" if job.options.prefix_keys else ""
     kept = []
-    for sample in settle(samples, job.options.require):
+    for sample in finalize(samples, job.options.require):
         rows += [{"shard": job.url, **row} for row in to_rows(sample)]
         if not sample.reason:
             kept.append(Sample(prefix + sample.key, sample.members))

@@ -1,11 +1,11 @@
 """Look at a data set: some of its samples on one sheet.
 
-    python data_tools/inspect_shards.py runs/pictures/shards/train [--count 48] [--match dog] [--out sheet]
+    python data_tools/inspect_shards.py runs/images/shards/train [--count 48] [--match dog] [--out sheet]
 
-Writes <out>.html and <out>.png: pictures with their captions, each with its key, shard and size. Which samples is
+Writes <out>.html and <out>.png: images with their captions, each with its key, shard and size. Which samples is
 decided by --seed; --match takes only those whose caption holds a text (it reads all captions), --keys names them. A
 sample that cannot be read stands there with the reason. Of code shards `--tokenizer EXPORT` shows what their codes
-decode to, beside the picture where there is one.
+decode to, beside the image where there is one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dalle_scale.data.decode import Pixels, decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.report import gallery
-from dalle_scale.report.page import Picture
+from dalle_scale.report.page import GalleryImage
 from dalle_scale.types import ImageTokenizer, UserError
 
-LONGEST_SIDE = 256  # pixels; a larger picture is shown smaller
+LONGEST_SIDE = 256  # pixels; a larger image is shown smaller
 LONGEST_CAPTION = 400  # characters that are shown
-COLUMNS = {"image": "picture", "codes": "decoded from codes"}
+COLUMNS = {"image": "image", "codes": "decoded from codes"}
 
 
 class Source(NamedTuple):
@@ -98,7 +98,7 @@ def open_source(folder: Path, export: Path | None) -> Source:
     parts = ("image",) * manifest.holds_images + ("codes",) * (export is not None)
     if not parts:
         hint = "give --tokenizer EXPORT to decode its codes" if has_codes else "there is nothing to show"
-        raise UserError(f"{folder}: holds no pictures, only {', '.join(manifest.members)}; {hint}")
+        raise UserError(f"{folder}: holds no images, only {', '.join(manifest.members)}; {hint}")
     tokenizer = None if export is None else open_tokenizer(export)
     if tokenizer is not None:
         for name, value in (("vocab", tokenizer.vocab), ("grids", list(tokenizer.grids))):
@@ -159,19 +159,19 @@ def show(source: Source, sample: int) -> tuple[gallery.Row, bool]:
         except (BadSample, UnicodeDecodeError) as error:
             reason = str(error) if isinstance(error, BadSample) else "it is not UTF-8"
             caption, bad = f"(caption cannot be read: {reason})", True
-    pictures = []
+    images = []
     for part in source.parts:
         try:
             pixels, about = load(source, part, sample)
-            picture = to_tensor(fitted(pixels))
+            image = to_tensor(fitted(pixels))
         except BadSample as error:
-            picture, about, bad = to_tensor(placeholder()), f"cannot be read: {plain(error)}", True
-        pictures.append(Picture(picture, note=f"{manifest.key(sample)} · {shard} · {about}"))
-    return gallery.Row(caption, tuple(pictures)), bad
+            image, about, bad = to_tensor(placeholder()), f"cannot be read: {plain(error)}", True
+        images.append(GalleryImage(image, note=f"{manifest.key(sample)} · {shard} · {about}"))
+    return gallery.Row(caption, tuple(images)), bad
 
 
 def load(source: Source, part: str, sample: int) -> tuple[Pixels, str]:
-    """Pixels [H, W, 3] of a picture or of decoded codes, and their size in words.
+    """Pixels [H, W, 3] of an image or of decoded codes, and their size in words.
 
     Raises:
         BadSample: they cannot be read or decoded.
@@ -191,7 +191,7 @@ def load(source: Source, part: str, sample: int) -> tuple[Pixels, str]:
 
 
 def plain(error: BadSample) -> str:
-    """Why a picture cannot be read, without the address in memory that Pillow puts into its message."""
+    """Reason why an image cannot be read, without the memory address in Pillow's message."""
     return re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error))
 
 
@@ -204,14 +204,14 @@ def shortened(caption: str) -> str:
 
 
 def fitted(pixels: Pixels) -> Pixels:
-    """The whole picture, shrunk where it is larger than `LONGEST_SIDE`."""
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BOX)
-    return np.asarray(picture)
+    """The whole image, shrunk where it is larger than `LONGEST_SIDE`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BOX)
+    return np.asarray(image)
 
 
 def placeholder() -> Pixels:
-    """A crossed-out tile where a picture cannot be read."""
+    """A crossed-out tile where an image cannot be read."""
     tile = Image.new("RGB", (128, 128), "#d1d9e0")
     pen = ImageDraw.Draw(tile)
     for line in ((0, 0, 127, 127), (0, 127, 127, 0)):

@@ -3,7 +3,7 @@
     python data_tools/make_toy_world.py --out runs/demo/world
 
 Writes <out>/train and <out>/valid (tar shards with a manifest, through the same writer as real data) and
-<out>/prompts.jsonl: for each group of the report, captions with the scene they ask for and a true picture of it in
+<out>/prompts.jsonl: for each group of the report, captions with the scene they ask for and a true image of it in
 <out>/truth/. Training shows no held-out combination (see dalle_scale/curation/toy/world.py).
 """
 
@@ -50,17 +50,17 @@ def main() -> None:
 
 
 def write_split(folder: Path, count: int, two_objects: float, rng: random.Random) -> None:
-    """Write `count` captioned pictures without held-out combinations as shards."""
+    """Write `count` captioned images without held-out combinations as shards."""
     with ShardWriter(folder, samples_per_shard=4096) as writer:
-        for index in log.progress(range(count), f"drawing {folder.name}", "pictures", count):
+        for index in log.progress(range(count), f"rendering {folder.name}", "images", count):
             scene = world.sample_scene(rng, 2 if rng.random() < two_objects else 1, held_out=False)
             text = world.caption(scene, rng)
-            picture = png(Image.fromarray(world.render(scene, rng)))
-            writer.add(f"{index:08d}", {"png": picture, "txt": text.encode()})
+            image = png(Image.fromarray(world.render(scene, rng)))
+            writer.add(f"{index:08d}", {"png": image, "txt": text.encode()})
 
 
 def write_prompts(out: Path, count: int, rng: random.Random) -> None:
-    """Write `count` distinct captions of each group with their scenes and true pictures."""
+    """Write `count` distinct captions of each group with their scenes and true images."""
     (out / "truth").mkdir(parents=True, exist_ok=True)
     rows = []
     for group, (num_things, held_out) in GROUPS.items():
@@ -78,7 +78,7 @@ def write_prompts(out: Path, count: int, rng: random.Random) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
+    """The image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""Captions of a data set as prompts, each with its picture to compare with.
+"""Captions of a data set as prompts, each with its image to compare with.
 
-    python data_tools/pick_prompts.py runs/pictures/shards/valid --count 64 --out runs/pictures/prompts
+    python data_tools/pick_prompts.py runs/images/shards/valid --count 64 --out runs/images/prompts
 
-Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sample.py --prompt-file, and the pictures as
+Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sample.py --prompt-file, and the images as
 <out>/truth/*.png. Captions are distinct; which ones is decided by hash, so the same command picks the same again.
 """
 
@@ -28,10 +28,10 @@ from dalle_scale.types import UserError
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, pick, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, help="folder of a data set with pictures and captions")
+    parser.add_argument("shards", type=Path, help="folder of a data set with images and captions")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--count", type=int, default=64, help="captions; fewer where there are not as many")
-    parser.add_argument("--size", type=int, help="side of the pictures' centre squares in pixels; default: as they are")
+    parser.add_argument("--size", type=int, help="side of the images' centre squares in pixels; default: as they are")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.count < 1 or (args.size is not None and args.size < 1):
@@ -54,10 +54,10 @@ def pick(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[str, str, 
     over.
 
     Raises:
-        UserError: the data set holds no pictures or no captions.
+        UserError: the data set holds no images or no captions.
     """
     if not manifest.holds_images or "txt" not in manifest.members:
-        raise UserError(f"{manifest.folder}: prompts need pictures and captions (txt); it holds {[*manifest.members]}")
+        raise UserError(f"{manifest.folder}: prompts need images and captions (txt); it holds {[*manifest.members]}")
     captions: set[str] = set()
     reader = Reader(manifest)
     for sample in np.argsort(sample_seeds(seed, 0, np.arange(manifest.num_samples)), kind="stable").tolist():

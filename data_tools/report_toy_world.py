@@ -3,7 +3,7 @@
     python data_tools/report_toy_world.py --run runs/demo
 
 Reads <run>/world/prompts.jsonl, <run>/samples, <run>/reranked and the dVAE's export; writes <run>/report.json,
-<run>/gallery.png and <run>/gallery.html. A picture counts as right when the judge (dalle_scale/curation/toy/judge.py)
+<run>/gallery.png and <run>/gallery.html. An image counts as right when the judge (dalle_scale/curation/toy/judge.py)
 reads every attribute of the caption's scene from it.
 """
 
@@ -27,7 +27,7 @@ from dalle_scale.curation.toy import judge
 from dalle_scale.curation.toy.world import Scene, Thing
 from dalle_scale.data.pipeline import open_stream
 from dalle_scale.report import gallery
-from dalle_scale.report.page import Picture
+from dalle_scale.report.page import GalleryImage
 from dalle_scale.stages import dvae
 from dalle_scale.types import UserError
 
@@ -62,22 +62,22 @@ def main() -> None:
             "best_of_16": round(fmean(bool(best.right) for _, _, best in judged), 4),
         }
         shown = zip(members[:ROWS_OF_GROUP], judged, strict=False)
-        rows += [gallery.Row(prompts[index]["prompt"], pictures, title) for index, pictures in shown]
+        rows += [gallery.Row(prompts[index]["prompt"], images, title) for index, images in shown]
     report["tokenizer"] = tokenizer_quality(run)
     (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     columns = ("true scene", "first candidate", "best of 16")
     gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
 
 
-def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[Picture, ...]:
+def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, Any]]) -> tuple[GalleryImage, ...]:
     """Return the true image, the first candidate and the one that CLIP ranks first, marked by the judge."""
     fields = prompt["scene"]
     things = tuple(Thing(**thing) for thing in fields["things"])
     scene = Scene(things, fields["relation"], fields["background"])
 
-    def show(path: Path) -> Picture:
+    def show(path: Path) -> GalleryImage:
         image = np.array(Image.open(path).convert("RGB"))
-        return Picture(torch.from_numpy(image).permute(2, 0, 1), judge.same(scene, judge.read(image)))
+        return GalleryImage(torch.from_numpy(image).permute(2, 0, 1), judge.same(scene, judge.read(image)))
 
     if len(candidates) != 16:
         raise UserError(f"{run}/reranked: '{prompt['prompt']}' has {len(candidates)} candidates, the report needs 16")
@@ -87,11 +87,11 @@ def judged_prompt(run: Path, prompt: dict[str, Any], candidates: list[dict[str, 
 
 
 def tokenizer_quality(run: Path) -> dict[str, float]:
-    """PSNR, share of codes used and perplexity of the dVAE's hard codes on the held-out pictures."""
+    """PSNR, share of codes used and perplexity of the dVAE's hard codes on the held-out images."""
     opened = export.load(run / "dvae" / "export")
     stage = cast(dvae.Stage, opened.stage)
     source = str(run / "world" / "valid")
-    batch = {"batch_samples": 128, "micro_batch_samples": 128, "rank": 0, "world_size": 1}
+    batch = {"global_batch_size": 128, "micro_batch_size": 128, "rank": 0, "world_size": 1}
     config = DataConfig(train=source)
     stream = open_stream(config, source, stage.inputs, seed=0, train=False, ledger=None, **batch)
     with torch.inference_mode():

@@ -3,7 +3,7 @@
     python data_tools/verify_shards.py runs/data/train [--workers 8]
 
 Every shard: is it there, with its size and sha256; do its tar headers say what the index says, so that other readers
-see the same samples. Every sample: the crc32 of its members, whether its picture decodes, whether its caption is UTF-8
+see the same samples. Every sample: the crc32 of its members, whether its image decodes, whether its caption is UTF-8
 and not empty, whether its codes are as many and as small as the manifest says, whether it lacks a member that training
 reads. The whole set: keys that come twice, files that do not belong to it. Remote shards are fetched for it.
 
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass
 class Faults:
-    """What was found in one shard, or in the set."""
+    """Faults in one shard, or in the set."""
 
     shard: str
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -178,7 +178,7 @@ def check_keys(data: Manifest) -> Faults:
                 str(key) for key in pq.read_table(index_path(data.folder, shard), columns=["key"])["key"].to_pylist()
             ]
         except _DAMAGED_TABLE:
-            return []  # said already
+            return []  # reported already
 
     for shard, row, first in repeated([len(data.samples(shard)) for shard in range(data.num_shards)], read_keys):
         faults.shard = data.shard(shard).url
@@ -271,8 +271,8 @@ def check_headers(path: Path, data: Manifest, index: Index, is_same: bool, fault
                     row, name, length = expected.pop(member.offset)
                     key = keys[row].partition("/")[2] if foreign and data.info.get("prefix_keys") else keys[row]
                     if not says(member, f"{key}.{name}", length):
-                        told = f"{member.kind} '{member.name}' of {member.size} bytes"
-                        faults.add("header disagrees", f"{told} instead of '{name}' of {length} bytes", keys[row])
+                        found = f"{member.kind} '{member.name}' of {member.size} bytes"
+                        faults.add("header disagrees", f"{found} instead of '{name}' of {length} bytes", keys[row])
                 elif not foreign and member.kind != "folder":
                     faults.add("header disagrees", f"{member.kind} '{member.name}' is not in the index")
     except TarError as error:
@@ -323,7 +323,7 @@ def check_content(name: str, content: bytes, info: dict[str, Any], key: str, fau
     except UnicodeDecodeError:
         faults.add("caption not UTF-8", "the caption is not UTF-8", key)
     except BadSample as error:
-        faults.add("picture" if name in IMAGES else "codes", f"'{name}': {error}", key)
+        faults.add("image" if name in IMAGES else "codes", f"'{name}': {error}", key)
     except (KeyError, TypeError, ValueError):
         faults.add("codes", "the manifest does not say how many codes there are, and of which vocabulary", key)
 
@@ -331,7 +331,7 @@ def check_content(name: str, content: bytes, info: dict[str, Any], key: str, fau
 def check_members(held: set[str], data: Manifest, key: str, faults: Faults) -> None:
     """Whether a sample lacks something that training reads in this set."""
     if data.holds_images and not held & set(IMAGES):
-        faults.add("member missing", "no picture", key)
+        faults.add("member missing", "no image", key)
     for name in ("txt", codes.MEMBER):
         if name in data.members and name not in held:
             faults.add("member missing", f"no '{name}'", key)

@@ -1,9 +1,9 @@
-"""The main job from nothing to a picture, on a small world: what `make demo` runs.
+"""The main job from nothing to an image, on a small world: what `make demo` runs.
 
     python launch/demo.py --minutes 8
 
 Every step is a program that you would run on your own data in the same way; this script only calls them in order,
-prints each command, and times it. More minutes buy more updates of the transformer and of CLIP, nothing else.
+prints each command, and times it. More minutes buy more steps of the transformer and of CLIP, nothing else.
 Writes runs/demo below the current folder.
 """
 
@@ -23,35 +23,35 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Programs(ROOT)
 RUN = Path("runs/demo")
 BASE_MINUTES = 8.0
-FIXED_MINUTES = 2.5  # of it not spent on the updates that more minutes multiply
+FIXED_MINUTES = 2.5  # of it not spent on the steps that more minutes multiply
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Size of a demo."""
 
     train_samples: int = 24_000
     prompts: int = 128
-    dvae_updates: int = 200
-    dalle_updates: int = 7_600
-    clip_updates: int = 600
+    dvae_steps: int = 200
+    dalle_steps: int = 7_600
+    clip_steps: int = 600
 
 
 def size_for(minutes: float) -> Size:
-    """What fits into so many minutes on two idle cores."""
+    """Size that fits into so many minutes on two idle cores."""
     share = (minutes - FIXED_MINUTES) / (BASE_MINUTES - FIXED_MINUTES)
-    return Size(dalle_updates=round(Size.dalle_updates * share), clip_updates=round(Size.clip_updates * share))
+    return Size(dalle_steps=round(Size.dalle_steps * share), clip_steps=round(Size.clip_steps * share))
 
 
-TINY = Size(train_samples=512, prompts=4, dvae_updates=6, dalle_updates=6, clip_updates=6)
+TINY = Size(train_samples=512, prompts=4, dvae_steps=6, dalle_steps=6, clip_steps=6)
 
 
 def steps(size: Size) -> dict[str, Command]:
     """The commands of the demo, by the name of the step."""
     python = PROGRAMS.python
 
-    def train(stage: str, updates: int) -> Command:
-        return PROGRAMS.deepspeed("launch/train.py", str(ROOT / f"configs/demo/{stage}.yaml"), f"updates={updates}")
+    def train(stage: str, steps: int) -> Command:
+        return PROGRAMS.deepspeed("launch/train.py", str(ROOT / f"configs/demo/{stage}.yaml"), f"steps={steps}")
 
     def encode(split: str) -> Command:
         shards, out = f"--shards={RUN}/world/{split}", f"--out={RUN}/codes/{split}"
@@ -64,11 +64,11 @@ def steps(size: Size) -> dict[str, Command]:
     return {
         "shards": python("data_tools/make_toy_world.py", *make_world),
         "text_tokenizer": python("data_tools/train_tokenizer.py", *text_tokenizer),
-        "dvae": train("dvae", size.dvae_updates),
+        "dvae": train("dvae", size.dvae_steps),
         "encode": encode("train"),
         "encode_valid": encode("valid"),
-        "transformer": train("dalle", size.dalle_updates),
-        "clip": train("clip", size.clip_updates),
+        "transformer": train("dalle", size.dalle_steps),
+        "clip": train("clip", size.clip_steps),
         "sample": python("launch/sample.py", *sample, "--candidates=16", "--batch=1024"),
         "rerank": python("launch/rerank.py", *rerank),
         "report": python("data_tools/report_toy_world.py", f"--run={RUN}"),

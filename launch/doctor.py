@@ -1,4 +1,4 @@
-"""What is wrong with a cluster, before anything is trained on it.
+"""Find faults of a cluster before anything is trained on it.
 
     deepspeed --hostfile hosts launch/doctor.py --run /shared/runs/mine
     deepspeed --num_gpus 8 launch/doctor.py --run runs/mine

@@ -2,9 +2,9 @@
 
     deepspeed --num_gpus 8 launch/encode.py --tokenizer runs/dvae/export --shards runs/data/train --out runs/codes/train
 
-Training on codes then neither decodes a picture nor runs the tokenizer. Each shard of images becomes one shard of
-codes; ranks take the shards in turn and write the same files at any number of ranks. The same command goes on where it
-stopped. Pictures are shown to the tokenizer as centre squares, once: the paper augments before it encodes
+Training on codes then neither decodes an image nor runs the tokenizer. Each shard of images becomes one shard of
+codes; ranks take the shards in turn and write the same files at any number of ranks. The same command continues where
+it stopped. Images are shown to the tokenizer as centre squares, once: the paper augments before it encodes
 (arXiv 2102.12092, Sec. 2.3), code shards do not. `python launch/encode.py ...` runs one process.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_args()
     source = Manifest.open(args.shards)
     there = begun(args.out)
-    dtype = there.get("dtype", "fp32") if args.dtype == "auto" and there else args.dtype  # work goes on as it began
+    dtype = there.get("dtype", "fp32") if args.dtype == "auto" and there else args.dtype  # work continues as it began
     opened = export.load(args.tokenizer, dist.device(), dtype)
     tokenizer = export.tokenizer_of(opened)
     if not source.holds_images:
@@ -60,7 +60,7 @@ def main() -> None:
         source,
         args.out,
         tokenizer.image_size,
-        lambda pictures: tokenizer.encode(pictures.to(dist.device())),
+        lambda images: tokenizer.encode(images.to(dist.device())),
         args.batch,
         dist.rank(),
         dist.world_size(),
@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="export of an image tokenizer")
     parser.add_argument("--shards", type=Path, required=True, help="folder of a data set with images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set of codes")
-    parser.add_argument("--batch", type=int, default=256, help="pictures at once")
+    parser.add_argument("--batch", type=int, default=256, help="images at once")
     parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the tokenizer")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
@@ -94,7 +94,7 @@ def plan_path(out: Path) -> Path:
 
 
 def begun(out: Path) -> Any:
-    """What `out` holds or began to hold codes of; None if nothing."""
+    """Data set whose codes `out` holds or began to hold; None if there is none."""
     if (out / manifest.NAME).exists():
         return Manifest.open(out).info
     return json.loads(plan_path(out).read_text(encoding="utf-8")) if plan_path(out).exists() else None

@@ -4,12 +4,12 @@
     deepspeed --num_gpus 8 launch/evaluate.py --data runs/data/valid --out runs/compared runs/dvae/export
     python launch/evaluate.py --data runs/data/valid --out runs/compared runs/vqvae/export --prior runs/prior/export
 
-Takes exports of any stage that makes codes of pictures, each at its own picture size, and exports of stages that
-evaluate themselves on pictures. Measures PSNR, SSIM, use of the codebook, bits a picture and bits per dimension, the
+Takes exports of any stage that makes codes of images, each at its own image size, and exports of stages that
+evaluate themselves on images. Measures PSNR, SSIM, use of the codebook, bits an image and bits per dimension, the
 same for any number of ranks. With --prior codes cost what their prior says: the export of `dalle` that was trained on
 them, or those of `vqvae2_prior` of all levels, one --prior for each.
 
-Writes <out>/comparison.json, .md and .html (the page shows the same pictures for all), and reconstructions_<name>.png
+Writes <out>/comparison.json, .md and .html (the page shows the same images for all), and reconstructions_<name>.png
 for each export. What cannot be read is left out, counted, and listed in ledger.jsonl.
 """
 
@@ -24,7 +24,7 @@ from dalle_scale.evaluation import reconstruction, reconstruction_page
 from dalle_scale.nn import precision
 from dalle_scale.types import UserError
 
-SHOWN = 16  # pictures on the page
+SHOWN = 16  # images on the page
 
 
 def main() -> None:
@@ -34,9 +34,7 @@ def main() -> None:
     ledger, device = args.out / "ledger.jsonl", dist.device()
     subjects = reconstruction.open_subjects(args.exports, device, args.prior, args.text_tokenizer, args.dtype)
     data = [
-        reconstruction.open_pictures(
-            args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior
-        )
+        reconstruction.open_images(args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior)
         for subject in subjects
     ]
     dist.join()
@@ -49,8 +47,8 @@ def main() -> None:
     shown = {}
     for subject in subjects:
         few = min(SHOWN, data[0].samples)
-        pictures = reconstruction.open_pictures(args.data, subject.image_size, few, few, ledger, alone=True)
-        shown[subject.name] = reconstruction.examples(subject, pictures, device)
+        images = reconstruction.open_images(args.data, subject.image_size, few, few, ledger, alone=True)
+        shown[subject.name] = reconstruction.examples(subject, images, device)
     numbers = reconstruction_page.document(args.data, data[0], rows)
     reconstruction_page.write(args.out, numbers, shown)
     log.say(reconstruction_page.markdown(numbers))
@@ -58,7 +56,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be wrong before anything is opened."""
+    """Check the options before anything is opened."""
     for name, value in (("samples", args.samples), ("batch", args.batch)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value}, but at least one is needed")
@@ -81,8 +79,8 @@ def parse_args() -> argparse.Namespace:
         "--prior", action="append", default=[], type=Path, help="export of a prior of codes; repeatable"
     )
     parser.add_argument("--text-tokenizer", help="of the priors' captions: file, folder or name (default: their own)")
-    parser.add_argument("--samples", type=int, help="evaluate at most so many pictures (default: all)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at once on each rank")
+    parser.add_argument("--samples", type=int, help="evaluate at most so many images (default: all)")
+    parser.add_argument("--batch", type=int, default=64, help="images at once on each rank")
     parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the exports, not of their priors")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()

@@ -1,11 +1,11 @@
-"""How well CLIP models tell pictures apart by their captions, and what choosing by them is worth.
+"""Evaluate CLIP models: retrieval, zero-shot classification, and the gain of choosing by them.
 
     python launch/evaluate_clip.py runs/clip/export --data runs/data/valid --out runs/clip_evaluated
     deepspeed --num_gpus 8 launch/evaluate_clip.py runs/clip/export ViT-B-32:openai --data runs/data/valid --out runs/e
     python launch/evaluate_clip.py runs/clip/export --data runs/cifar/test --classes names.txt --templates t.txt --out o
     python launch/evaluate_clip.py runs/clip/export --samples runs/dalle/samples --out runs/best_of
 
-With --data: retrieval of captions by pictures and of pictures by captions (R@1, 5, 10), and zero-shot classification.
+With --data: retrieval of captions by images and of images by captions (R@1, 5, 10), and zero-shot classification.
 Classes are the lines of --classes, or the captions themselves where they are few; --templates makes several prompts of
 each class, whose vectors are averaged. With --samples, what launch/sample.py wrote: the CLIP score of the best of N
 candidates for N = 1, 2, 4, ... up to all of them; several models also judge each other's choice.
@@ -57,8 +57,8 @@ def data_numbers(
     """Retrieval and classification on a data set; writes the examples. A collective."""
     ledger, models, numbers = args.out / "ledger.jsonl", [], {}
     for subject in subjects:
-        pictures = clip.open_pairs(args.data, subject, args.limit, args.batch, ledger)
-        pairs = clip.embed(subject, args.data, pictures, args.batch, ledger, dist.device())
+        images = clip.open_pairs(args.data, subject, args.limit, args.batch, ledger)
+        pairs = clip.embed(subject, args.data, images, args.batch, ledger, dist.device())
         row = {"pairs": len(pairs.own), "pairs_lost": pairs.lost, "retrieval": clip.retrieval(pairs)}
         kinds = classes or clip.caption_classes(pairs.captions, len(pairs.own), templates)
         if kinds:
@@ -67,7 +67,7 @@ def data_numbers(
         if dist.is_main():
             log.say(f"{clip_page.show(args.out, subject, pairs, args.data)}")
         models.append(row)
-        numbers = {"protocol": clip_page.about_data(args.data, pictures, kinds), "models": models}
+        numbers = {"protocol": clip_page.about_data(args.data, images, kinds), "models": models}
     return numbers
 
 
@@ -79,7 +79,7 @@ def sample_numbers(args: argparse.Namespace, subjects: list[Subject], rows: list
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be wrong before anything is opened."""
+    """Check the options before anything is opened."""
     if not args.data and not args.samples:
         raise UserError("nothing to evaluate on: give --data FOLDER, --samples FOLDER or both")
     for name, value in (("limit", args.limit), ("batch", args.batch), ("image-size", args.image_size)):
@@ -96,14 +96,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", metavar="CLIP", help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
-    add("--data", type=Path, help="folder of a data set with pictures and captions")
+    add("--data", type=Path, help="folder of a data set with images and captions")
     add("--samples", type=Path, help="folder that launch/sample.py wrote")
     add("--out", type=Path, required=True, help="folder to write to")
     add("--classes", type=Path, metavar="FILE", help="classes, one a line (default: the captions, where they are few)")
     add("--templates", type=Path, metavar="FILE", help="prompts, one a line, with {} for the class; default: {}")
     add("--limit", type=int, help="evaluate at most so many pairs (default: all)")
-    add("--image-size", type=int, help="read pictures at this size (default: an export's own, or 224)")
-    add("--batch", type=int, default=64, help="pictures or captions at once on each rank")
+    add("--image-size", type=int, help="read images at this size (default: an export's own, or 224)")
+    add("--batch", type=int, default=64, help="images or captions at once on each rank")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""How close pictures come to a data set: FID, KID, Inception Score, precision and recall.
+"""Compare images with a data set: FID, KID, Inception Score, precision and recall.
 
-    python launch/fidelity.py --samples runs/drawn --reference runs/data/train --inception FILE --out runs/fidelity
-    deepspeed --num_gpus 8 launch/fidelity.py --samples runs/drawn --reference runs/data/train --inception FILE ...
+    python launch/fidelity.py --samples runs/sampled --reference runs/data/train --inception FILE --out runs/fidelity
+    deepspeed --num_gpus 8 launch/fidelity.py --samples runs/sampled --reference runs/data/train --inception FILE ...
     python launch/fidelity.py --samples runs/data/valid --reconstruct runs/vqgan/export --reference runs/data/valid ...
-    python launch/fidelity.py --samples runs/drawn --reference runs/data/train --clip runs/clip/export --out ...
+    python launch/fidelity.py --samples runs/sampled --reference runs/data/train --clip runs/clip/export --out ...
 
 --samples is a folder that launch/sample.py wrote, or a data set; with --reconstruct it is what an image tokenizer makes
-of the pictures of that data set (rFID). The reference is brought to the size of the samples. FILE holds the weights of
+of the images of that data set (rFID). The reference is brought to the size of the samples. FILE holds the weights of
 the Inception that FID is defined by, weights-inception-2015-12-05-6726825d.pth of torch-fidelity (pip install
 'dalle_scale[eval]'); nothing is downloaded. Any other weights, and CLIP, measure distances of other names.
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be wrong before anything is opened."""
+    """Check the options before anything is opened."""
     for name, least in (("subset", 2), ("batch", 1), ("max_samples", 1), ("max_reference", 1), ("image_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help="folder of launch/sample.py, or a data set")
-    add("--reconstruct", type=Path, metavar="EXPORT", help="image tokenizer that the pictures go through first")
+    add("--reconstruct", type=Path, metavar="EXPORT", help="image tokenizer that the images go through first")
     add("--scores", type=Path, metavar="FILE", help="scores.jsonl of launch/rerank.py: only the samples it kept")
     add("--reference", type=Path, required=True, help="data set, or what --save-reference wrote")
     add("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics (.safetensors)")
@@ -99,11 +99,11 @@ def parse_args() -> argparse.Namespace:
         help="of the Inception, by its channels",
     )
     add("--measures", nargs="+", choices=fidelity.MEASURES, help="default: all that the extractor offers")
-    add("--subset", type=int, default=fidelity.SUBSET_SAMPLES, help="pictures in a subset of the kernel distance")
+    add("--subset", type=int, default=fidelity.SUBSET_SAMPLES, help="images in a subset of the kernel distance")
     add("--image-size", type=int, help="side in pixels, where --samples is a data set")
     add("--max-samples", type=int, help="at most so many of the samples (default: all)")
     add("--max-reference", type=int, help="at most so many of the reference (default: all)")
-    add("--batch", type=int, default=64, help="pictures at once on each rank")
+    add("--batch", type=int, default=64, help="images at once on each rank")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 

@@ -3,9 +3,9 @@
     python launch/interpolate.py --model runs/cifar10_32/ddpm/export --out runs/between steps=50
     python launch/interpolate.py --model runs/cifar10_32/ddpm/export --out runs/between steps=50 --images a.png b.png
 
-Without --images the ends are drawn from nothing. With --images each picture goes to latents and back, and there is a
-path from each to the next; the error of that round trip is told as in Table 2 of the paper of DDIM: the mean squared
-error of values from 0 to 1. Writes <out>/grid.png, a row for each path, and <out>/interpolation.json.
+Without --images the ends are sampled from nothing. With --images each image goes to latents and back, and there is a
+path from each to the next; the error of that round trip is reported as in Table 2 of the paper of DDIM: the mean
+squared error of values from 0 to 1. Writes <out>/grid.png, a row for each path, and <out>/interpolation.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from dalle_scale import dist, io, log
 from dalle_scale.checkpoint import export
 from dalle_scale.sampling import interpolate
-from dalle_scale.sampling.sampler import read_picture
+from dalle_scale.sampling.sampler import read_image
 from dalle_scale.types import UserError
 
 
@@ -27,20 +27,20 @@ def main() -> None:
     """Open, walk, write."""
     args = parse_args()
     if args.paths < 1 or args.count < 2:
-        raise UserError(f"--paths {args.paths} --count {args.count}: at least one path of two pictures is needed")
+        raise UserError(f"--paths {args.paths} --count {args.count}: at least one path of two images is needed")
     if args.images and len(args.images) < 2:
-        raise UserError("--images: one picture, but a path has two ends; name at least two")
+        raise UserError("--images: one image, but a path has two ends; name at least two")
     opened = export.load(args.model, dist.device())
     space = interpolate.open_space(opened, args.options)
     if args.images:
-        pictures = torch.stack([read_picture(path, space.codec.image_size) for path in args.images])
-        paths = interpolate.between_images(space, pictures, args.count)
+        images = torch.stack([read_image(path, space.codec.image_size) for path in args.images])
+        paths = interpolate.between_images(space, images, args.count)
     else:
         seeds = torch.arange(args.seed, args.seed + args.paths + 1, device=dist.device())
         paths = interpolate.between_seeds(space, seeds, args.count)
     args.out.mkdir(parents=True, exist_ok=True)
     log.grid(paths.images.flatten(0, 1), args.count).save(args.out / "grid.png")
-    told = {
+    record = {
         "model": str(args.model),
         "images": [str(path) for path in args.images],
         "seed": None if args.images else args.seed,
@@ -48,7 +48,7 @@ def main() -> None:
         **space.options.model_dump(),
         "round_trip_mse": paths.round_trip_mse,
     }
-    io.write(args.out / "interpolation.json", json.dumps(told, indent=1) + "\n")
+    io.write(args.out / "interpolation.json", json.dumps(record, indent=1) + "\n")
     if paths.round_trip_mse is not None:
         log.say(f"there and back: mean squared error {paths.round_trip_mse:.4f} of values from 0 to 1")
     log.say(f"{len(paths.images)} paths: {args.out / 'grid.png'}")
@@ -59,11 +59,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="export of a vae or a ddpm run")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument(
-        "--images", type=Path, nargs="+", default=[], help="picture files; a path from each to the next"
-    )
+    parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files; a path from each to the next")
     parser.add_argument("--paths", type=int, default=6, help="how many, without --images")
-    parser.add_argument("--count", type=int, default=11, help="pictures of a path, both ends included")
+    parser.add_argument("--count", type=int, default=11, help="images of a path, both ends included")
     parser.add_argument("options", nargs="*", metavar="key=value", help="of a diffusion model: steps, spacing")
     parser.add_argument("--seed", type=int, default=0, help="of the ends, without --images")
     return parser.parse_intermixed_args()

@@ -1,6 +1,6 @@
-"""What a run will take on a cluster, before anyone rents it: memory, work, bytes on the wire, time, and what mends it.
+"""Plan a run on a cluster before anyone rents it: memory, operations, network traffic, time, and what makes it fit.
 
-    python launch/plan.py configs/dalle/paper_12b.yaml --machines 128 --gpus 8 --memory-gib 16 --flops 125e12 \\
+    python launch/plan.py configs/dalle/paper_12b.yaml --nodes 128 --gpus 8 --memory-gib 16 --flops 125e12 \\
         --intra-gbps 1200 --inter-gbps 100 engine.zero=3
 
 Prints the table; with --out also writes plan.json, plan.md and plan.html. Needs neither a GPU nor the data.
@@ -36,12 +36,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero=3")
-    parser.add_argument("--machines", type=int, required=True, help="how many, all alike")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs in each machine; one rank each")
+    parser.add_argument("--nodes", type=int, required=True, help="how many, all alike")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs in each node; one rank each")
     parser.add_argument("--memory-gib", type=float, required=True, help="memory of each GPU, GiB")
     parser.add_argument("--flops", type=float, required=True, help="matrix rate of each GPU, operations a second")
     parser.add_argument("--intra-gbps", type=float, required=True, help="a GPU to its neighbour, 1e9 bits a second")
-    parser.add_argument("--inter-gbps", type=float, required=True, help="out of each machine in all, 1e9 bits a second")
+    parser.add_argument("--inter-gbps", type=float, required=True, help="out of each node in all, 1e9 bits a second")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the matrix rate reached (0.4)")
     parser.add_argument("--out", type=Path, help="folder for plan.json, plan.md and plan.html")
     return parser.parse_intermixed_args()

@@ -1,4 +1,4 @@
-"""Which samples fit their captions best, by CLIP.
+"""Rank samples by how well they fit their captions, by CLIP.
 
     python launch/rerank.py --samples runs/demo/samples --clip runs/demo/clip/export --keep 4 --out runs/demo/best
     python launch/rerank.py --samples runs/a --clip ViT-B-32:openai --classes names.txt --keep-share 0.25 --out runs/b
@@ -8,7 +8,7 @@ best, and whether it was kept), <out>/best/<prompt>_<rank>.png, and the kept one
 gallery.html. --clip takes an export of a clip run, a folder with a Hugging Face CLIP model, or an open_clip model name
 with a tag of published weights or a checkpoint file after a colon.
 
-The score is the cosine similarity of picture and caption. With --classes it is the probability that CLIP gives to the
+The score is the cosine similarity of image and caption. With --classes it is the probability that CLIP gives to the
 sample's caption among all captions of the file: rejection sampling by a classifier, as in VQ-VAE-2. trade_off.json then
 says for several shares how sure CLIP is of what is kept and how diverse that is; it judges its own choice.
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """What can be wrong before the model is opened."""
+    """Check the options before the model is opened."""
     for name, value in (("keep", args.keep), ("batch", args.batch)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value}, but at least one is needed")
@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder to write to")
     add("--keep", type=int, help="best candidates a prompt to copy and show (default 1)")
     add("--keep-share", type=float, metavar="SHARE", help="in place of --keep: this share of each prompt's candidates")
-    add("--batch", type=int, default=64, help="pictures scored at a time")
+    add("--batch", type=int, default=64, help="images scored at a time")
     return parser.parse_args()
 
 

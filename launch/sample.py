@@ -29,7 +29,7 @@ from dalle_scale.types import UserError
 
 
 def main() -> None:
-    """Open, draw what is missing, write."""
+    """Open, sample what is missing, write."""
     args = parse_args()
     check(args)
     prompts = [*args.prompts, *(prompt_files.read(args.prompt_file) if args.prompt_file else [])]
@@ -49,12 +49,12 @@ def main() -> None:
     dist.join()
     missing = store.begin(how)
     if len(missing) < len(store.places):
-        log.say(f"{len(store.places) - len(missing)} of {len(store.places)} pictures are there; draws the rest")
+        log.say(f"{len(store.places) - len(missing)} of {len(store.places)} images are there; samples the rest")
     runner.sample(sampler, options, store, missing, scores, args.batch, prime)
     found = scores.collected() if scores else None
     dist.barrier()
     if dist.is_main():
-        lines = [f"{len(store.places)} pictures: {store.finish()}"]
+        lines = [f"{len(store.places)} images: {store.finish()}"]
         if sampler.text and sampler.text.truncated_samples:
             cut, length = sampler.text.truncated_samples, sampler.text_length
             lines.insert(0, f"{cut} of {len(prompts)} prompts cut to their first {length} tokens")
@@ -65,9 +65,9 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be wrong before the model is opened."""
+    """Check the options before the model is opened."""
     if (args.prime is None) != (args.prime_rows is None):
-        raise UserError("--prime and --prime-rows belong together: a picture and how many of its rows to keep")
+        raise UserError("--prime and --prime-rows belong together: an image and how many of its rows to keep")
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch: {args.batch}, but at least one is needed")
     if args.keep is not None and not args.rerank:
@@ -96,11 +96,11 @@ def parse_args() -> argparse.Namespace:
     add("--prompts", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     add("--prompt-file", type=Path, help='captions, one a line, or rows with "prompt" in a .jsonl file')
     add("--out", type=Path, required=True, help="folder to write to")
-    add("--candidates", type=int, default=1, help="pictures a prompt")
+    add("--candidates", type=int, default=1, help="images a prompt")
     add("--seed", type=int, default=0)
-    add("--batch", type=int, help="pictures drawn at a time, does not change them; default: as many as memory takes")
+    add("--batch", type=int, help="images sampled at a time, does not change them; default: as many as memory takes")
     add("--dtype", choices=DTYPES, help="of a transformer's matrices; default: bf16 on a GPU, else fp32")
-    add("--prime", type=Path, metavar="IMAGE", help="picture whose top rows of codes are kept")
+    add("--prime", type=Path, metavar="IMAGE", help="image whose top rows of codes are kept")
     add("--prime-rows", type=int, metavar="R", help="how many rows of codes to keep of it")
     add("--rerank", metavar="CLIP", help="score and rank as launch/rerank.py --clip, into <out>/reranked")
     add("--keep", type=int, help="of --rerank: best candidates a prompt to copy and show (default 1)")

@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 launch/train.py configs/demo/dvae.yaml optim.model.lr=3e-4 engine.zero=2
     deepspeed launch/train.py configs/demo/dvae.yaml --dry-run
 
-What is wrong with config, data or checkpoint is said before anything is allocated. The same command goes on where it
-stopped. `python launch/train.py ...` trains with one process.
+Config, data and checkpoint are checked before anything is allocated. The same command resumes a stopped run. `python
+launch/train.py ...` trains with one process.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def main() -> None:
     if checkpoint is None and dist.is_main():
         stage.initialize(nets, all_batches(open_data(config, stage, config.data.train, train=True, alone=True)))
     build.share(nets)
-    players = build.build(config, nets)
+    trained_nets = build.build(config, nets)
     if checkpoint:
-        resume.load(checkpoint, players)
-        log.say(f"{folder}: goes on from {checkpoint.folder}, update {checkpoint.update}")
-    Trainer(config, stage, players, train, valid, export_parts(config), checkpoint.update if checkpoint else 0).run()
+        resume.load(checkpoint, trained_nets)
+        log.say(f"{folder}: resumes from {checkpoint.folder}, step {checkpoint.step}")
+    Trainer(config, stage, trained_nets, train, valid, export_parts(config), checkpoint.step if checkpoint else 0).run()
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.model.lr=3e-4")
-    parser.add_argument("--resume", default="auto", metavar="auto|no|FOLDER", help="checkpoint to go on from")
+    parser.add_argument("--resume", default="auto", metavar="auto|no|FOLDER", help="checkpoint to resume from")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters, FLOPs and memory, and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_intermixed_args()
@@ -94,8 +94,8 @@ def open_data(config: RunConfig, stage: Stage, source: DataSource, train: bool, 
         source,
         stage.inputs,
         seed=config.seed,
-        batch_samples=config.batch_samples,
-        micro_batch_samples=config.batch_samples if alone else config.micro_batch_samples(world_size),
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.global_batch_size if alone else config.micro_batch_size(world_size),
         rank=0 if alone else dist.rank(),
         world_size=world_size,
         train=train,
@@ -110,7 +110,7 @@ def all_batches(stream: Stream) -> Iterator[Batch]:
 
 
 def export_parts(config: RunConfig) -> dict[str, Path]:
-    """What an export holds besides weights. A text tokenizer that is a name, not a path, is left out."""
+    """Parts of an export besides weights. A text tokenizer that is a name, not a path, is left out."""
     paths = {"text_tokenizer": config.data.text_tokenizer, "tokenizer": config.tokenizer}
     return {name: Path(path) for name, path in paths.items() if path and Path(path).exists()}
 

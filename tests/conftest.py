@@ -83,7 +83,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`data:` section: 50 training and 13 held-out pictures of 8 x 8."""
+    """`data:` section: 50 training and 13 held-out images of 8 x 8."""
     folder = tmp_path_factory.mktemp("toy_data")
     return {
         "train": str(write_images(folder / "train", 50)),

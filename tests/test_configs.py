@@ -42,14 +42,14 @@ def test_precedence(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("updats=3", "unknown key 'updats'; did you mean 'updates'?"),
+        ("stepz=3", "unknown key 'stepz'; did you mean 'steps'?"),
         ("engine.zer=1", "unknown key 'engine.zer'; did you mean 'zero'?"),
         ("optim.model.learning_rate=1", "unknown key 'optim.model.learning_rate'"),
-        ("updates=many", "updates = 'many'"),
-        ("updates=0", "updates = 0"),
+        ("steps=many", "steps = 'many'"),
+        ("steps=0", "steps = 0"),
         ("engine.zero=4", "engine.zero = 4"),
         ("seed", "an override is written key=value"),
-        ("updates.x=1", "'updates' is a value, not a section"),
+        ("steps.x=1", "'steps' is a value, not a section"),
         ("seed=[", "not valid YAML"),
     ],
 )
@@ -88,9 +88,9 @@ def test_unknown_stage_and_model_key():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_batch_arithmetic(world_size):
-    run = config.load(TINY, ["batch_samples=24", "engine.micro_batch_samples=2"])
-    assert run.accumulation(world_size) * run.micro_batch_samples(world_size) * world_size == 24
+    run = config.load(TINY, ["global_batch_size=24", "engine.micro_batch_size=2"])
+    assert run.accumulation(world_size) * run.micro_batch_size(world_size) * world_size == 24
     with pytest.raises(UserError, match="does not divide by the world size 5"):
-        run.micro_batch_samples(5)
+        run.micro_batch_size(5)
     with pytest.raises(UserError, match="does not divide by micro-batch 7"):
-        config.load(TINY, ["batch_samples=24", "engine.micro_batch_samples=7"]).accumulation(world_size)
+        config.load(TINY, ["global_batch_size=24", "engine.micro_batch_size=7"]).accumulation(world_size)

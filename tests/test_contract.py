@@ -39,12 +39,12 @@ def test_loss_is_finite_reported_and_reaches_every_parameter(name):
     stage, nets = build(name)
     batch = fake_batch(stage.inputs, 4)
     before = copy.deepcopy(batch)
-    for turn in stage.nets_to_update(0):
-        losses = stage.loss(turn, nets, batch, step=3)
+    for net_name in stage.nets_to_update(0):
+        losses = stage.loss(net_name, nets, batch, step=3)
         assert isinstance(losses, Losses) and losses.total.shape == () and losses.total.isfinite()
         assert losses.terms and not any(term.requires_grad for term in losses.terms.values())
         losses.total.backward()
-        missing = [key for key, parameter in nets[turn].named_parameters() if parameter.grad is None]
+        missing = [key for key, parameter in nets[net_name].named_parameters() if parameter.grad is None]
         assert not missing, f"no gradient: {missing}"
     assert all(torch.equal(batch[key], before[key]) for key in batch), "the batch was changed in place"
 
@@ -94,8 +94,8 @@ def test_an_update_does_not_wait_for_its_numbers(name):
         net.train()
     for step in range(2):
         with NoHostReads() if step else nullcontext():
-            for turn in stage.nets_to_update(step):
-                stage.loss(turn, nets, fake_batch(stage.inputs, 4, seed=step), step).total.backward()
+            for net_name in stage.nets_to_update(step):
+                stage.loss(net_name, nets, fake_batch(stage.inputs, 4, seed=step), step).total.backward()
             stage.after_step(nets, step)
 
 

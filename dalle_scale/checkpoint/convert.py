@@ -11,7 +11,7 @@ from torch import Tensor
 from dalle_scale.config import RENAMED
 
 FORMAT = "dalle_scale export 1"
-TRAINED = {"update", "updates", "weights"}  # keys of an export's `trained`
+TRAINED = {"step", "steps", "weights"}  # keys of an export's `trained`
 TENSORS: dict[str, str] = {}  # a part of a tensor's name in 0.1 -> the same today
 
 

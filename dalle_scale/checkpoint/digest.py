@@ -1,4 +1,4 @@
-"""Which weights a result was made with."""
+"""Digest of the weights that a result was made with."""
 
 from __future__ import annotations
 

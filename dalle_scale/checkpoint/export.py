@@ -47,7 +47,7 @@ class Export:
     dtype: str = "fp32"  # of the nets
 
     def part(self, name: str) -> Path | None:
-        """Where the part `name` lies, None if the export has no such part."""
+        """Path of the part `name`, None if the export has no such part."""
         return self.parts.get(name)
 
 
@@ -67,7 +67,7 @@ def save(
         model_config: the stage's Config.
         states: net name -> its full `state_dict` (parameters and buffers).
         parts: name -> file or folder to copy in; keeps its file suffix.
-        trained: for protocols: update, updates (of the whole run), weights (net -> "raw", or "ema" and its decay).
+        trained: for protocols: step, steps (of the whole run), weights (net -> "raw", or "ema" and its decay).
 
     Raises:
         UserError: a part does not exist.
@@ -114,7 +114,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: str = "f
     config = parse(stage_class.Config, header["model"], where=f"{folder}/config.yaml: model")
     upstream = open_upstream(parts[UPSTREAM_PART], stage_class, device) if UPSTREAM_PART in parts else None
     stage = stage_class(config, upstream)
-    with torch.random.fork_rng(devices=[]):  # fresh weights draw random numbers; the caller's stream stays as it was
+    with torch.random.fork_rng(devices=[]):  # fresh weights sample random numbers; the caller's stream stays as it was
         nets = stage.nets()
     if sorted(nets) != sorted(header["nets"]):
         raise UserError(f"{folder}: holds the nets {header['nets']}, stage '{header['stage']}' has {sorted(nets)}")
@@ -175,7 +175,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         hint = f"did you mean {inner}?" if inner.is_dir() else "a training run writes one to <run>/export"
         raise UserError(f"{folder}: not an export; {hint}")
     if header["format"] not in (FORMAT, convert.FORMAT):
-        raise UserError(f"{folder}: written as '{header['format']}', this version reads '{FORMAT}'; update dalle_scale")
+        raise UserError(f"{folder}: written as '{header['format']}', this version reads '{FORMAT}'; step dalle_scale")
     return header
 
 

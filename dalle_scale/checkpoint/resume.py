@@ -1,7 +1,7 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
     <run>/checkpoints/00001000/
-        state.json      update, world size, config, stream, schedules
+        state.json      step, world size, config, stream, schedules
         <net>/          weights, their average and the optimizer's states, a file for each rank (engine/state.py)
         COMMIT          written last: names and sizes of all files
 
@@ -25,7 +25,7 @@ from dalle_scale.types import UserError
 FORMAT = "dalle_scale checkpoint 3"
 FREE = (  # what a resumed run may have otherwise; the stream's state tells whether the data are the same
     "run",
-    "updates",
+    "steps",
     "log",
     "data.train",
     "data.valid",
@@ -34,15 +34,15 @@ FREE = (  # what a resumed run may have otherwise; the stream's state tells whet
     "data.cache",
     "data.cache_gib",
     "data.max_bad_share",
-    "engine.micro_batch_samples",
+    "engine.micro_batch_size",
     "engine.activation_checkpointing",
-    "engine.machines",
+    "engine.nodes",
     "engine.zero",
 )
 
 
 class Part(Protocol):
-    """What is saved for each net."""
+    """State that is saved for each net."""
 
     schedule: Any
 
@@ -58,27 +58,25 @@ class Checkpoint:
     """A committed checkpoint."""
 
     folder: Path
-    update: int  # updates done
+    step: int  # steps done
     world_size: int
     config: dict[str, Any]  # RunConfig as a plain tree
     stream: dict[str, Any]
     schedules: dict[str, dict[str, Any]]
 
 
-def save(
-    run: Path, update: int, config: RunConfig, parts: Mapping[str, Part], stream: dict[str, Any], keep: int
-) -> None:
-    """Save after `update` updates, then delete all but the newest `keep` checkpoints. All ranks call it.
+def save(run: Path, step: int, config: RunConfig, parts: Mapping[str, Part], stream: dict[str, Any], keep: int) -> None:
+    """Save after `step` steps, then delete all but the newest `keep` checkpoints. All ranks call it.
 
     Args:
         run: the run's folder.
-        update: updates done.
+        step: steps done.
         config: resolved configuration.
         parts: net name -> its engine and schedule.
         stream: state of the data stream at the next batch.
         keep: checkpoints to keep, this one included.
     """
-    final = run / "checkpoints" / f"{update:08d}"
+    final = run / "checkpoints" / f"{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     if dist.is_main():
         for leftover in final.parent.glob(".*"):
@@ -96,7 +94,7 @@ def save(
     if dist.is_main():
         state = {
             "format": FORMAT,
-            "update": update,
+            "step": step,
             "world_size": dist.world_size(),
             "config": config.model_dump(mode="json"),
             "stream": stream,
@@ -113,7 +111,7 @@ def save(
 def committed(run: Path) -> list[Checkpoint]:
     """The run's committed checkpoints, oldest first, whatever their folders are called."""
     folders = [marker.parent for marker in sorted((run / "checkpoints").glob("*/COMMIT"))]
-    return sorted((_open(folder) for folder in folders), key=lambda checkpoint: checkpoint.update)
+    return sorted((_open(folder) for folder in folders), key=lambda checkpoint: checkpoint.step)
 
 
 def find(run: Path, resume: str) -> Checkpoint | None:
@@ -132,15 +130,15 @@ def find(run: Path, resume: str) -> Checkpoint | None:
     if resume == "no":
         if existing:
             raise UserError(
-                f"--resume no: {run} holds a run with {existing[-1].update} updates; "
+                f"--resume no: {run} holds a run with {existing[-1].step} steps; "
                 f"take another run=... or delete the folder"
             )
         return None
     chosen = read(Path(resume))
-    newer = [checkpoint for checkpoint in existing if checkpoint.update > chosen.update]
+    newer = [checkpoint for checkpoint in existing if checkpoint.step > chosen.step]
     if newer:
         raise UserError(
-            f"--resume {resume}: {run} goes on to update {newer[-1].update}; "
+            f"--resume {resume}: {run} continues to step {newer[-1].step}; "
             f"take another run=... or delete the later checkpoints"
         )
     return chosen
@@ -179,15 +177,15 @@ def check(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
                 f"set it back, or start another run=..."
             )
     before, now = checkpoint.config["engine"], config.engine
-    ranks_before, ranks_now = checkpoint.world_size // before["machines"], world_size // now.machines
+    ranks_before, ranks_now = checkpoint.world_size // before["nodes"], world_size // now.nodes
     if now.compression_rank and (ranks_before, before["zero"]) != (ranks_now, now.zero):
         raise UserError(
             f"{checkpoint.folder}: saved at engine.zero={before['zero']} by {ranks_before} processes in each of "
-            f"engine.machines, this run has engine.zero={now.zero} and {ranks_now}; what engine.compression_rank has "
+            f"engine.nodes, this run has engine.zero={now.zero} and {ranks_now}; what engine.compression_rank has "
             f"left behind fits no others: set them back, or start another run=..."
         )
-    if checkpoint.update > config.updates:
-        raise UserError(f"{checkpoint.folder}: has {checkpoint.update} updates, more than updates={config.updates}")
+    if checkpoint.step > config.steps:
+        raise UserError(f"{checkpoint.folder}: has {checkpoint.step} steps, more than steps={config.steps}")
 
 
 def load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
@@ -198,7 +196,7 @@ def load(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
 
 
 def _open(folder: Path) -> Checkpoint:
-    """What state.json says."""
+    """Content of state.json."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.pop("format") != FORMAT:
         raise UserError(

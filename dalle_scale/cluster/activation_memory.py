@@ -1,5 +1,5 @@
-"""What one micro-batch holds on a rank, traced through forward and backward on the device "meta": nothing is computed
-and no memory used, and yet every tensor is met at its size."""
+"""Activation memory of one micro-batch on a rank, traced through forward and backward on the device "meta": nothing is
+computed and no memory used, and yet every tensor is met at its size."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from dalle_scale.types import Batch, BatchSpec, Nets, Stage, UserError
 _plain_attention = F.scaled_dot_product_attention
 
 
-def activations(config: RunConfig, nets: Nets, micro_batch_samples: int) -> dict[str, int]:
+def activations(config: RunConfig, nets: Nets, micro_batch_size: int) -> dict[str, int]:
     """Bytes of one micro-batch on one rank: `saved`, what the graph holds between forward and backward, and `peak`,
     the most that is there at any time of the two, temporary tensors and the gradient being computed included.
 
     `nets` are the stage's, on "meta", and stay as they are. Of several nets in training the largest turn counts, at
-    the last update. Buffers and weights are not counted.
+    the last step. Buffers and weights are not counted.
 
     Raises:
         UserError: the stage needs its image tokenizer in the step.
     """
     stage = open_stage(config)
     working = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.dtype]
-    step = config.updates - 1
+    step = config.steps - 1
     found = []
     with torch.device("meta"), mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
-        nets, batch = copy.deepcopy(nets), _batch(_inputs(stage), micro_batch_samples)
+        nets, batch = copy.deepcopy(nets), _batch(_inputs(stage), micro_batch_size)
         for net in nets.values():
             _prepare(net, working, config.engine.activation_checkpointing)
         trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
         tensors = [*batch.values(), *(t for net in nets.values() for t in [*net.parameters(), *net.buffers()])]
         own = {tensor.untyped_storage()._cdata for tensor in tensors}
-        for turn in stage.nets_to_update(step):
+        for net_name in stage.nets_to_update(step):
             for name, parameters in trained.items():
                 for parameter in parameters:
-                    parameter.requires_grad_(name == turn)
+                    parameter.requires_grad_(name == net_name)
             live = _Live(own)
             with live:
                 with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda tensor: tensor):
-                    total = stage.loss(turn, nets, batch, step).total
+                    total = stage.loss(net_name, nets, batch, step).total
                 saved = live.forget_saved()
                 total.backward()
             found.append({"saved": saved, "peak": live.peak_bytes})
@@ -67,7 +67,7 @@ def _inputs(stage: Stage) -> BatchSpec:
     try:
         return stage.inputs
     except UserError as error:
-        raise UserError(f"{error}; a plan opens no tokenizer: plan without, and count what it takes on top") from None
+        raise UserError(f"{error}; a plan opens no tokenizer: plan without, and add its cost") from None
 
 
 def _prepare(net: nn.Module, working: torch.dtype, recompute: bool) -> None:
@@ -125,7 +125,7 @@ class _Live(TorchDispatchMode):
         return out
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Hook of saved tensors. What was made before, and is kept for every update, is met here for the first time."""
+        """Hook of saved tensors. What was made before, and is kept for every step, is met here for the first time."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._own:
             self._saved.setdefault(storage._cdata, tensor.detach())

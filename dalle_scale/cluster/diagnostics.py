@@ -1,4 +1,4 @@
-"""What is wrong with a cluster, before anything is allocated: every rank is asked, and the odd one is named.
+"""Faults of a cluster, found before anything is allocated: every rank reports, and the odd one is named.
 
 A roll call over a key-value store comes first, because a process group waits for a missing rank without saying which.
 Then what the ranks say of themselves is compared, a sum is taken, and each link of a ring of ranks and each rank's
@@ -37,7 +37,7 @@ Link = tuple[int, int]  # two ranks
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. Lists are by rank."""
+    """Findings. Lists are by rank."""
 
     facts: list[Facts]
     clocks: list[float]  # seconds ahead of rank 0's
@@ -83,7 +83,7 @@ def examine(run: Path, timeout_seconds: float, slow_below: float) -> Report | No
         return None
     measured = {(rank, (rank + 1) % len(hosts)): tuple(link) for rank, link in enumerate(links) if link}
     right = len(hosts) * (len(hosts) + 1) / 2
-    defects = compare([{"device": fact.device} | fact.said for fact in facts], hosts)
+    defects = compare([{"device": fact.device} | fact.environment for fact in facts], hosts)
     defects += [f"{_who([r], hosts)}: a sum over ranks gave {s}, not {right}" for r, s in enumerate(sums) if s != right]
     defects += [f"{_who([rank], hosts)}: {text}" for rank, text in enumerate(shared) if text]
     defects += [
@@ -141,11 +141,11 @@ def roll_call(store: torch_dist.TCPStore, timeout_seconds: float) -> list[str]:
     return [host.decode() for host in store.multi_get(keys)]
 
 
-def compare(said: list[dict[str, str]], hosts: list[str]) -> list[str]:
+def compare(facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
     """A line for each value that is not what most ranks have, or, among equals, what rank 0 has."""
     lines = []
-    for name in sorted({name for one in said for name in one}):
-        values = [one.get(name, "unset") for one in said]
+    for name in sorted({name for one in facts for name in one}):
+        values = [one.get(name, "unset") for one in facts]
         counts = Counter(values)  # in the order of the ranks, which max keeps
         usual = max(counts, key=lambda value: counts[value])
         for value in (value for value in counts if value != usual):
@@ -229,7 +229,7 @@ class _Probes:
             timer.cancel()
 
     def collect(self, what: str, value: Any) -> list[Any]:
-        """What the ranks give, on rank 0; elsewhere nothing."""
+        """Values of all ranks, on rank 0; elsewhere nothing."""
         self._store.set(f"{what} of {dist.rank()}", json.dumps(value))
         keys = [f"{what} of {rank}" for rank in range(dist.world_size())]
         return [json.loads(text) for text in self._store.multi_get(keys)] if dist.is_main() else []

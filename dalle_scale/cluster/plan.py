@@ -1,4 +1,4 @@
-"""What a run will take on a cluster, before anything is rented or allocated: memory, work, bytes on the wire, time.
+"""Cost of a run on a cluster, before anything is rented or allocated: memory, operations, network traffic, time.
 
 Everything is counted from the config and nets on the device "meta"; nothing here has seen the cluster. `document` is
 the whole plan, as JSON holds it.
@@ -10,7 +10,7 @@ evaluation's copy of the weights, a frozen tokenizer.
 
 Bytes sent are those of ring collectives over n ranks, of which each rank sends to the next one: all-reduce 2 (n - 1) /
 n of the tensor, reduce-scatter and all-gather (n - 1) / n of the whole. Left out: scalars, statistics of codebooks.
-ZeRO's rings span all ranks, or with `engine.machines` those of one machine, and gradients go round a second ring.
+ZeRO's rings span all ranks, or with `engine.nodes` those of one node, and gradients go round a second ring.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ RECOMPUTED = 4 / 3  # work with activation checkpointing: forward twice, and the
 
 
 class Cluster(StrictModel):
-    """The machines, all alike, and what is asked of them."""
+    """The nodes, all alike, and what is asked of them."""
 
-    machines: int = Field(gt=0)
-    gpus: int = Field(gt=0)  # of each machine
+    nodes: int = Field(gt=0)
+    gpus: int = Field(gt=0)  # of each node
     memory_gib: float = Field(gt=0)  # of each GPU
     flops: float = Field(gt=0)  # matrix rate of each GPU in the run's precision, floating-point operations a second
-    intra_gbps: float = Field(gt=0)  # that each GPU sends to its neighbour in the machine, 1e9 bits a second
-    inter_gbps: float = Field(gt=0)  # that each machine sends, all its network cards together
+    intra_gbps: float = Field(gt=0)  # that each GPU sends to its neighbour in the node, 1e9 bits a second
+    inter_gbps: float = Field(gt=0)  # that each node sends, all its network cards together
     utilisation: float = Field(default=0.4, gt=0, le=1)  # share of the matrix rate that training reaches; an assumption
 
     @property
     def world_size(self) -> int:
         """Ranks, one a GPU."""
-        return self.machines * self.gpus
+        return self.nodes * self.gpus
 
 
 # ---- memory of a rank ----
 
 
 def memory_bytes(config: RunConfig, nets: Nets, world_size: int, activation_bytes: int) -> dict[str, int]:
-    """Bytes of one of `world_size` ranks by kind. `sum` is what is there in the backward pass, `peak` that or
-    what is there in the optimizer step."""
+    """Bytes of one of `world_size` ranks by kind. `sum` counts the backward pass, `peak` the larger of
+    that and the optimizer step."""
     sizes: dict[str, int] = defaultdict(int)
     copies = 0
     for name, net in nets.items():
-        for kind, size in memory.estimate(net, config, name, world_size // config.engine.machines).items():
+        for kind, size in memory.estimate(net, config, name, world_size // config.engine.nodes).items():
             sizes[kind] += size
         kept, factors = _compression(config, net, name, world_size)
         sizes["compression"] += kept
@@ -74,7 +74,7 @@ def memory_bytes(config: RunConfig, nets: Nets, world_size: int, activation_byte
 
 
 def _passing(config: RunConfig, net: nn.Module, name: str, world_size: int) -> dict[str, int]:
-    """What DeepSpeed 0.19 holds in the backward pass: the bucket of gradients and the flat copy that it sends; at
+    """Buffers of DeepSpeed 0.19 in the backward pass: the bucket of gradients and the flat copy that it sends; at
     ZeRO 3 the weights whose next use is near."""
     element, zero = memory.element_bytes(net, config, name), _zero(config, name, world_size)
     if zero["stage"] == 0:
@@ -104,14 +104,14 @@ def _step_copies(config: RunConfig, net: nn.Module, name: str, world_size: int) 
         return sum((4 * numel if short else 0) + (size if world_size > 1 else 0) for numel, size in groups)
     copies = []
     for numel, size in groups:
-        owned = math.ceil(numel * config.engine.machines / world_size)
+        owned = math.ceil(numel * config.engine.nodes / world_size)
         owned = min(owned, zero["sub_group_size"]) if zero["stage"] == 3 else owned
         copies.append(owned * (size // numel + (4 if short else 0)))
     return max(copies)
 
 
 def _compression(config: RunConfig, net: nn.Module, name: str, world_size: int) -> tuple[int, int]:
-    """What PowerSGD keeps, in fp32: the error and the Q of every matrix; and what it makes for a step: P before and
+    """Memory of PowerSGD, in fp32: the error and the Q of every matrix; and what it makes for a step: P before and
     after it is made orthonormal and the other factor in fp32, and the larger of the two twice as it travels."""
     rank, element = config.engine.compression_rank, memory.element_bytes(net, config, name)
     kept = made = 0.0
@@ -143,9 +143,9 @@ def _cut_and_whole(net: nn.Module, zero: dict[str, Any]) -> tuple[list[nn.Parame
 
 
 def collective_bytes(config: RunConfig, net: nn.Module, name: str, world_size: int) -> dict[str, float]:
-    """Bytes of the whole tensors that one update of a net puts through each kind of collective.
+    """Bytes of the whole tensors that one step of a net puts through each kind of collective.
 
-    G gradients and W weights, in working precision, a micro-batches an update:
+    G gradients and W weights, in working precision, a micro-batches a step:
 
         ZeRO 0    all-reduce G, in fp32; all-gather what Muon makes of it
         ZeRO 1    all-reduce G, all-gather W
@@ -186,11 +186,11 @@ def sent_bytes(collectives: dict[str, float], ranks: int) -> float:
     return sum((2 if kind == "all_reduce" else 1) * share * size for kind, size in collectives.items())
 
 
-def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_size: int) -> float:
-    """Bytes of the tensors that a rank puts through all-reduce with its replicas in other machines in one update: its
+def between_nodes_bytes(config: RunConfig, net: nn.Module, name: str, world_size: int) -> float:
+    """Bytes of the tensors that a rank puts through all-reduce with its replicas in other nodes in one step: its
     slice of the gradients, matrices as factors where `engine.compression_rank` makes that smaller. The mean of
-    the ranks of a machine: at ZeRO 1 and 2 these hold different matrices."""
-    if config.engine.machines == 1:
+    the ranks of a node: at ZeRO 1 and 2 these hold different matrices."""
+    if config.engine.nodes == 1:
         return 0.0
     rank, element = config.engine.compression_rank, memory.element_bytes(net, config, name)
     compressed = _compressed(config, net, name, world_size)
@@ -199,15 +199,15 @@ def between_machines_bytes(config: RunConfig, net: nn.Module, name: str, world_s
         for matrix, rows, columns, count in compressed
     )
     trained = [p for group in _groups(config, net, name) for p in group["params"]]
-    return _size(trained, element) * config.engine.machines / world_size - saved
+    return _size(trained, element) * config.engine.nodes / world_size - saved
 
 
 def _compressed(
     config: RunConfig, net: nn.Module, name: str, world_size: int
 ) -> list[tuple[nn.Parameter, int, int, float]]:
     """Matrices that PowerSGD compresses on a rank, each with its rows and columns there and how many of it: blocks of
-    the rows of each at ZeRO 3, whole ones shared out among the ranks before; see engine/machines.py."""
-    ranks, rank, found = world_size // config.engine.machines, config.engine.compression_rank, []
+    the rows of each at ZeRO 3, whole ones shared out among the ranks before; see engine/nodes.py."""
+    ranks, rank, found = world_size // config.engine.nodes, config.engine.compression_rank, []
     matrices = [p for group in _groups(config, net, name) if group["role"] == "matrix" for p in group["params"]]
     for matrix in matrices if rank else ():
         rows, columns = matrix.shape[0], matrix.numel() // matrix.shape[0]
@@ -223,7 +223,7 @@ def _compressed(
 
 
 def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
-    """The plan at every ZeRO stage, what does not fit as configured, and what mends it.
+    """The plan at every ZeRO stage, what does not fit as configured, and what fixes it.
 
     Raises:
         UserError: a config that these ranks or the engine cannot run, or a stage that needs its tokenizer in the step.
@@ -235,7 +235,7 @@ def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         nets = stage.nets()
     ds_config.check_nets(config, nets)
     weigh = _Scales(nets, cluster)
-    flops = stage.flops_per_sample() * config.batch_samples
+    flops = stage.flops_per_sample() * config.global_batch_size
     other = _changed(config, activation_checkpointing=not config.engine.activation_checkpointing)
     here, there = weigh.activations(config), weigh.activations(other)
     with_it, without = (here, there) if config.engine.activation_checkpointing else (there, here)
@@ -246,13 +246,13 @@ def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         "assumes_bf16": was_open,
         "cluster": {**cluster.model_dump(), "ranks": cluster.world_size, "usable_share": USABLE_SHARE},
         "parameters": {name: _parameters(net) for name, net in nets.items()},
-        "micro_batch_samples": config.micro_batch_samples(cluster.world_size),
+        "micro_batch_size": config.micro_batch_size(cluster.world_size),
         "accumulation": config.accumulation(cluster.world_size),
-        "flops": {"update": flops, "rank": flops / cluster.world_size},
+        "flops": {"step": flops, "rank": flops / cluster.world_size},
         "activation_bytes": {"with_checkpointing": with_it, "without_checkpointing": without},
         "zero": rows,
         "fits": fits,
-        "mend": [] if fits else mend(config, weigh),
+        "fix": [] if fits else fixes(config, weigh),
     }
 
 
@@ -264,7 +264,7 @@ class _Scales:
         self._traced: dict[tuple[Any, ...], dict[str, int]] = {}
 
     def activations(self, config: RunConfig) -> dict[str, int]:
-        micro = config.micro_batch_samples(self.cluster.world_size)
+        micro = config.micro_batch_size(self.cluster.world_size)
         key = (micro, config.engine.dtype, config.engine.activation_checkpointing)
         if key not in self._traced:
             self._traced[key] = activations(config, self.nets, micro)
@@ -280,13 +280,13 @@ class _Scales:
 def _row(config: RunConfig, weigh: _Scales, flops: float) -> dict[str, Any]:
     """One ZeRO stage: memory, bytes, time."""
     cluster, sizes = weigh.cluster, weigh.memory(config)
-    collectives, between, ranks = defaultdict[str, float](float), 0.0, cluster.world_size // config.engine.machines
+    collectives, between, ranks = defaultdict[str, float](float), 0.0, cluster.world_size // config.engine.nodes
     for name, net in weigh.nets.items():
         for kind, size in collective_bytes(config, net, name, cluster.world_size).items():
             collectives[kind] += size
-        between += between_machines_bytes(config, net, name, cluster.world_size)
+        between += between_nodes_bytes(config, net, name, cluster.world_size)
     sent, wire = _links(
-        sent_bytes(collectives, ranks), sent_bytes({"all_reduce": between}, config.engine.machines), ranks, cluster
+        sent_bytes(collectives, ranks), sent_bytes({"all_reduce": between}, config.engine.nodes), ranks, cluster
     )
     work = flops * (RECOMPUTED if config.engine.activation_checkpointing else 1)
     compute = work / (cluster.world_size * cluster.flops * cluster.utilisation)
@@ -296,41 +296,41 @@ def _row(config: RunConfig, weigh: _Scales, flops: float) -> dict[str, Any]:
         "runs": _runs(config, cluster.world_size),
         "memory_bytes": sizes,
         "fits": weigh.fits(sizes),
-        "collective_bytes": {**collectives, "between_machines": between},
+        "collective_bytes": {**collectives, "between_nodes": between},
         "sent_bytes": sent,
         "step_seconds": seconds,
-        "days": {key: seconds[key] * config.updates / 86_400 for key in ("overlapped", "in_turn")},
+        "days": {key: seconds[key] * config.steps / 86_400 for key in ("overlapped", "in_turn")},
     }
 
 
 def _links(by_zero: float, between: float, ranks: int, cluster: Cluster) -> tuple[dict[str, float], float]:
-    """Bytes that a rank sends, mean over a machine, by where they go; and the seconds of the slowest link.
+    """Bytes that a rank sends, mean over a node, by where they go; and the seconds of the slowest link.
 
-    A ring of ZeRO's `ranks` that spans several machines leaves each of them once. The rings between replicas leave a
-    machine from every rank of it, if there are several machines."""
+    A ring of ZeRO's `ranks` that spans several nodes leaves each of them once. The rings between replicas leave a
+    node from every rank of it, if there are several nodes."""
     over = by_zero / cluster.gpus if ranks > cluster.gpus else 0.0
-    out = over + (between if cluster.machines > 1 else 0.0)
+    out = over + (between if cluster.nodes > 1 else 0.0)
     inside = by_zero + between - out
     wire = [8 * by_zero / (cluster.intra_gbps * 1e9) if cluster.gpus > 1 else 0.0]
     wire.append(8 * over * cluster.gpus / (cluster.inter_gbps * 1e9))
     second = 8 * (out - over) * cluster.gpus / (cluster.inter_gbps * 1e9)
-    if cluster.machines == 1:
+    if cluster.nodes == 1:
         second = 8 * between / (cluster.intra_gbps * 1e9)
     sent = {"rank": by_zero + between, "intra_machine": inside, "inter_machine": out}
     return sent, max(wire) + second
 
 
-def mend(config: RunConfig, weigh: _Scales) -> list[str]:
+def fixes(config: RunConfig, weigh: _Scales) -> list[str]:
     """The fewest changes of `engine` with which the run fits, as overrides; the first found of equally many. Empty
     where none does."""
     engine, ranks = config.engine, weigh.cluster.world_size
-    micro, share = config.micro_batch_samples(ranks), config.batch_samples // ranks
+    micro, share = config.micro_batch_size(ranks), config.global_batch_size // ranks
     choices: dict[str, list[Any]] = {
         "zero": [zero for zero in (1, 2, 3) if zero > engine.zero],
         "compression_rank": [0] if engine.compression_rank else [],
-        "machines": [1] if engine.machines > 1 else [],
+        "nodes": [1] if engine.nodes > 1 else [],
         "activation_checkpointing": [] if engine.activation_checkpointing else [True],
-        "micro_batch_samples": [size for size in range(micro - 1, 0, -1) if share % size == 0],
+        "micro_batch_size": [size for size in range(micro - 1, 0, -1) if share % size == 0],
         "dtype": ["bf16"] if engine.dtype == "fp32" else [],
     }
     ways = itertools.product(*([None, *values] for values in choices.values()))

@@ -11,7 +11,7 @@ from dalle_scale.report import charts, tables
 from dalle_scale.report.page import ChartCard, Charts, Page, Section, Table, write_page
 
 _GIB = 2**30
-_COLOURS = {  # memory kind -> colour that is told from its neighbours on light and dark paper
+_COLOURS = {  # memory kind -> colour that differs from its neighbours on light and dark paper
     "weights": "#4269d0",
     "master weights": "#97bbf5",
     "gradients": "#efb118",
@@ -39,7 +39,7 @@ def write(out: Path, numbers: dict[str, Any]) -> None:
 def markdown(numbers: dict[str, Any]) -> str:
     """Return the plan as Markdown."""
     parts = [f"# {_title(numbers)}", "", *(f"- {line}" for line in notes(numbers))]
-    for title, rows in (("Memory of a rank, GiB", memory_table(numbers)), ("An update", update_table(numbers))):
+    for title, rows in (("Memory of a rank, GiB", memory_table(numbers)), ("A step", update_table(numbers))):
         parts += ["", f"## {title}", "", *tables.markdown(rows)]
     return "\n".join([*parts, ""])
 
@@ -50,7 +50,7 @@ def page(numbers: dict[str, Any]) -> Page:
     time = ChartCard("", _time_chart(numbers), colours=_TIME_COLOURS)
     sections = [
         Section("Memory of a rank", [Charts([memory]), Table(memory_table(numbers))]),
-        Section("An update", [Charts([time]), Table(update_table(numbers))]),
+        Section("A step", [Charts([time]), Table(update_table(numbers))]),
     ]
     return Page(_title(numbers), notes(numbers), sections)
 
@@ -59,7 +59,7 @@ def page(numbers: dict[str, Any]) -> Page:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
-    """What is planned, under which assumptions, and whether it fits."""
+    """Plan, assumptions, and whether the run fits."""
     config, cluster = numbers["config"], numbers["cluster"]
     engine, held = config["engine"], numbers["activation_bytes"]
     lines = [
@@ -68,10 +68,10 @@ def notes(numbers: dict[str, Any]) -> list[str]:
         for name, count in numbers["parameters"].items()
     ]
     lines.append(
-        f"{config['batch_samples']:,} samples an update: {numbers['micro_batch_samples']} in a micro-batch, "
+        f"{config['global_batch_size']:,} samples a step: {numbers['micro_batch_size']} in a micro-batch, "
         f"{numbers['accumulation']} micro-batches on each of {cluster['ranks']:,} ranks, {engine['dtype']}"
     )
-    lines.append(f"{numbers['flops']['update']:.3e} operations an update, {numbers['flops']['rank']:.3e} a rank")
+    lines.append(f"{numbers['flops']['step']:.3e} operations a step, {numbers['flops']['rank']:.3e} a rank")
     for name, sizes in held.items():
         lines.append(
             f"activations of a micro-batch {name.replace('_', ' ')}: {sizes['saved'] / _GIB:,.2f} GiB saved, "
@@ -87,14 +87,14 @@ def notes(numbers: dict[str, Any]) -> list[str]:
 
 
 def _verdict(numbers: dict[str, Any]) -> str:
-    """Whether it fits, and what mends it."""
+    """Whether it fits, and what fixes it."""
     zero, cluster = numbers["config"]["engine"]["zero"], numbers["cluster"]
     need = f"{numbers['zero'][zero]['memory_bytes']['peak'] / _GIB:,.2f} GiB"
     room = f"{cluster['usable_share'] * cluster['memory_gib']:,.2f} GiB"
     if numbers["fits"]:
         return f"fits at ZeRO {zero}: {need} of {room}"
-    if numbers["mend"]:
-        return f"does not fit at ZeRO {zero}: {need} of {room}; fits with {' '.join(numbers['mend'])}"
+    if numbers["fix"]:
+        return f"does not fit at ZeRO {zero}: {need} of {room}; fits with {' '.join(numbers['fix'])}"
     return f"does not fit at ZeRO {zero}: {need} of {room}, and with no setting of engine; take more ranks or memory"
 
 
@@ -113,10 +113,10 @@ def memory_table(numbers: dict[str, Any]) -> Rows:
 
 
 def update_table(numbers: dict[str, Any]) -> Rows:
-    """Bytes and time of an update by ZeRO stage; the first row holds the titles."""
+    """Bytes and time of a step by ZeRO stage; the first row holds the titles."""
     rows = numbers["zero"]
     table = [["", *(f"ZeRO {row['zero']}" for row in rows)]]
-    for kind, title in (("rank", "a rank sends, GB"), ("intra_machine", "in the machine"), ("inter_machine", "out")):
+    for kind, title in (("rank", "a rank sends, GB"), ("intra_machine", "in the node"), ("inter_machine", "out")):
         table.append([title, *(f"{row['sent_bytes'][kind] / 1e9:,.3f}" for row in rows)])
     for kind in ("compute", "communication"):
         table.append([f"{kind}, s", *(f"{row['step_seconds'][kind]:.3g}" for row in rows)])
@@ -141,7 +141,7 @@ def _fits(row: dict[str, Any]) -> str:
 
 def _title(numbers: dict[str, Any]) -> str:
     cluster = numbers["cluster"]
-    return f"{numbers['config']['run']} on {cluster['machines']:,} x {cluster['gpus']} GPUs"
+    return f"{numbers['config']['run']} on {cluster['nodes']:,} x {cluster['gpus']} GPUs"
 
 
 # ---- charts ----
@@ -176,7 +176,7 @@ def _time_chart(numbers: dict[str, Any]) -> charts.Chart:
         text = f"{seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s"
         bars.append(charts.Row(f"ZeRO {row['zero']}", parts, text))
     end = max(row["step_seconds"]["in_turn"] for row in numbers["zero"])
-    return charts.rows("time of an update by ZeRO stage", bars, end)
+    return charts.rows("time of a step by ZeRO stage", bars, end)
 
 
 def _colour(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""What a rank says of itself and measures, for `doctor`: facts, a sum, a shared folder, clocks, arithmetic, links."""
+"""Facts and measurements of a rank, for `doctor`: facts, a sum, a shared folder, clocks, arithmetic, links."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SHARED_SECONDS = 10.0  # in which a file must be seen by the others: network fil
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank says of itself."""
+    """Facts about a rank."""
 
     rank: int
     host: str
     device: str
     free_bytes: int  # of the device
     total_bytes: int
-    said: dict[str, str]  # versions and environment variables, which must not differ
+    environment: dict[str, str]  # versions and environment variables, which must not differ
 
 
 def facts_of_this_rank() -> Facts:

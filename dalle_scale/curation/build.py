@@ -58,13 +58,13 @@ def build(
     fetch: Fetch = chunks.fetch,
     fetch_plan: dict[str, Any] | None = None,
 ) -> None:
-    """Build, or go on building, the data set in `out`.
+    """Build, or continue building, the data set in `out`.
 
     Args:
         paths: the sources, as they are given on the command line.
         overwrite: replace a finished data set, or unfinished work on another one.
-        fetch: what reads the pictures of a chunk.
-        fetch_plan: what `fetch` depends on, as JSON has it; unfinished work goes on under the same only.
+        fetch: what reads the images of a chunk.
+        fetch_plan: what `fetch` depends on, as JSON has it; unfinished work continues under the same only.
 
     Raises:
         UserError: a source cannot be read; `out` holds something else; another run is at work; no sample is left.
@@ -118,7 +118,7 @@ def _pass(task: workers.Task, job: Job, table: Callable[[int], Path], what: str,
 
 def _find_fatal(job: Job, rows: list[int]) -> bool:
     """Note those of the rows that end the process that looks at them: they are left out from now on."""
-    found = {row: how for row in rows if (how := workers.cause_of_death(chunks.try_row, job, row))}
+    found = {row: how for row in rows if (how := workers.cause_of_failure(chunks.try_row, job, row))}
     with atomic(job.fatal) as temporary:
         temporary.write_text(json.dumps({**job.fatal_rows(), **found}), encoding="utf-8")
     for row, how in found.items():
@@ -206,7 +206,7 @@ def _check_outside(out: Path, paths: list[Path]) -> None:
 
 
 def _find_duplicates(job: Job) -> Duplicates:
-    """Which rows repeat earlier ones, and so which chunks still have samples. Needs all chunks built."""
+    """Find rows that repeat earlier ones, and so the chunks that still have samples. All chunks must be built."""
     path = job.stage / _DUPLICATES
     if job.recipe.dedupe != "none" and not path.exists():
         folder = job.stage / "dedupe"
@@ -237,7 +237,7 @@ def _find_duplicates(job: Job) -> Duplicates:
 
 
 def _records(job: Job, kind: np.dtype[Any], without: Any) -> Iterator[dedupe.Records]:
-    """What is compared, of all samples but the rows `without` (sorted)."""
+    """Records to compare, of all samples but the rows `without` (sorted)."""
     columns = ["row", "status", "sha256", "perceptual_hash"]
     for chunk in log.progress(range(job.num_chunks), "read rows", "chunks", total=job.num_chunks):
         table = pq.read_table(job.staged(chunk), columns=columns, use_threads=False)
@@ -256,7 +256,7 @@ def _records(job: Job, kind: np.dtype[Any], without: Any) -> Iterator[dedupe.Rec
 
 
 def _finish(job: Job, rows: int, started: float) -> None:
-    """Write ledger, report and manifests, and say what came out. `rows`: built by this run."""
+    """Write ledger, report and manifests, and print the result. `rows`: built by this run."""
     reasons: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     with atomic(job.out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:

@@ -9,9 +9,9 @@ A table of rows, `rows/<chunk>.parquet`, has one row an input row:
     source, name         where it comes from
     status               "kept", or the reason why it is not
     key, split           of the sample, "train" or "valid"; null where there is none
-    sha256               32 bytes, of the picture's file as it was read; null where none was read
-    perceptual_hash      of the picture as it was decoded (`prepare.perceptual_hash`); null where it was not
-    width, height        of the picture before resizing, upright, in pixels
+    sha256               32 bytes, of the image's file as it was read; null where none was read
+    perceptual_hash      of the image as it was decoded (`prepare.perceptual_hash`); null where it was not
+    width, height        of the image before resizing, upright, in pixels
     caption_characters   length of the caption; null where there is none
 """
 
@@ -60,15 +60,15 @@ SCHEMA = pa.schema(
 )
 _KEY_CHARACTERS = 40  # of the name, in a key
 
-# How the pictures of a chunk are read. Called once a chunk, in the process that works on it, with the rows that the
+# How the images of a chunk are read. Called once a chunk, in the process that works on it, with the rows that the
 # rules on captions and columns left over, in order. Gives each of them back, once and in the same order, with the
-# picture's file or the reason why there is none. It may take rows ahead of what it gives back: as many as it likes to
+# image's file or the reason why there is none. It may take rows ahead of what it gives back: as many as it likes to
 # have under way at once. Must be picklable: a function of a module, or a frozen dataclass with `__call__`.
 Fetch = Callable[[Iterator[Row]], Iterator[tuple[Row, "bytes | str"]]]
 
 
 def fetch(rows: Iterator[Row]) -> Iterator[tuple[Row, bytes | str]]:
-    """Read the pictures one after the other from where the sources say they are: the `Fetch` of local files."""
+    """Read the images one after the other from where the sources say they are: the `Fetch` of local files."""
     for row in rows:
         try:
             yield row, row.read()
@@ -78,9 +78,9 @@ def fetch(rows: Iterator[Row]) -> Iterator[tuple[Row, bytes | str]]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the data set shall be."""
+    """Settings of the data set to build."""
 
-    size: int | None = None  # side of the stored squares in pixels; None = pictures as they are
+    size: int | None = None  # side of the stored squares in pixels; None = images as they are
     filters: Filters = field(default_factory=Filters)
     valid_share: float = 0.0
     samples_per_shard: int = 10_000  # rows of a chunk, so at most this many samples of a shard
@@ -115,7 +115,7 @@ class Job:
         return self.stage / "fatal.json"
 
     def fatal_rows(self) -> dict[int, str]:
-        """What is known of them so far."""
+        """Rows that are known to end a process."""
         found = json.loads(self.fatal.read_text(encoding="utf-8")) if self.fatal.exists() else {}
         return {int(row): how for row, how in found.items()}
 
@@ -130,7 +130,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What is known before chunks are finished."""
+    """Duplicates that are known before chunks are finished."""
 
     numbers: dict[str, list[int]]  # split -> [chunks]: number of the chunk's shard, -1 where it has none
     table: Path | None  # parquet: the rows that go, the earlier ones that they repeat, and whether only nearly
@@ -206,18 +206,18 @@ def _add(job: Job, shards: dict[str, Shard], chunk: int, row: Row, data: bytes |
         raise BadSample(data)
     account: dict[str, Any] = {"sha256": hashlib.sha256(data).digest()}
     try:
-        picture = prepare(data, job.recipe.size, job.recipe.filters.check_size)
+        image = prepare(data, job.recipe.size, job.recipe.filters.check_size)
     except BadSample as error:
         return account | {"status": str(error)}
     key = make_key(row)
     split = "valid" if share_of(row.name) < job.recipe.valid_share else "train"
     if split not in shards:
         shards[split] = Shard(job.stage / split, chunk)
-    members = {picture.kind: picture.data, "txt": row.caption.strip().encode()}
+    members = {image.kind: image.data, "txt": row.caption.strip().encode()}
     if job.recipe.keep_columns:
         members["json"] = to_json({name: row.columns.get(name) for name in job.recipe.keep_columns})
     shards[split].add(key, members)
-    size = {"width": picture.width, "height": picture.height, "perceptual_hash": picture.perceptual_hash}
+    size = {"width": image.width, "height": image.height, "perceptual_hash": image.perceptual_hash}
     return account | size | {"status": KEPT, "key": key, "split": split}
 
 
@@ -237,7 +237,7 @@ def make_key(row: Row) -> str:
 
 
 def share_of(name: str) -> float:
-    """A number in [0, 1) that depends on the name without extension only: all captions of a picture go to one side, and
+    """A number in [0, 1) that depends on the name without extension only: all captions of an image go to one side, and
     samples stay on theirs when the set grows."""
     stem = os.path.splitext(name)[0]
     return int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=6).digest(), "big") / (1 << 48)

@@ -1,4 +1,4 @@
-"""Which rows repeat an earlier one: the same bytes, or nearly the same picture. Bounded memory, same answer every time.
+"""Duplicates: rows with the bytes of an earlier one, or nearly its image. Bounded memory, same answer every time.
 
 Exact: of the rows with the same sha256, the one with the lowest number stays.
 Near: rows are judged in the order of their numbers; a row goes if a row that stays, with a lower number, has a
@@ -26,9 +26,9 @@ import numpy.typing as npt
 from dalle_scale import log
 
 Records = npt.NDArray[Any]  # of one of the types below
-Numbers = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
-EXACT = np.dtype([("sha", "<u8", (4,)), ("row", "<i8")])  # a row and the sha256 of its picture's file
+EXACT = np.dtype([("sha", "<u8", (4,)), ("row", "<i8")])  # a row and the sha256 of its image's file
 NEAR = np.dtype([("hash", "<u8"), ("row", "<i8")])  # a row and its perceptual hash
 PAIR = np.dtype([("row", "<i8"), ("of", "<i8")])  # a row and an earlier one
 _PART_RECORDS = 1 << 21  # in memory at once, about
@@ -59,7 +59,7 @@ def exact(records: Iterable[Records], count: int, folder: Path) -> Records:
 
 
 def near(records: Iterable[Records], count: int, near_bits: int, num_rows: int, folder: Path) -> Records:
-    """The rows whose picture is nearly that of an earlier one; the module says what that means.
+    """The rows whose image is nearly that of an earlier one; the module says what that means.
 
     Args:
         records: NEAR, in blocks.
@@ -99,7 +99,7 @@ def near(records: Iterable[Records], count: int, near_bits: int, num_rows: int, 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """How a hash is looked up: one mask for each choice of blocks; pairs within k bits agree under one of them."""
+    """Lookup of hashes: one mask for each choice of blocks; pairs within k bits agree under one of them."""
 
     masks: tuple[int, ...]
 
@@ -157,7 +157,7 @@ def _close(part: Records, mask: np.uint64, near_bits: int) -> Iterator[tuple[Rec
 
 
 def _judge(pairs: Path, num_rows: int, folder: Path) -> Records:
-    """Which rows go, and because of which: decided in the order of the rows. PAIR [n], sorted by row."""
+    """Rows to leave out, and the rows that they repeat, decided in the order of the rows. PAIR [n], sorted by row."""
     count = pairs.stat().st_size // PAIR.itemsize
     gone = np.zeros(num_rows, bool)
     found: list[Records] = []
@@ -189,7 +189,7 @@ def _parts(
     """
     parts = _num_parts(count)
     if parts == 1:
-        yield _joined(list(blocks))
+        yield _concatenated(list(blocks))
         return
     folder.mkdir()
     paths = [folder / str(part) for part in range(parts)]
@@ -223,7 +223,7 @@ def _read(path: Path, kind: np.dtype[Any]) -> Iterator[Records]:
                 return
 
 
-def _later(rows: Numbers, fresh: npt.NDArray[np.bool_]) -> Records:
+def _later(rows: IntArray, fresh: npt.NDArray[np.bool_]) -> Records:
     """In rows sorted into groups, `fresh` where a group starts: every other row with the first of its group."""
     starts = np.maximum.accumulate(np.where(fresh, np.arange(len(rows)), 0))
     found = np.empty(int((~fresh).sum()), PAIR)
@@ -231,10 +231,10 @@ def _later(rows: Numbers, fresh: npt.NDArray[np.bool_]) -> Records:
     return found
 
 
-def _joined(blocks: list[Records]) -> Records:
+def _concatenated(blocks: list[Records]) -> Records:
     return np.concatenate(blocks) if blocks else np.empty(0, PAIR)
 
 
 def _sorted(found: list[Records]) -> Records:
-    joined = _joined(found)
+    joined = _concatenated(found)
     return joined[np.argsort(joined["row"], kind="stable")]

@@ -26,33 +26,33 @@ def encode_shards(
     out: Path,
     image_size: int,
     encode: Callable[[Tensor], Tensor],
-    batch_samples: int,
+    global_batch_size: int,
     rank: int,
     world_size: int,
 ) -> None:
     """Make a shard of codes from every world_size-th shard of images, starting at `rank`; those that exist stay.
 
-    Pictures are centre squares, uint8 [B, 3, S, S]. Captions are carried over. What cannot be read is left out and
+    Images are centre squares, uint8 [B, 3, S, S]. Captions are carried over. What cannot be read is left out and
     becomes a row of the shard's part of the ledger; `join_ledger` puts the parts together.
 
     Args:
-        encode: pictures -> codes int64 [B, N].
+        encode: images -> codes int64 [B, N].
     """
     batches = []  # (shard, samples, whether they are its last)
     for number in range(rank, source.num_shards, world_size):
         if not index_path(out, number).exists():
             samples = list(source.samples(number))
-            chunks = [samples[at : at + batch_samples] for at in range(0, len(samples), batch_samples)]
+            chunks = [samples[at : at + global_batch_size] for at in range(0, len(samples), global_batch_size)]
             batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
     reader = Reader(source)
     shard: Shard | None = None
     lost: list[dict[str, Any]] = []  # of this shard
     with ThreadPoolExecutor(max_workers=1) as pool:
         loaded = ahead(pool, lambda batch: _load(reader, source, batch[1], image_size), batches)
-        progress = log.progress(loaded, "encode", f"batches of {batch_samples}", total=len(batches))
-        for (number, _, last), (rows, pictures, bad) in zip(batches, progress, strict=True):
+        progress = log.progress(loaded, "encode", f"batches of {global_batch_size}", total=len(batches))
+        for (number, _, last), (rows, images, bad) in zip(batches, progress, strict=True):
             shard = shard or Shard(out, number)
-            values = encode(pictures).cpu().numpy() if rows else ()
+            values = encode(images).cpu().numpy() if rows else ()
             for (key, members), codes in zip(rows, values, strict=True):
                 shard.add(key, {**members, image_codes.MEMBER: image_codes.pack(codes)})
             lost += bad
@@ -80,14 +80,14 @@ def _ledger_part(out: Path, number: int) -> Path:
 def _load(
     reader: Reader, source: Manifest, samples: list[int], size: int
 ) -> tuple[list[tuple[str, dict[str, bytes]]], Tensor, list[dict[str, Any]]]:
-    """Keys and captions of the good samples, their pictures, and ledger rows of the others."""
-    rows, pictures, bad = [], [], []
+    """Keys and captions of the good samples, their images, and ledger rows of the others."""
+    rows, images, bad = [], [], []
     for sample in samples:
         try:
             members = {"txt": reader.read(sample, "txt")} if "txt" in source.members else {}
-            pictures.append(square(decode(reader.read_image(sample)), size))
+            images.append(square(decode(reader.read_image(sample)), size))
             rows.append((source.key(sample), members))
         except BadSample as error:
             bad.append({"shard": source.shard_url(sample), "key": source.key(sample), "reason": str(error)})
-    stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+    stacked = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
     return rows, torch.from_numpy(stacked).permute(0, 3, 1, 2), bad

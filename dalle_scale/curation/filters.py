@@ -1,4 +1,4 @@
-"""Which captioned pictures are left out, each rule by itself; all that can be judged without decoding the picture.
+"""Filters of captioned images, each by itself; all that need not decode the image.
 
 `Filters.dalle()` are the rules that arXiv 2102.12092 names (Sec. 2.3 and App. C): captions that are too short, not
 English, or mostly boilerplate such as "photographed on <date>"; aspect ratios outside [1/2, 2]. How short is too short
@@ -38,7 +38,7 @@ class Filters:
     language: str | None = None
     boilerplate: bool = False  # leave out captions that say little else
     max_aspect: float | None = None  # longer side by shorter side
-    min_side: int = 1  # of the picture, in pixels
+    min_side: int = 1  # of the image, in pixels
     max_watermark: float | None = None  # probability, of the column pwatermark
     max_nsfw: float | None = None  # probability, of the column punsafe or NSFW
 
@@ -54,7 +54,7 @@ class Filters:
         return watermark + (NSFW_COLUMNS if self.max_nsfw is not None else ())
 
     def check_row(self, caption: str, columns: dict[str, Any]) -> None:
-        """Judge what is known before the picture is read.
+        """Judge what is known before the image is read.
 
         Raises:
             BadSample: the row is left out, and why.
@@ -75,7 +75,7 @@ class Filters:
             raise BadSample(f"caption in another language: {other}")
 
     def check_size(self, width: int, height: int) -> None:
-        """Judge the picture's size in pixels. Raises BadSample."""
+        """Judge the image's size in pixels. Raises BadSample."""
         short, long = sorted((width, height))
         if short < self.min_side:
             raise BadSample(f"too small: {width} x {height}")
@@ -137,7 +137,7 @@ _PATTERNS = [
 ]
 _PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IGNORECASE)
 _EMPTY_WORDS = """
-    photographed photograph photographs photo photos photography pic pics picture pictures image images img untitled
+    photographed photograph photographs photo photos photography pic pics image images image images img untitled
     title taken shot captured uploaded posted created published updated dated date time file filename default caption
     stock screenshot camera digital thumbnail thumb placeholder unnamed none null unknown copy original nan jpg jpeg
     png gif monday tuesday wednesday thursday friday saturday sunday am pm
@@ -150,8 +150,8 @@ _WORD = re.compile(r"[^\W_]+")
 def is_boilerplate(caption: str) -> bool:
     """Whether dates, file names and words like "photographed" are more than three quarters of the caption's words,
     not counting "the", "of" and their like."""
-    said = _words(_PATTERN.sub(" ", caption))
-    return 4 * sum(word not in _EMPTY for word in said) < len(_words(caption))
+    words = _words(_PATTERN.sub(" ", caption))
+    return 4 * sum(word not in _EMPTY for word in words) < len(_words(caption))
 
 
 def _words(text: str) -> list[str]:

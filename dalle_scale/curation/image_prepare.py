@@ -1,4 +1,4 @@
-"""A picture's file as it lies in a shard: decoded once, strictly, and stored as it is or as a small square.
+"""An image's file as it lies in a shard: decoded once, strictly, and stored as it is or as a small square.
 
 A JPEG much larger than the square is decoded at 1/2, 1/4 or 1/8 of its size, to a side of at least twice the square's;
 the rest is an exact area mean.
@@ -22,13 +22,13 @@ from dalle_scale.data.reader import BadSample
 from dalle_scale.data.transforms import square
 
 JPEG_QUALITY = 95
-HASH_SIDE = 32  # of the grey picture that the perceptual hash is made of
+HASH_SIDE = 32  # of the grey image that the perceptual hash is made of
 _HASH_SAMPLES = 4  # pixels a cell of it, along a side, where there are as many
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture, ready for a shard."""
+    """An image, ready for a shard."""
 
     kind: str  # extension of the member
     data: bytes
@@ -38,11 +38,11 @@ class Prepared:
 
 
 def prepare(data: bytes, size: int | None, check_size: Callable[[int, int], None]) -> Prepared:
-    """Decode a picture file and make it what is stored.
+    """Decode an image file and make it what is stored.
 
     Args:
         size: store the centre square, resized to this side in pixels; None stores every file as it is.
-        check_size: is given width and height before anything is decoded; raises BadSample to leave the picture out.
+        check_size: is given width and height before anything is decoded; raises BadSample to leave the image out.
 
     Raises:
         BadSample: of no known format, damaged, more than `decode.MAX_PIXELS` pixels, or left out by `check_size`.
@@ -75,7 +75,7 @@ def encode(pixels: Pixels, kind: str) -> tuple[str, bytes]:
 
 
 def perceptual_hash(pixels: Pixels) -> int:
-    """64 bits that stay mostly the same when a picture [H, W, 3] is resized, recompressed or slightly recoloured.
+    """64 bits that stay mostly the same when an image [H, W, 3] is resized, recompressed or slightly recoloured.
 
     Bit 8 u + v says whether the coefficient (u, v) of a 32 x 32 cosine transform of the luma is above the median of
     the 8 x 8 lowest. All in integers, so it is the same on every machine.
@@ -108,5 +108,5 @@ def _waves() -> npt.NDArray[np.int64]:
 
 
 def _factor(side: int, size: int | None) -> int:
-    """How much smaller a picture is decoded; powers of two, which have fast code."""
+    """Factor by which an image is decoded smaller; powers of two, which have fast code."""
     return next((factor for factor in (8, 4, 2) if size is not None and side >= 2 * size * factor), 1)

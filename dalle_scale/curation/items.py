@@ -20,7 +20,7 @@ MAX_BYTES = 256 << 20  # of one input file
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about reading."""
+    """Options of reading."""
 
     image_columns: tuple[str, ...] = IMAGE_COLUMNS
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS
@@ -31,14 +31,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One input row whose caption is known and whose picture is not read yet."""
+    """One input row whose caption is known and whose image is not read yet."""
 
     number: int  # from 0: in its source, or among all rows of all sources
     source: str  # path of the source
     name: str  # in its source; need not be unique
     caption: str
     columns: dict[str, Any]  # those of `Options.other_columns` that the row has
-    read: Callable[[], bytes]  # gives the picture's file, or raises BadSample
+    read: Callable[[], bytes]  # gives the image's file, or raises BadSample
 
 
 @dataclass(frozen=True)

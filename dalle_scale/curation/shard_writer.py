@@ -3,7 +3,7 @@
 A sample is a key and its members (`{"png": ..., "txt": ...}`); the members of a sample lie side by side in the tar as
 `<key>.<extension>`. A shard is written under another name, flushed to disk and renamed, then its index is written to
 `index/`; the manifest is made from all indices at the end. So several processes can write shards of one data set, and
-work that was cut off goes on at the first shard without an index. No manifest = the data set is not finished.
+work that was cut off continues at the first shard without an index. No manifest = the data set is not finished.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def expand(sources: Iterable[Path]) -> list[Path]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What changes when a source does: size and time of a file, a digest of names, sizes and times below a folder."""
+    """Fingerprint that changes with a source: size and time of a file, a digest of names, sizes and times below a
+    folder."""
     name = str(path.resolve())
     if not path.is_dir():
         status = path.stat()

@@ -1,4 +1,4 @@
-"""What is in a data set, in numbers: pictures, captions, codes and what cannot be read. Used by
+"""Statistics of a data set: images, captions, codes and unreadable samples. Used by
 data_tools/describe_shards.py.
 
 The data set is read in blocks of samples; each block becomes a `Summary`, and summaries are added in the order of the
@@ -42,16 +42,16 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 @dataclass(frozen=True)
 class Options:
-    """How a data set is read."""
+    """Options of reading a data set."""
 
     folder: Path
-    words_share: float = 1.0  # of the samples, chosen by hash of the key: words and languages are told from these
+    words_share: float = 1.0  # of the samples, chosen by hash of the key: words and languages are found in these
     text_tokenizer: str | None = None
 
 
 @dataclass
 class Distribution:
-    """How a quantity is distributed: whole numbers one by one, or positive ratios in logarithmic bins."""
+    """Histogram of a quantity: whole numbers one by one, or positive ratios in logarithmic bins."""
 
     is_ratio: bool = False
     counts: Counter[int] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ class Distribution:
 
 @dataclass
 class Repeats:
-    """How often captions come again, from those whose hash is below a threshold: the threshold halves whenever more
+    """Repetition of captions, estimated from those whose hash is below a threshold: the threshold halves whenever more
     than `DISTINCT_CAPTIONS` are remembered, so the ones that are left are the same in whatever order they came."""
 
     halvings: int = 0
@@ -119,7 +119,7 @@ class Repeats:
 
 @dataclass
 class Summary:
-    """What was counted. `ok` + all of `unreadable` = samples read."""
+    """Counts. `ok` + all of `unreadable` = samples read."""
 
     ok: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)  # by reason; a sample has one
@@ -137,7 +137,7 @@ class Summary:
     words: Distribution = field(default_factory=Distribution)  # between spaces
     tokens: Distribution = field(default_factory=Distribution)
     repeats: Repeats = field(default_factory=Repeats)
-    word_samples: int = 0  # captions that the next two are told from
+    word_samples: int = 0  # captions that the next two are found in
     frequent_words: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     code_samples: int = 0
@@ -182,18 +182,18 @@ def blocks_of(manifest: Manifest) -> list[range]:
     return [shard[at : at + BLOCK_SAMPLES] for shard in shards for at in range(0, len(shard), BLOCK_SAMPLES)]
 
 
-def picture_header(data: bytes) -> tuple[str, int, int]:
-    """Format, width and height (pixels, upright) of an encoded picture; nothing of it is decoded.
+def image_header(data: bytes) -> tuple[str, int, int]:
+    """Format, width and height (pixels, upright) of an encoded image; nothing of it is decoded.
 
     Raises:
         BadSample: as `decode`, as far as the header tells.
     """
     kind = extension(data)
     if not kind:
-        raise BadSample("unknown picture format")
+        raise BadSample("unknown image format")
     width, height = size_of(data)
     if min(width, height) < 1:
-        raise BadSample("picture without pixels")
+        raise BadSample("image without pixels")
     if width * height > MAX_PIXELS:
         raise BadSample(f"too many pixels: {width} x {height}")
     return kind, width, height
@@ -211,7 +211,7 @@ def _summarise_block(options: Options, block: range) -> Summary:
     reader, tokenizer = _open(options)
     manifest, summary = reader.manifest, Summary()
     parts = {
-        "picture": manifest.holds_images,
+        "image": manifest.holds_images,
         "caption": "txt" in manifest.members,
         "codes": codes.MEMBER in manifest.members,
     }
@@ -223,8 +223,8 @@ def _summarise_block(options: Options, block: range) -> Summary:
         reasons = []
         for part in (part for part, is_there in parts.items() if is_there):
             try:
-                if part == "picture":
-                    _add_picture(summary, reader.read_image(sample))
+                if part == "image":
+                    _add_image(summary, reader.read_image(sample))
                 elif part == "caption":
                     chosen = _hash(manifest.key(sample)) < options.words_share * 2**64
                     _add_caption(summary, reader.read(sample, "txt"), tokenizer, chosen)
@@ -242,8 +242,8 @@ def _summarise_block(options: Options, block: range) -> Summary:
     return summary
 
 
-def _add_picture(summary: Summary, data: bytes) -> None:
-    kind, width, height = picture_header(data)
+def _add_image(summary: Summary, data: bytes) -> None:
+    kind, width, height = image_header(data)
     summary.formats[kind] += 1
     summary.width.add(width)
     summary.height.add(height)

@@ -29,10 +29,10 @@ def page(numbers: dict[str, Any]) -> Page:
     sections = [Section("", [Tiles(list(_tiles(numbers)))])]
     if numbers["unreadable"]:
         sections.append(Section("Samples that cannot be read", _unreadable(numbers)))
-    if "pictures" in numbers:
-        formats = _counts("formats", numbers["pictures"]["formats"], sum(numbers["pictures"]["formats"].values()))
-        cards = [ChartCard("Format", formats), *_distributions(numbers["pictures"])]
-        sections.append(Section("Pictures", [Charts(cards)]))
+    if "images" in numbers:
+        formats = _counts("formats", numbers["images"]["formats"], sum(numbers["images"]["formats"].values()))
+        cards = [ChartCard("Format", formats), *_distributions(numbers["images"])]
+        sections.append(Section("Images", [Charts(cards)]))
     if "captions" in numbers:
         captions = numbers["captions"]
         total = captions["words_from_samples"]

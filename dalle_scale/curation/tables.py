@@ -146,7 +146,8 @@ class Records:
             raise self._error(error) from None
 
     def _lines(self) -> Iterator[str]:
-        """Lines, with `position` behind the one that was given last. One at a time: csv asks for no more than a row."""
+        """The lines, with `position` behind the one that was given last. One at a time: csv asks for no more than a
+        row."""
         while line := self._file.readline(_MAX_LINE_BYTES):
             if len(line) == _MAX_LINE_BYTES:
                 raise ValueError(f"a line is longer than {_MAX_LINE_BYTES} bytes")
@@ -195,7 +196,7 @@ def _row(path: Path, number: int, columns: dict[str, Any], names: list[str], opt
 
 
 def _reader(path: Path, columns: dict[str, Any], image: Any, names: list[str], options: Options) -> Callable[[], bytes]:
-    """What reads the picture of one row."""
+    """Return the function that reads the image of one row."""
     if isinstance(image, dict):  # Hugging Face's image column
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -208,7 +209,7 @@ def _reader(path: Path, columns: dict[str, Any], image: Any, names: list[str], o
 
 
 def _read_downloaded(path: Path, key: str, url: str) -> bytes:
-    """A picture of img2dataset's "files" output: NNNNN.parquet beside NNNNN/<key>.jpg."""
+    """An image of img2dataset's "files" output: NNNNN.parquet beside NNNNN/<key>.jpg."""
     places = [path.with_suffix("") / f"{key}.{kind}" for kind in ("jpg", "png", "webp")]
     place = next((file for file in places if file.is_file()), None)
     if place is None:

@@ -1,7 +1,7 @@
 """The samples of a webdataset tar that others wrote: what webdataset makes of the names, but only without doubt.
 
     size_bytes, sha256, samples, rows = scan(file)
-    for sample in settle(samples, require=("jpg", "txt")):
+    for sample in finalize(samples, require=("jpg", "txt")):
         ...  # to keep if `sample.reason` is empty; `to_rows` gives the ledger rows
 
 webdataset cuts a name at the first dot of its last part: key, extension. Members of one key that stand side by side are
@@ -111,7 +111,7 @@ def add(sample: Sample, extension: str, member: Member, tar: Tar) -> None:
 
 
 def key_fault(key: str) -> str:
-    """Why a key cannot be one, or nothing. Folders, blanks and letters of any script are no harm."""
+    """Return the reason why a key is invalid, or nothing. Folders, blanks and letters of any script are no harm."""
     if len(key.encode("utf-8", "surrogateescape")) > _LONGEST_KEY_BYTES:
         return f"key too long: more than {_LONGEST_KEY_BYTES} bytes"
     if not key.isprintable():  # control characters, and bytes that are not UTF-8
@@ -121,7 +121,7 @@ def key_fault(key: str) -> str:
     return ""
 
 
-def settle(samples: list[Sample], require: tuple[str, ...]) -> list[Sample]:
+def finalize(samples: list[Sample], require: tuple[str, ...]) -> list[Sample]:
     """Decide which samples are left out and why; needs all samples of a tar."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:

@@ -39,7 +39,7 @@ class WorkerDied(UserError):
 
     def __init__(self, rows: list[int], workers: int) -> None:
         super().__init__(
-            "a worker process was killed, perhaps for want of memory; the same command goes on where this run stopped; "
+            "a worker process was killed, perhaps for want of memory; the same command resumes where it stopped; "
             f"--workers {max(1, workers // 2)} takes less"
         )
         self.rows = rows
@@ -91,7 +91,7 @@ def run(task: Task, chunks: list[int], workers: int, folder: Path) -> Iterator[i
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def cause_of_death(function: Callable[..., object], *arguments: Any) -> str:
+def cause_of_failure(function: Callable[..., object], *arguments: Any) -> str:
     """Call a function of a module in a process of its own. Returns how that process died, "" if it did not."""
     process = forkserver("dalle_scale.curation.chunks").Process(target=_alone, args=(function, *arguments))
     process.start()
@@ -107,7 +107,7 @@ def _alone(function: Callable[..., object], *arguments: Any) -> None:
 
 
 def _watch(futures: set[Future[None]], done: Any) -> Iterator[int]:
-    """What the workers count, until all is done or one of them fails."""
+    """Yield the counts of the workers, until all is done or one of them fails."""
     counted = 0
     while futures:
         finished, futures = wait(futures, _TICK_SECONDS, FIRST_EXCEPTION)
@@ -144,7 +144,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _lock(file: IO[str], kind: int) -> bool:
-    """Take a lock, or say that somebody else has it. A file system without locks is said once and trusted."""
+    """Take a lock, or say that somebody else has it. A file system without locks is reported once and trusted."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

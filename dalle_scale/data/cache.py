@@ -116,7 +116,7 @@ class ShardCache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        with self._room():  # whoever counts what is there must not meet it between its two names
+        with self._room():  # whoever counts the contents must not meet it between its two names
             temporary.replace(path)
 
     @contextmanager
@@ -169,7 +169,7 @@ def open_remote(url: str, timeout_seconds: float) -> BinaryIO:
 
     Raises:
         UserError: no kind of address that is read, or the package for it is missing.
-        Exception: what the network has to say; `retry` knows what to make of it.
+        Exception: an error of the network; `retry` decides about it.
     """
     protocol, separator, _ = url.partition("://")
     if not separator or protocol not in PROTOCOLS:
@@ -201,7 +201,7 @@ def retry(attempt: Callable[[], _Result], what: str, attempts: int = 5, backoff_
     """Call `attempt` until it succeeds, with pauses that double, give or take half.
 
     Raises:
-        FetchError: it failed `attempts` times, or in a way that trying again does not mend.
+        FetchError: it failed `attempts` times, or in a way that trying again does not fix.
         UserError: as `attempt`.
     """
     for number in range(1, attempts + 1):

@@ -14,7 +14,7 @@ MAX_VOCAB = 1 << 16
 
 
 def count(grids: Iterable[int]) -> int:
-    """Codes of a picture that has a square of them at each level."""
+    """Codes of an image that has a square of them at each level."""
     return sum(grid**2 for grid in grids)
 
 

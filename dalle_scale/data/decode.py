@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: strict, one decoder a format, nothing repaired.
+"""Encoded images to pixels: strict, one decoder a format, nothing repaired.
 
 JPEG goes through simplejpeg (libjpeg-turbo, where every warning is an error), the rest through Pillow with a short list
 of formats. The format is sniffed from the content. Size is checked before anything is decoded.
@@ -32,7 +32,7 @@ _TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 def _strictly(function: Callable[P, T]) -> Callable[P, T]:
     """Whatever is raised becomes BadSample, with a text that repeats.
 
-    A decorator: entering a context manager for each picture costs one in a hundred of what decoding does.
+    A decorator: entering a context manager for each image costs one in a hundred of what decoding does.
     """
 
     @wraps(function)
@@ -42,7 +42,7 @@ def _strictly(function: Callable[P, T]) -> Callable[P, T]:
         except BadSample:
             raise
         except UnidentifiedImageError:  # its text holds an address in memory, and reasons must repeat
-            raise BadSample("cannot decode: no picture of a known format") from None
+            raise BadSample("cannot decode: no image of a known format") from None
         except Exception as error:  # a decoder that meets damage raises whatever it likes
             raise BadSample(f"cannot decode: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
@@ -79,24 +79,24 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, out: Pixels | None = None,
 
 @_strictly
 def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture as `decode` gives it, upright, by what stands before the pixels.
+    """Width and height of an image as `decode` gives it, upright, by what stands before the pixels.
 
     Raises:
-        BadSample: as `decode`, as far as can be told from there.
+        BadSample: as `decode`, as far as the header shows.
     """
     if data.startswith(b"\xff\xd8\xff"):
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
         orientation = _orientation(data)
     else:
-        with Image.open(BytesIO(data), formats=_FORMATS) as picture:
-            width, height = picture.size
-            # without it getexif() of a PNG would decode the picture
-            orientation = picture.getexif().get(_ORIENTATION, 1) if "exif" in picture.info else 1
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            # without it getexif() of a PNG would decode the image
+            orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     return (height, width) if orientation in _TURNED else (width, height)
 
 
 def extension(data: bytes) -> str:
-    """Member name for an encoded picture, from its first bytes; "" if the format is none that `decode` knows."""
+    """Member name for an encoded image, from its first bytes; "" if the format is none that `decode` knows."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -129,7 +129,7 @@ def _upright(pixels: Pixels, data: bytes) -> Pixels:
 
 
 def _orientation(jpeg: bytes) -> int:
-    """How EXIF says that the picture lies, 1 (upright) to 8; other numbers mean nothing."""
+    """Orientation of the image in EXIF, 1 (upright) to 8; other numbers mean nothing."""
     if not _has_exif(jpeg):
         return 1
     with Image.open(BytesIO(jpeg), formats=("JPEG",)) as header:
@@ -137,7 +137,7 @@ def _orientation(jpeg: bytes) -> int:
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    """Whether one of the segments before the picture is EXIF; ten times faster than to search the file for the word."""
+    """Whether one of the segments before the image is EXIF; ten times faster than to search the file for the word."""
     at = 2
     while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
         marker = jpeg[at + 1]
@@ -145,7 +145,7 @@ def _has_exif(jpeg: bytes) -> bool:
             at += 1
         elif marker == 0xE1 and jpeg.startswith(b"Exif\0\0", at + 4):
             return True
-        elif marker == 0xDA:  # the picture begins
+        elif marker == 0xDA:  # the image begins
             return False
         else:
             at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -153,25 +153,25 @@ def _has_exif(jpeg: bytes) -> bool:
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
-    with Image.open(BytesIO(data), formats=_FORMATS) as picture:
-        _check_size(picture.width, picture.height, max_pixels)
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip at 255
-            return _grey_16_bit(picture)
-        if picture.mode in ("I", "F"):
-            raise BadSample(f"cannot decode: pixel mode {picture.mode} has no stated range")
-        if picture.has_transparency_data:
-            return _on_white(picture.convert("RGBA"))
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    with Image.open(BytesIO(data), formats=_FORMATS) as image:
+        _check_size(image.width, image.height, max_pixels)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip at 255
+            return _grey_16_bit(image)
+        if image.mode in ("I", "F"):
+            raise BadSample(f"cannot decode: pixel mode {image.mode} has no stated range")
+        if image.has_transparency_data:
+            return _on_white(image.convert("RGBA"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _grey_16_bit(picture: Image.Image) -> Pixels:
-    grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+def _grey_16_bit(image: Image.Image) -> Pixels:
+    grey = (np.asarray(image).astype(np.uint32) + 128) // 257
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _on_white(picture: Image.Image) -> Pixels:
+def _on_white(image: Image.Image) -> Pixels:
     """Composite RGBA on white, rounded to the nearest level."""
-    rgba = np.asarray(picture).astype(np.uint16)
+    rgba = np.asarray(image).astype(np.uint16)
     alpha = rgba[:, :, 3:]
     return ((rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)

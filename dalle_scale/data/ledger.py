@@ -1,7 +1,7 @@
-"""What was lost: `ledger.jsonl`, one row for each sample that an epoch could not deliver.
+"""Ledger of lost samples: `ledger.jsonl`, one row for each sample that an epoch could not deliver.
 
 A row: shard, key, reason, epoch, step (global batch). A run that is stopped reads a stretch of batches again when it
-goes on, and every validation reads the same samples again: what stands in the file already is not written twice.
+continues, and every validation reads the same samples again: what stands in the file already is not written twice.
 """
 
 from __future__ import annotations

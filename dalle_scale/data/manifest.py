@@ -1,4 +1,4 @@
-"""What a data set holds: `manifest.parquet`, one row a shard, and for each shard `index/<number>.parquet`, one row a
+"""Manifest of a data set: `manifest.parquet`, one row a shard, and for each shard `index/<number>.parquet`, one row a
 sample. The only way into the data.
 
 A row of the manifest: `url` (a file below the folder, another path, or a remote address), `size_bytes`, `sha256`,
@@ -29,7 +29,7 @@ from dalle_scale.types import UserError
 
 NAME = "manifest.parquet"
 INDEX = "index"
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # members that hold an encoded picture
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")  # members that hold an encoded image
 _FIELDS = {"offset": pa.int64(), "length": pa.int64(), "crc32": pa.uint32()}
 _SHARD = {"url": pa.string(), "size_bytes": pa.int64(), "sha256": pa.string(), "samples": pa.int64()}
 _MANIFEST = {**_SHARD, "index": pa.string(), "index_sha256": pa.string()}
@@ -55,7 +55,7 @@ class ShardFile:
 
 
 class Entry(NamedTuple):
-    """Where one member of one sample lies in its shard, in bytes."""
+    """Position of one member of one sample in its shard, in bytes."""
 
     offset: int
     length: int
@@ -121,7 +121,7 @@ class Manifest:
 
     @property
     def holds_images(self) -> bool:
-        """Whether there are members that can be decoded to pictures."""
+        """Whether there are members that can be decoded to images."""
         return any(name in self.members for name in IMAGES)
 
     @property
@@ -147,7 +147,7 @@ class Manifest:
         return shard, sample - self.starts.item(shard)
 
     def entry(self, sample: int, name: str) -> Entry | None:
-        """Where the member `name` of one sample lies in its shard, None if it has none."""
+        """Position of the member `name` of one sample in its shard, None if it has none."""
         shard, row = self.locate(sample)
         return self.index(shard).entry(row, name)
 
@@ -157,7 +157,7 @@ class Manifest:
         return str(self.index(shard).keys[row].as_py())
 
     def shard_url(self, sample: int) -> str:
-        """Where the tar lies that holds one sample."""
+        """Address of the tar that holds one sample."""
         url = str(self._table["url"][self.locate(sample)[0]].as_py())
         return url if "://" in url else str(self.folder / url)
 
@@ -178,7 +178,7 @@ class Manifest:
 
 
 def index_path(folder: str | Path, number: int) -> Path:
-    """Where the index of shard `number` lies; exists if and only if the shard is finished."""
+    """Path of the index of shard `number`; it exists if and only if the shard is finished."""
     return Path(folder) / INDEX / f"{number:06d}.parquet"
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Numbers = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 _ROUNDS = 12  # halves alternate, so six rounds each
 _BLOCK = 4096
@@ -29,7 +29,7 @@ class Source:
     """One data set as the order sees it."""
 
     digest: str  # of the manifest
-    starts: Numbers  # [S + 1]: samples in the shards before each shard
+    starts: IntArray  # [S + 1]: samples in the shards before each shard
     window_shards: int
 
     @property
@@ -42,7 +42,7 @@ class Source:
         """S."""
         return len(self.starts) - 1
 
-    def ids(self, seed: int, epoch: int, start: int, stop: int) -> Numbers:
+    def ids(self, seed: int, epoch: int, start: int, stop: int) -> IntArray:
         """The samples at the places `start` .. `stop` - 1 of an epoch, each in 0 .. N - 1."""
         order = _epoch_order(self, seed, epoch)
         parts = [np.empty(0, np.int64)]
@@ -58,7 +58,7 @@ class Source:
             window += 1
         return np.concatenate(parts)
 
-    def windows_of(self, seed: int, epoch: int, samples: Numbers) -> list[tuple[int, int]]:
+    def windows_of(self, seed: int, epoch: int, samples: IntArray) -> list[tuple[int, int]]:
         """(epoch, window) of the windows that these samples lie in, and of the one after each."""
         shards = np.searchsorted(self.starts, samples, side="right") - 1
         windows = np.unique(np.argsort(_epoch_order(self, seed, epoch).shards)[shards] // self.window_shards)
@@ -77,11 +77,11 @@ class Source:
 class _EpochOrder:
     """The shards of one epoch in their turn."""
 
-    shards: Numbers  # [S]
-    firsts: Numbers  # [S], number of the first sample of each
-    begins: Numbers  # [S], place of it in the epoch's shards laid end to end
-    ends: Numbers  # [S]
-    window_starts: Numbers  # [W + 1], the same for windows
+    shards: IntArray  # [S]
+    firsts: IntArray  # [S], number of the first sample of each
+    begins: IntArray  # [S], place of it in the epoch's shards laid end to end
+    ends: IntArray  # [S]
+    window_starts: IntArray  # [W + 1], the same for windows
 
 
 @lru_cache(maxsize=16)
@@ -97,11 +97,11 @@ def _epoch_order(source: Source, seed: int, epoch: int) -> _EpochOrder:
 
 @dataclass(frozen=True)
 class Slots:
-    """What stands in n slots of a global batch."""
+    """Samples in n slots of a global batch."""
 
-    source: Numbers  # [n], which data set; 0 in an empty slot
-    sample: Numbers  # [n], number in that data set, -1 = empty slot
-    epoch: Numbers  # [n], how often that data set has been through
+    source: IntArray  # [n], which data set; 0 in an empty slot
+    sample: IntArray  # [n], number in that data set, -1 = empty slot
+    epoch: IntArray  # [n], how often that data set has been through
 
     def __getitem__(self, rows: npt.NDArray[np.intp]) -> Slots:
         return Slots(self.source[rows], self.sample[rows], self.epoch[rows])
@@ -109,7 +109,7 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which sample stands where in an endless sequence of global batches of `batch_samples`.
+    """Order of samples in an endless sequence of global batches of `global_batch_size`.
 
     One data set: epochs follow each other; the last batch of each is filled up with empty slots. Several (a mixture):
     every stretch of MIXTURE_SLOTS places holds each data set by exactly its share, in an order of its own, and each
@@ -119,8 +119,8 @@ class Plan:
     sources: tuple[Source, ...]
     weights: tuple[float, ...]  # one a source
     seed: int
-    batch_samples: int
-    micro_batch_samples: int
+    global_batch_size: int
+    micro_batch_size: int
     rank: int
     world_size: int
     train: bool
@@ -145,7 +145,7 @@ class Plan:
     @property
     def batches_per_epoch(self) -> int:
         """Global batches that hold as many samples as there are."""
-        return -(-self.num_samples // self.batch_samples)
+        return -(-self.num_samples // self.global_batch_size)
 
     def epoch(self, number: int) -> int:
         """Epoch of global batch `number`. Without training every pass of every run is the same: epoch 0 of seed 0."""
@@ -154,20 +154,20 @@ class Plan:
     def slots(self, number: int) -> Slots:
         """This rank's slots of global batch `number`, micro-batch after micro-batch.
 
-        Rank r's micro-batch m holds the `micro_batch_samples` rows of the global batch from number
-        (m * world_size + r) * micro_batch_samples onwards: all ranks together the same rows at any world size.
+        Rank r's micro-batch m holds the `micro_batch_size` rows of the global batch from number
+        (m * world_size + r) * micro_batch_size onwards: all ranks together the same rows at any world size.
         """
-        rows = np.arange(self.batch_samples).reshape(-1, self.world_size, self.micro_batch_samples)
+        rows = np.arange(self.global_batch_size).reshape(-1, self.world_size, self.micro_batch_size)
         return self.global_slots(number)[rows[:, self.rank].ravel()]
 
     def global_slots(self, number: int) -> Slots:
         """All slots of global batch `number`."""
         if len(self.sources) > 1:
-            return self._mixed(number * self.batch_samples, (number + 1) * self.batch_samples)
+            return self._mixed(number * self.global_batch_size, (number + 1) * self.global_batch_size)
         source, epoch = self.sources[0], self.epoch(number)
-        start = (number % self.batches_per_epoch) * self.batch_samples
-        stop = min(start + self.batch_samples, source.num_samples)
-        sample = np.full(self.batch_samples, -1)
+        start = (number % self.batches_per_epoch) * self.global_batch_size
+        stop = min(start + self.global_batch_size, source.num_samples)
+        sample = np.full(self.global_batch_size, -1)
         # held-out samples too: their first few hundred must not all be of one class where a set is sorted by class
         sample[: stop - start] = source.ids(self._seed, epoch, start, stop)
         return Slots(np.zeros_like(sample), sample, np.full_like(sample, epoch))
@@ -181,7 +181,7 @@ class Plan:
             near |= {(source, *window) for window in self.sources[source].windows_of(self.seed, epoch, samples)}
         return near
 
-    def seeds(self, slots: Slots) -> Numbers:
+    def seeds(self, slots: Slots) -> IntArray:
         """One number in 0 .. 2^63 - 1 for each slot: all randomness of that sample in that epoch."""
         out = np.empty_like(slots.sample)
         for source, epoch in _pairs(slots):
@@ -197,9 +197,9 @@ class Plan:
         for stretch in range(start // MIXTURE_SLOTS, -(-stop // MIXTURE_SLOTS)):
             rows = places // MIXTURE_SLOTS == stretch
             inside = places[rows] % MIXTURE_SLOTS
-            owners, turns = _mixture_stretch(f"{self.digest}/{self.seed}/{stretch}".encode(), self._quotas)
-            source[rows] = owners[inside]
-            nth[rows] = stretch * quotas[owners[inside]] + turns[inside]
+            sources, ordinals = _mixture_stretch(f"{self.digest}/{self.seed}/{stretch}".encode(), self._quotas)
+            source[rows] = sources[inside]
+            nth[rows] = stretch * quotas[sources[inside]] + ordinals[inside]
         sample, epoch = np.empty_like(places), np.empty_like(places)
         for number, one in enumerate(self.sources):
             rows = np.flatnonzero(source == number)
@@ -232,18 +232,18 @@ def quotas(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=8)
-def _mixture_stretch(key: bytes, shares: tuple[int, ...]) -> tuple[Numbers, Numbers]:
+def _mixture_stretch(key: bytes, shares: tuple[int, ...]) -> tuple[IntArray, IntArray]:
     """For each of MIXTURE_SLOTS places: whose it is, and how many of the same data set come before it."""
-    drawn = permute(np.arange(MIXTURE_SLOTS), MIXTURE_SLOTS, key)
-    owners = np.searchsorted(np.cumsum(shares), drawn, side="right").astype(np.int64)
-    turns = np.empty(MIXTURE_SLOTS, np.int64)
+    permuted = permute(np.arange(MIXTURE_SLOTS), MIXTURE_SLOTS, key)
+    sources = np.searchsorted(np.cumsum(shares), permuted, side="right").astype(np.int64)
+    ordinals = np.empty(MIXTURE_SLOTS, np.int64)
     for number in range(len(shares)):
-        rows = owners == number
-        turns[rows] = np.arange(int(rows.sum()))
-    return owners, turns
+        rows = sources == number
+        ordinals[rows] = np.arange(int(rows.sum()))
+    return sources, ordinals
 
 
-def permute(index: Numbers, size: int, key: bytes) -> Numbers:
+def permute(index: IntArray, size: int, key: bytes) -> IntArray:
     """Images of `index` [n], each in 0 .. size - 1, under the permutation of 0 .. size - 1 that `key` names."""
     bits = max(1, (size - 1).bit_length())
     rounds = np.frombuffer(hashlib.shake_256(key).digest(8 * _ROUNDS), dtype="<u8")
@@ -255,7 +255,7 @@ def permute(index: Numbers, size: int, key: bytes) -> Numbers:
     return out.astype(np.int64)
 
 
-def sample_seeds(seed: int, epoch: int, ids: Numbers, stream: int = 0) -> Numbers:
+def sample_seeds(seed: int, epoch: int, ids: IntArray, stream: int = 0) -> IntArray:
     """A hash in 0 .. 2^63 - 1 of (seed, epoch, stream, id) for each of `ids` [n]."""
     text = f"{seed}/{epoch}/{stream}" if stream else f"{seed}/{epoch}"
     start = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -263,7 +263,7 @@ def sample_seeds(seed: int, epoch: int, ids: Numbers, stream: int = 0) -> Number
     return (mixed >> np.uint64(1)).astype(np.int64)
 
 
-def _stretch(start: int, stop: int, size: int, key: bytes) -> Numbers:
+def _stretch(start: int, stop: int, size: int, key: bytes) -> IntArray:
     """`permute` of start .. stop - 1, block by block: small batches would pay numpy's overhead a hundred times."""
     first = start // _BLOCK
     blocks = [_block(number, size, key) for number in range(first, -(-stop // _BLOCK))]
@@ -271,7 +271,7 @@ def _stretch(start: int, stop: int, size: int, key: bytes) -> Numbers:
 
 
 @lru_cache(maxsize=16)
-def _block(number: int, size: int, key: bytes) -> Numbers:
+def _block(number: int, size: int, key: bytes) -> IntArray:
     return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, size)), size, key)
 
 

@@ -39,8 +39,8 @@ def open_stream(
     inputs: BatchSpec,
     *,
     seed: int,
-    batch_samples: int,
-    micro_batch_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
     rank: int,
     world_size: int,
     train: bool,
@@ -50,7 +50,7 @@ def open_stream(
 
     Args:
         source: folder of the data set; for a mixture the folders with their weights.
-        batch_samples: the global batch; a multiple of micro_batch_samples * world_size.
+        global_batch_size: the global batch; a multiple of micro_batch_size * world_size.
         train: False reads in one order, without augmentation and BPE dropout, the same in every epoch and run.
         ledger: file that a line is appended to for every sample that cannot be read.
 
@@ -70,8 +70,8 @@ def open_stream(
         tuple(Source(manifest.digest, manifest.starts, config.window_shards) for manifest in manifests),
         weights,
         seed,
-        batch_samples,
-        micro_batch_samples,
+        global_batch_size,
+        micro_batch_size,
         rank,
         world_size,
         train,
@@ -96,7 +96,7 @@ class Stream:
         self._config = config
         self._ledger = ledger
         self._cache = cache
-        self._samples = self._bad_samples = self._cut_captions = 0
+        self._samples = self._bad_samples = self._truncated_captions = 0
         self._last_reason = ""
         self._told = False
 
@@ -137,7 +137,7 @@ class Stream:
             self._tell()
 
     def state(self, next_batch: int) -> dict[str, Any]:
-        """All it takes to go on at global batch `next_batch`, at any world size and worker count."""
+        """All it takes to continue at global batch `next_batch`, at any world size and worker count."""
         state = {**self._identity(), "epoch": self._plan.epoch(next_batch), "next_batch": next_batch}
         return {**state, "decoders": _DECODERS}
 
@@ -147,18 +147,18 @@ class Stream:
             if state.get(name) != value:
                 raise UserError(
                     f"{self._name}: {name} is {value}, the checkpoint was written with {state.get(name)}; "
-                    "go on with the same data, seed and batch, or start a new run"
+                    "continue with the same data, seed and batch, or start a new run"
                 )
         if (before := state.get("decoders", _DECODERS)) != _DECODERS:
-            log.say(f"pictures were decoded by {before} so far, now by {_DECODERS}: pixels may differ in the last bit")
+            log.say(f"images were decoded by {before} so far, now by {_DECODERS}: pixels may differ in the last bit")
 
     def _identity(self) -> dict[str, Any]:
-        """What fixes the sequence of batches."""
+        """Values that determine the sequence of batches."""
         plan = self._plan
         return {
             "manifest_digest": plan.digest,
             "seed": plan.seed,
-            "batch_samples": plan.batch_samples,
+            "global_batch_size": plan.global_batch_size,
             "window_shards": self._config.window_shards,
         }
 
@@ -174,7 +174,7 @@ class Stream:
                 yield from pool.batches(start, stop)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        size = self._plan.micro_batch_samples
+        size = self._plan.micro_batch_size
         starts = range(0, len(batch["id"]), size)
         return [{key: tensor[at : at + size] for key, tensor in batch.items()} for at in starts]
 
@@ -182,14 +182,14 @@ class Stream:
         """Count, write the ledger, stop the run if too much is bad."""
         self._samples += int((rows.batch["id"] >= 0).sum()) + len(rows.bad)
         self._bad_samples += len(rows.bad)
-        self._cut_captions += rows.cut_captions
+        self._truncated_captions += rows.truncated_captions
         self._last_reason = rows.bad[-1].reason if rows.bad else self._last_reason
         self._ledger.add([{**dataclasses.asdict(bad), "step": rows.number} for bad in rows.bad])
         limit = self._config.max_bad_share
         if self._samples >= _FUSE_SAMPLES and self._bad_samples > limit * self._samples:
             raise UserError(
                 f"{self._name}: {self._bad_samples} of {self._samples} samples cannot be read, more than "
-                f"data.max_bad_share = {limit}; the last one: {self._last_reason}; mend the data or raise the limit"
+                f"data.max_bad_share = {limit}; the last one: {self._last_reason}; fix the data or raise the limit"
             )
 
     def _tell(self) -> None:
@@ -197,11 +197,13 @@ class Stream:
         if self._told:
             return
         share = f"of {self._samples:,} samples read by this process"
-        if self._cut_captions:
-            log.say(f"{self._name}: {self._cut_captions:,} {share} had their captions cut to the text length")
+        if self._truncated_captions:
+            log.say(
+                f"{self._name}: {self._truncated_captions:,} {share} had their captions truncated to the text length"
+            )
         if self._bad_samples:
             log.say(f"{self._name}: {self._bad_samples:,} {share} were left out, see {self._ledger.path}")
-        self._told = bool(self._cut_captions or self._bad_samples)
+        self._told = bool(self._truncated_captions or self._bad_samples)
 
 
 class _Prefetch:
@@ -303,7 +305,7 @@ def _check_members(manifest: Manifest, inputs: BatchSpec) -> None:
             )
         if grids is not None and codes.count(grids) != inputs.num_codes:
             raise UserError(
-                f"{manifest.folder}: its pictures are {codes.describe(grids)}, the model takes {inputs.num_codes}; "
+                f"{manifest.folder}: its images are {codes.describe(grids)}, the model takes {inputs.num_codes}; "
                 f"set the model's grid to {', '.join(map(str, grids))}"
             )
 

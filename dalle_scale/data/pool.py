@@ -1,7 +1,7 @@
 """A supervised pool of processes that read batches.
 
 Global batches are pure functions of their number, so a process that dies, or hangs, is replaced and its batches are
-asked for again, now reading row by row. Where the same row ends two processes, that sample is to blame: the batch is
+asked for again, now reading row by row. Where the same row ends two processes, that sample is the cause: the batch is
 read without it, and it goes into the ledger like any other bad one.
 """
 
@@ -28,24 +28,24 @@ from dalle_scale.types import UserError
 
 AHEAD = 2  # batches asked of each process beyond those that were used
 PATIENCE_SECONDS = 1800.0  # without a row done, a process counts as hanging; above what fetching a shard may take
-MAX_DEATHS = 5  # in a row, without a batch read or a sample blamed between them
+MAX_DEATHS = 5  # in a row, without a batch read or a sample left out between them
 _TICK_SECONDS = 5.0
 _ALIGNMENT = 64  # bytes, of an array in shared memory
 NO_ROW = -1
 
 
 @dataclass(frozen=True)
-class Careful:
-    """How to read a batch that has ended a process."""
+class RetryMode:
+    """Mode of reading a batch that has ended a process."""
 
     skip: dict[int, str]  # row -> why it must not be read
     at_row: Callable[[int], None]  # to be called with each row before it is read, one after the other
 
 
 class BatchReader(Protocol):
-    """What the processes run. Is pickled to them."""
+    """Work of the processes. It is pickled to them."""
 
-    def read(self, number: int, careful: Careful | None) -> Any:
+    def read(self, number: int, retry_mode: RetryMode | None) -> Any:
         """This rank's part of global batch `number`."""
         ...
 
@@ -78,12 +78,12 @@ class Pool:
         self._context = forkserver(*preload)
         self._skip: dict[int, dict[int, str]] = {}  # batch that has ended a process -> row -> why not to read it
         self._suspects: set[tuple[int, int]] = set()
-        self._deaths = 0
+        self._failures = 0
         self._results: dict[int, Any] = {}
         self._workers = [self._start() for _ in range(workers)]
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """What the reader says of batches `start` .. `stop` - 1, in order.
+        """Yield the reader's results of batches `start` .. `stop` - 1, in order.
 
         Raises:
             UserError: as the reader's, or processes die again and again.
@@ -135,7 +135,7 @@ class Pool:
                         raise UserError(value)
                     assert kind == "rows", f"a process that reads data failed:\n{value}"
                     self._results[worker.asked.popleft()] = value
-                    self._deaths = 0
+                    self._failures = 0
                 elif worker.is_hanging():
                     worker.process.kill()
                     raise EOFError
@@ -147,11 +147,11 @@ class Pool:
         worker.pipe.close()
         worker.process.join()
         code = worker.process.exitcode
-        self._deaths += 1
+        self._failures += 1
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if self._deaths > MAX_DEATHS:
+        if self._failures > MAX_DEATHS:
             raise UserError(
-                f"data.workers: a process that reads data died {self._deaths} times in a row ({how}); "
+                f"data.workers: a process that reads data died {self._failures} times in a row ({how}); "
                 "is there enough memory for data.workers processes?"
             )
         number, row = worker.place[0], worker.place[1]
@@ -159,7 +159,7 @@ class Pool:
             skip = self._skip.setdefault(number, {})
             if row != NO_ROW and (number, row) in self._suspects:
                 skip[row] = f"ended the process that read it: {how}"
-                self._deaths = 0
+                self._failures = 0
             self._suspects.add((number, row))
         worker.process.close()
         new = self._start()
@@ -182,9 +182,9 @@ def _serve(reader: BatchReader, pipe: Connection, place: Any) -> None:
         while True:
             number, skip = pipe.recv()
             place[0], place[1] = number, NO_ROW
-            careful = None if skip is None else Careful(skip, at_row)
+            retry_mode = None if skip is None else RetryMode(skip, at_row)
             try:
-                message = ("rows", reader.read(number, careful))
+                message = ("rows", reader.read(number, retry_mode))
             except UserError as error:
                 message = ("error", str(error))
             except Exception:

@@ -47,7 +47,7 @@ def in_processes(function: Callable[[_Item], _Result], items: Sequence[_Item], w
 
 
 def forkserver(*modules: str) -> Any:
-    """What starts processes: a process without threads or connections, which imports the modules once for all."""
+    """Return a fork server: a process without threads or connections, which imports the modules once for all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", *modules])  # "__main__" alone is passed over by Python 3.11
     return context
@@ -68,7 +68,7 @@ def _follow_parent() -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed: it would give each picture's memory back, and the next would find every page of its
+    """Let glibc keep what is freed: it would give each image's memory back, and the next would find every page of its
     own cold, which takes longer than the arithmetic on it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:

@@ -21,11 +21,11 @@ _Result = TypeVar("_Result")
 
 
 class BadSample(Exception):
-    """Why one sample cannot be used. It keeps its slot with weight 0 and becomes a row of the ledger."""
+    """Reason why one sample cannot be used. It keeps its slot with weight 0 and becomes a row of the ledger."""
 
 
 class Span(NamedTuple):
-    """Where the bytes of one member lie. `read` may be called from any thread."""
+    """Position of the bytes of one member. `read` may be called from any thread."""
 
     file: FileIO
     name: str
@@ -60,7 +60,7 @@ class Reader:
         self._images = [name for name in IMAGES if name in manifest.members]
 
     def span(self, sample: int, name: str) -> Span:
-        """Where the member `name` of sample number `sample` lies.
+        """Position of the member `name` of sample number `sample`.
 
         Raises:
             BadSample: the sample has no such member, or its shard cannot be opened.
@@ -68,7 +68,7 @@ class Reader:
         return self._span(sample, (name,), f"no member '{name}'")
 
     def image_span(self, sample: int) -> Span:
-        """Where the encoded picture lies, whatever its extension. Raises BadSample as `span`."""
+        """Position of the encoded image, whatever its extension. Raises BadSample as `span`."""
         return self._span(sample, self._images, "no image")
 
     def read(self, sample: int, name: str) -> bytes:
@@ -76,7 +76,7 @@ class Reader:
         return self.span(sample, name).read()
 
     def read_image(self, sample: int) -> bytes:
-        """The encoded picture, whatever its extension. Raises BadSample as `read`."""
+        """The encoded image, whatever its extension. Raises BadSample as `read`."""
         return self.image_span(sample).read()
 
     def _span(self, sample: int, names: Iterable[str], reason: str) -> Span:
@@ -99,8 +99,9 @@ class Reader:
         """The open file of a shard; the one that was not used for longest is let go (and closes with its last span).
 
         Raises:
-            UserError: a remote shard cannot be fetched. Not a reason to go on without its samples: the address or the
-                network can be mended, and the same run goes on.
+            UserError: a remote shard cannot be fetched. Not a reason to continue without its samples: the address or
+            the
+                network can be fixed, and the same run resumed.
         """
         file = self._files.get(shard)
         if file is None:
@@ -117,7 +118,7 @@ class Reader:
         try:
             return self._cache.open(shard.url, shard.size_bytes, shard.sha256)
         except FetchError as error:
-            raise UserError(f"cannot fetch a shard: {error}; the same command goes on") from None
+            raise UserError(f"cannot fetch a shard: {error}; the same command continues") from None
 
 
 def ahead(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -20,7 +20,7 @@ from dalle_scale.data import codes, text, transforms
 from dalle_scale.data.cache import ShardCache
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import Plan, Slots
-from dalle_scale.data.pool import Careful
+from dalle_scale.data.pool import RetryMode
 from dalle_scale.data.reader import BadSample, Reader, Span
 from dalle_scale.types import Batch, BatchSpec, UserError
 
@@ -28,7 +28,7 @@ _BUFFERS = 4
 
 
 def _references(arrays: list[npt.NDArray[np.uint8]]) -> list[int]:
-    """How many references there are to each array."""
+    """Number of references to each array."""
     return [sys.getrefcount(array) for array in arrays]
 
 
@@ -52,7 +52,7 @@ class Rows:
     number: int
     batch: Batch
     bad: list[Bad]
-    cut_captions: int
+    truncated_captions: int
 
     def __getstate__(self) -> dict[str, Any]:
         """For the way between processes: numpy arrays, whose bytes pickle leaves to whoever carries them."""
@@ -66,7 +66,7 @@ class Rows:
 
 
 def _channels_last(key: str, tensor: Tensor) -> Tensor:
-    """Pictures [B, 3, S, S] as they lie in memory: [B, S, S, 3]."""
+    """Images [B, 3, S, S] as they lie in memory: [B, S, S, 3]."""
     return tensor.permute(0, 2, 3, 1) if key == "image" else tensor
 
 
@@ -82,7 +82,7 @@ class RowReader:
         cache: ShardCache | None,
         threads: int = 1,
     ) -> None:
-        """threads: that decode pictures in a process."""
+        """threads: that decode images in a process."""
         self.plan = plan
         self._folders = folders
         self.inputs = inputs
@@ -104,12 +104,12 @@ class RowReader:
         """Other processes get plain values, no open files and no index."""
         return RowReader, (self.plan, self._folders, self.inputs, self._text_path, self._cache, self.threads)
 
-    def read(self, number: int, careful: Careful | None = None) -> Rows:
+    def read(self, number: int, retry_mode: RetryMode | None = None) -> Rows:
         """As in `pool.BatchReader`."""
         with self._lock:  # two iterators of one stream may be alive
             if not self.readers:
                 self._open()
-            return _Assembly(self, number, careful).rows()
+            return _Assembly(self, number, retry_mode).rows()
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
@@ -146,14 +146,14 @@ class _Buffers:
 class _Assembly:
     """The making of one batch."""
 
-    def __init__(self, owner: RowReader, number: int, careful: Careful | None) -> None:
+    def __init__(self, owner: RowReader, number: int, retry_mode: RetryMode | None) -> None:
         self._owner = owner
         self._number = number
         self._inputs = owner.inputs
-        self._careful = careful
+        self._retry_mode = retry_mode
         self._slots: Slots = owner.plan.slots(number)
         self._seeds = owner.plan.seeds(self._slots)
-        self._reasons: dict[int, str] = dict(careful.skip) if careful else {}  # row -> why it cannot be used
+        self._reasons: dict[int, str] = dict(retry_mode.skip) if retry_mode else {}  # row -> why it cannot be used
 
     def rows(self) -> Rows:
         text_tokenizer = self._owner.text
@@ -186,14 +186,14 @@ class _Assembly:
 
         def load(rows: list[int]) -> None:
             for row in rows:
-                if self._careful:
-                    self._careful.at_row(row)
+                if self._retry_mode:
+                    self._retry_mode.at_row(row)
                 try:
                     transforms.load(spans[row].read(), augment, int(self._seeds[row]), out=pixels[row])
                 except BadSample as error:
                     self._reasons[row] = str(error)
 
-        rows, threads = list(spans), 1 if self._careful else self._owner.threads
+        rows, threads = list(spans), 1 if self._retry_mode else self._owner.threads
         if threads == 1:
             load(rows)
         else:

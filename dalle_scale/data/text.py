@@ -24,7 +24,7 @@ _CACHE_CAPTIONS = 100_000
 
 
 class TextTokenizer(ABC):
-    """What `open_text` returns.
+    """Text tokenizer, as `open_text` returns it.
 
     Attributes:
         vocab: token ids are below this, pads start here.

@@ -1,6 +1,6 @@
-"""Pixels to training pictures: crops, exact area resizing, and the two augmentation listings of arXiv 2102.12092.
+"""Pixels to training images: crops, exact area resizing, and the two augmentation listings of arXiv 2102.12092.
 
-All randomness comes from the sample's seed. Where a picture is smaller than the training size, the paper leaves open
+All randomness comes from the sample's seed. Where an image is smaller than the training size, the paper leaves open
 what happens; here it is enlarged (with the same area rule) and nothing is cropped.
 """
 
@@ -18,18 +18,18 @@ _WORD = (1 << 64) - 1
 
 
 def load(data: bytes, augment: str, seed: int, out: Pixels) -> None:
-    """Decode a picture file and put it, as a training picture, into `out` [S, S, 3]. For `augment` see `transform`.
+    """Decode an image file and put it, as a training image, into `out` [S, S, 3]. For `augment` see `transform`.
 
     Raises:
         BadSample: as `decode`; `out` may then hold anything.
     """
-    picture = transform(decode(data, out=out), len(out), augment, seed)
-    if picture is not out:
-        out[:] = picture
+    image = transform(decode(data, out=out), len(out), augment, seed)
+    if image is not out:
+        out[:] = image
 
 
 def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
-    """A picture [H, W, 3] as a training picture [size, size, 3].
+    """An image [H, W, 3] as a training image [size, size, 3].
 
     Args:
         augment: "none" (centre square, no randomness), "dvae" (Listing 1) or "transformer" (Listing 2).
@@ -38,15 +38,15 @@ def transform(pixels: Pixels, size: int, augment: str, seed: int) -> Pixels:
         return pixels
     if augment == "none":
         return square(pixels, size)
-    draws = _draws(seed)
+    random_numbers = _random_numbers(seed)
     if augment == "dvae":
-        return _listing_1(pixels, size, draws)
+        return _listing_1(pixels, size, random_numbers)
     assert augment == "transformer", augment
-    return _listing_2(pixels, size, draws)
+    return _listing_2(pixels, size, random_numbers)
 
 
 def square(pixels: Pixels, size: int) -> Pixels:
-    """The centre square of a picture [H, W, 3], area-resized to [size, size, 3]; edges are mapped onto edges."""
+    """The centre square of an image [H, W, 3], area-resized to [size, size, 3]; edges are mapped onto edges."""
     height, width, _ = pixels.shape
     side = min(height, width)
     pixels = _crop(pixels, (height - side) // 2, (width - side) // 2, side)
@@ -57,7 +57,7 @@ def square(pixels: Pixels, size: int) -> Pixels:
 
 
 def area_resize(pixels: Pixels, rows: npt.NDArray[np.floating[Any]], columns: npt.NDArray[np.floating[Any]]) -> Pixels:
-    """Mean colour of every cell of a grid laid over the picture, each pixel weighted by the area it shares.
+    """Mean colour of every cell of a grid laid over the image, each pixel weighted by the area it shares.
 
     Args:
         pixels: [H, W, 3]; pixel (y, x) covers [y, y + 1) x [x, x + 1), the last row and column repeat beyond the edge.
@@ -92,35 +92,36 @@ def _cell_means(lines: npt.NDArray[Any], bounds: npt.NDArray[np.floating[Any]]) 
     return means
 
 
-def _listing_1(pixels: Pixels, size: int, draws: Iterator[float]) -> Pixels:
+def _listing_1(pixels: Pixels, size: int, random_numbers: Iterator[float]) -> Pixels:
     """Listing 1 (dVAE): random square, random scale, random crop, random horizontal flip."""
     height, width, _ = pixels.shape
     side = min(height, width)
-    pixels = _crop(pixels, _pick(draws, 0, height - side), _pick(draws, 0, width - side), side)
-    target = _pick(draws, min(side, round(9 / 8 * size)), min(side, round(12 / 8 * size)))
-    out = _scaled_crop(pixels, target, size, draws)
-    return out[:, ::-1] if _pick(draws, 0, 1) else out
+    pixels = _crop(pixels, _pick(random_numbers, 0, height - side), _pick(random_numbers, 0, width - side), side)
+    target = _pick(random_numbers, min(side, round(9 / 8 * size)), min(side, round(12 / 8 * size)))
+    out = _scaled_crop(pixels, target, size, random_numbers)
+    return out[:, ::-1] if _pick(random_numbers, 0, 1) else out
 
 
-def _listing_2(pixels: Pixels, size: int, draws: Iterator[float]) -> Pixels:
-    """Listing 2 (transformer): square near the centre, random scale, random crop; no flip, pictures may hold text."""
+def _listing_2(pixels: Pixels, size: int, random_numbers: Iterator[float]) -> Pixels:
+    """Listing 2 (transformer): square near the centre, random scale, random crop; no flip, images may hold text."""
     height, width, _ = pixels.shape
     side = min(height, width)
     y, x = (
-        _pick(draws, 3 * slack // 8, max(3 * slack // 8, 5 * slack // 8 - 1)) for slack in (height - side, width - side)
+        _pick(random_numbers, 3 * slack // 8, max(3 * slack // 8, 5 * slack // 8 - 1))
+        for slack in (height - side, width - side)
     )
-    target = _pick(draws, size, max(size, min(side, round(9 / 8 * size))))
-    return _scaled_crop(_crop(pixels, y, x, side), target, size, draws)
+    target = _pick(random_numbers, size, max(size, min(side, round(9 / 8 * size))))
+    return _scaled_crop(_crop(pixels, y, x, side), target, size, random_numbers)
 
 
-def _scaled_crop(pixels: Pixels, target: int, size: int, draws: Iterator[float]) -> Pixels:
+def _scaled_crop(pixels: Pixels, target: int, size: int, random_numbers: Iterator[float]) -> Pixels:
     """Resize a square to `target` (AREA, corners aligned, as TensorFlow has it), then a random crop of `size`.
 
     Only the cells inside the crop are computed.
     """
     side = len(pixels)
     target = max(target, size)
-    y, x = _pick(draws, 0, target - size), _pick(draws, 0, target - size)
+    y, x = _pick(random_numbers, 0, target - size), _pick(random_numbers, 0, target - size)
     if target == side:
         return _crop(pixels, y, x, size)
     scale = (side - 1) / (target - 1) if side > 1 and target > 1 else side / target
@@ -128,9 +129,9 @@ def _scaled_crop(pixels: Pixels, target: int, size: int, draws: Iterator[float])
     return area_resize(pixels, (y + cells) * scale, (x + cells) * scale)
 
 
-def _draws(seed: int) -> Iterator[float]:
-    """Numbers in [0, 1): splitmix64 (Steele, Lea and Flood, 2014). numpy's generators take longer to make than a
-    picture's crop to choose."""
+def _random_numbers(seed: int) -> Iterator[float]:
+    """Random numbers in [0, 1): splitmix64 (Steele, Lea and Flood, 2014). numpy's generators take longer to make than a
+    image's crop to choose."""
     state = seed
     while True:
         state = (state + 0x9E3779B97F4A7C15) & _WORD
@@ -139,9 +140,9 @@ def _draws(seed: int) -> Iterator[float]:
         yield ((value ^ (value >> 31)) >> 11) * 2.0**-53
 
 
-def _pick(draws: Iterator[float], low: int, high: int) -> int:
+def _pick(random_numbers: Iterator[float], low: int, high: int) -> int:
     """The next draw as an integer, uniform in low .. high, both included."""
-    return low if low == high else low + int(next(draws) * (high - low + 1))
+    return low if low == high else low + int(next(random_numbers) * (high - low + 1))
 
 
 def _crop(pixels: Pixels, y: int, x: int, side: int) -> Pixels:

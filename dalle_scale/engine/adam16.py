@@ -1,13 +1,13 @@
 """AdamW over 16-bit parameters without an fp32 copy of them, with 16-bit moments (DALL-E, arXiv 2102.12092, App. D).
 
-An update is often smaller than half the distance between two neighbouring 16-bit numbers, and rounding to nearest
+A step is often smaller than half the distance between two neighbouring 16-bit numbers, and rounding to nearest
 would lose it every time. It is kept by rounding stochastically, so that the expectation is right, or by compensated
-summation: what rounding took off is remembered in 16 bits more and added to the next update.
+summation: what rounding took off is remembered in 16 bits more and added to the next step.
 
 Bytes a parameter, with its gradient: 8 (parameter 2, gradient 2, moments 2 + 2), compensated 10. Parameters in fp32
 (in the paper gains, biases and embeddings) have fp32 moments and ordinary rounding in the same optimizer: 16 bytes.
 
-On a GPU an update is one kernel (adam16_kernel.py), elsewhere torch's operations; the bits are the same.
+On a GPU a step is one kernel (adam16_kernel.py), elsewhere torch's operations; the bits are the same.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _MOMENTS: dict[str, tuple[SmallFloat | None, SmallFloat | None]] = {  # of 16-bi
 class AdamW16(torch.optim.Optimizer):
     """Adam with decoupled weight decay and bias correction, as torch.optim.AdamW, over bf16, fp16 and fp32 parameters.
 
-    The variance is clipped by value before it updates parameters or is stored (Sec. 2.3).
+    The variance is clipped by value before it steps parameters or is stored (Sec. 2.3).
 
     Every state tensor is flat and of the parameter's own dtype, whatever its bits mean: `load_state_dict` converts
     state tensors to that dtype, which would turn packed bits, or fp32 values, into other numbers. So a state has the
     same bits after it was saved and loaded. A moment in fp32 of a 16-bit parameter is two values a number.
 
-    An update of an element is a chain of single fp32 operations, so it does not depend on how parameters are cut into
+    A step of an element is a chain of single fp32 operations, so it does not depend on how parameters are cut into
     tensors or chunks; only the noise of stochastic rounding depends on an element's position in its tensor.
 
     Args:
@@ -77,11 +77,11 @@ class AdamW16(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "gradient_divisor": 1.0}
         super().__init__(groups, defaults)
         self.moments, self.rounding, self.variance_clip, self.seed = _MOMENTS[states], rounding, variance_clip, seed
-        self.skip = False  # set from outside where an update must not be taken
+        self.skip = False  # set from outside where a step must not be taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """One step of all parameters that have a gradient."""
         assert closure is None
         for group in [] if self.skip else self.param_groups:
             for parameter in group["params"]:
@@ -89,7 +89,7 @@ class AdamW16(torch.optim.Optimizer):
                     self._step(parameter, group)
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One update of one tensor, chunk by chunk."""
+        """One step of one tensor, chunk by chunk."""
         assert parameter.is_contiguous() and parameter.grad is not None, "parameters are updated as flat memory"
         state = self.state[parameter]
         if not state:
@@ -119,7 +119,7 @@ class AdamW16(torch.optim.Optimizer):
             state[name] = torch.zeros(values * parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
     def _numbers(self, step: int, group: dict[str, Any]) -> StepCoefficients:
-        """Those of update number `step`."""
+        """Those of step number `step`."""
         beta1, beta2 = group["betas"]
         return StepCoefficients(
             gradient_scale=1 / group["gradient_divisor"],
@@ -163,7 +163,7 @@ def _write(stored: Tensor, values: Tensor, form: SmallFloat | None, noise: Tenso
 
 
 def _update_on(device: torch.device) -> Callable[..., None]:
-    """The fused form of an update on a GPU, where triton comes with torch; the plain form elsewhere."""
+    """The fused form of a step on a GPU, where triton comes with torch; the plain form elsewhere."""
     if device.type != "cuda":
         return _update
     from dalle_scale.engine import adam16_kernel
@@ -182,7 +182,7 @@ def _update(
     start: int,
     numbers: StepCoefficients,
 ) -> None:
-    """One update of [values] in place; mean and variance are opened. forms, keys: of mean, variance and weights.
+    """One step of [values] in place; mean and variance are opened. forms, keys: of mean, variance and weights.
 
     A chain of single operations in fp32, each rounded: adam16_kernel.py has the same in the same order.
     """

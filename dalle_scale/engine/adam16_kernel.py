@@ -40,7 +40,7 @@ def update(
     start: int,
     numbers: StepCoefficients,
 ) -> None:
-    """`adam16._update`: one update of [values] in place, fewer than 2^31."""
+    """`adam16._update`: one step of [values] in place, fewer than 2^31."""
     count = len(weights)
     own = [None if one is None else _codes(one) for one in (weights, gradient, compensation)]
     words = [None if key is None else signed(key, 32) for key in keys]

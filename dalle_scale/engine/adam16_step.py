@@ -1,4 +1,4 @@
-"""What one update of AdamW16 takes besides tensors, on CPUs (adam16.py) and on GPUs (adam16_kernel.py)."""
+"""Coefficients of one step of AdamW16, on CPUs (adam16.py) and on GPUs (adam16_kernel.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Keys = tuple[int | None, ...]
 
 
 class StepCoefficients(NamedTuple):
-    """What the elements of one update are multiplied with and so on: worked out in Python's doubles, used as fp32.
+    """Coefficients of one step, computed in Python's doubles, used as fp32.
 
     There is no divisor among them: torch divides by a number on CPUs, and multiplies with its inverse on GPUs.
     """

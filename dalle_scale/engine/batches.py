@@ -23,7 +23,7 @@ class Stream(Protocol):
         """Micro-batches of the global batches start .. stop - 1, on the CPU; weight 0 in empty slots, else 1."""
 
     def state(self, next_batch: int) -> dict[str, Any]:
-        """What it takes to go on at `next_batch`."""
+        """The state to resume at `next_batch`."""
 
 
 class Means:
@@ -50,7 +50,7 @@ class Means:
         return values
 
 
-def balance(micro_batches: list[Batch], batch_samples: int, *flags: float) -> list[float]:
+def balance(micro_batches: list[Batch], global_batch_size: int, *flags: float) -> list[float]:
     """Scale the weights so that their mean over the global batch is 1: empty slots then change no mean. Collective.
 
     Returns:
@@ -58,9 +58,9 @@ def balance(micro_batches: list[Batch], batch_samples: int, *flags: float) -> li
     """
     weight = sum(float(batch["weight"].sum()) for batch in micro_batches)
     samples, *sums = dist.sum_on_host([weight, *flags])
-    if 0 < samples < batch_samples:
+    if 0 < samples < global_batch_size:
         for batch in micro_batches:
-            batch["weight"] = batch["weight"] * (batch_samples / samples)
+            batch["weight"] = batch["weight"] * (global_batch_size / samples)
     return [samples, *sums]
 
 

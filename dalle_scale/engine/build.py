@@ -1,4 +1,4 @@
-"""The process group, and an engine for each net. Beside it only `masters` and `mixed` import DeepSpeed."""
+"""The process group, and an engine for each net. Beside it only `fp32 master weights` and `mixed` import DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import deepspeed
 from dalle_scale import dist
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import ds_config, masters, mixed, optim, shared_memory
-from dalle_scale.engine.machines import Machines
-from dalle_scale.engine.player import Player
+from dalle_scale.engine.nodes import Nodes
 from dalle_scale.engine.scaling import Scaling
+from dalle_scale.engine.trained_net import TrainedNet
 from dalle_scale.nn import residual_scaling
 from dalle_scale.nn.kept_memory import keep_memory
 from dalle_scale.types import Nets
@@ -62,35 +62,37 @@ def share(nets: Nets) -> None:
             dist.broadcast(tensor.data)
 
 
-class Players(dict[str, Player]):
+class TrainedNets(dict[str, TrainedNet]):
     """All nets in training, by name."""
 
     @property
     def modules(self) -> Nets:
         """The bare modules."""
-        return {name: player.module for name, player in self.items()}
+        return {name: trained_net.module for name, trained_net in self.items()}
 
     def prefix(self, name: str) -> str:
-        """What tells the numbers of several nets apart in the log."""
+        """Prefix of the log keys of one of several nets."""
         return f"{name}/" if len(self) > 1 else ""
 
     def numbers(self) -> dict[str, float]:
-        """What the nets have to say in the log."""
+        """Numbers of the nets for the log."""
         return {
-            self.prefix(name) + key: value for name, player in self.items() for key, value in player.numbers().items()
+            self.prefix(name) + key: value
+            for name, trained_net in self.items()
+            for key, value in trained_net.numbers().items()
         }
 
     def losses_finite(self) -> bool:
         """Whether all losses on this rank were finite so far. Waits for the device."""
-        return all(player.losses_finite() for player in self.values())
+        return all(trained_net.losses_finite() for trained_net in self.values())
 
     def healthy(self) -> bool:
-        """Whether losses on this rank and the weights that it updates are finite. Waits for the device."""
-        return all(player.healthy() for player in self.values())
+        """Whether losses on this rank and the weights that it steps are finite. Waits for the device."""
+        return all(trained_net.healthy() for trained_net in self.values())
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[Nets]:
-        """The nets as the loss of player `name` may use them: its own engine; of the others the bare modules, frozen.
+    def updating(self, name: str) -> Iterator[Nets]:
+        """The nets as the loss of net `name` may use them: its own engine; of the others the bare modules, frozen.
         Calling another engine, or leaving its parameters trainable, breaks DeepSpeed's bookkeeping."""
         others = [p for other in self.values() if other.name != name for p in other.module.parameters()]
         trained = [parameter for parameter in others if parameter.requires_grad]
@@ -106,38 +108,38 @@ class Players(dict[str, Player]):
     def evaluating(self) -> Iterator[Nets]:
         """All nets with their averaged weights, whole and in eval mode, without gradients. Collective."""
         with ExitStack() as stack, torch.no_grad():
-            yield {name: stack.enter_context(player.evaluating()) for name, player in self.items()}
+            yield {name: stack.enter_context(trained_net.evaluating()) for name, trained_net in self.items()}
 
 
-def build(config: RunConfig, nets: Nets) -> Players:
+def build(config: RunConfig, nets: Nets) -> TrainedNets:
     """Engines for `nets`, whose weights and buffers must be equal on all ranks (`share`)."""
-    players = Players()
+    trained_nets = TrainedNets()
     for name, net in nets.items():
         if config.engine.activation_checkpointing:
             _recompute_activations(net)
-        twin = Player.twin_of(net, config, name)
-        machines = None  # of each net its own: errors of compression are those of its gradients
-        if config.engine.machines > 1 or config.engine.compression_rank:
-            machines = Machines(config.engine.machines, config.engine.compression_rank, config.seed)
-        place = machines.place if machines else dist.rank()  # replicas must round alike
+        evaluation_copy = TrainedNet.evaluation_copy_of(net, config, name)
+        nodes = None  # of each net its own: errors of compression are those of its gradients
+        if config.engine.nodes > 1 or config.engine.compression_rank:
+            nodes = Nodes(config.engine.nodes, config.engine.compression_rank, config.seed)
+        place = nodes.place if nodes else dist.rank()  # replicas must round alike
         without_masters = config.optim[name].kind == "adamw16"
         if without_masters:
             residual_scaling.cast(net, config.engine.dtype)
         optimizer = optim.build(net, config.optim[name], seed=(config.seed << 20) + place)
         derived = ds_config.derive(config, name, dist.world_size())
         with mixed.a_buffer_a_group() if without_masters else nullcontext():
-            engine = _engine(net, optimizer, derived, machines)
+            engine = _engine(net, optimizer, derived, nodes)
         scaling = None
         if without_masters:
-            mixed.settle(engine)
+            mixed.finalize(engine)
             scales = [scale for scale, _ in residual_scaling.branches_of(net)]
             scaling = Scaling(scales, config.engine.dtype == "fp16", config.optim[name].clip_norm)
         masters.clear_padding(engine)
-        players[name] = Player(name, engine, config, twin, machines, scaling)
+        trained_nets[name] = TrainedNet(name, engine, config, evaluation_copy, nodes, scaling)
         for buffer_name, buffer in net.named_buffers():
             assert buffer.dtype not in (torch.float16, torch.bfloat16), f"buffer {buffer_name} is {buffer.dtype}"
     gc.freeze()  # modules and engines stay to the end: spare every collection from looking at them, the last one too
-    return players
+    return trained_nets
 
 
 def _recompute_activations(net: nn.Module) -> None:
@@ -147,16 +149,14 @@ def _recompute_activations(net: nn.Module) -> None:
             setattr(module, "activation_checkpointing", True)  # noqa: B010 (not an attribute of every module)
 
 
-def _engine(
-    net: nn.Module, optimizer: torch.optim.Optimizer, derived: dict[str, Any], machines: Machines | None
-) -> Any:
+def _engine(net: nn.Module, optimizer: torch.optim.Optimizer, derived: dict[str, Any], nodes: Nodes | None) -> Any:
     """DeepSpeed's engine around one net."""
     for name, parameter in net.named_parameters():
         assert parameter.ndim > 0, f"{name} has no dimensions, and DeepSpeed 0.19 cannot share it: give it shape [1]"
     # At ZeRO 0 in bf16 the constructor takes a step to allocate states: it must change nothing and not be counted
     optim.set_lr(optimizer, 0.0)
-    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=machines)
+    engine, _, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=derived, mpu=nodes)
     optimizer.state.clear()
     if derived["zero_optimization"]["stage"] == 0:
-        engine.enable_backward_allreduce = False  # machines.GradientMeans averages, in fp32
+        engine.enable_backward_allreduce = False  # nodes.GradientMeans averages, in fp32
     return engine

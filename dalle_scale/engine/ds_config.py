@@ -19,7 +19,7 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
-    """The configuration of the engine of one net. DeepSpeed sees the ranks and the batch of one machine.
+    """The configuration of the engine of one net. DeepSpeed sees the ranks and the batch of one node.
 
     With adamw16 it sees a net of fp32, has no scale of losses, and leaves norms and clipping to us (mixed.py,
     scaling.py).
@@ -31,8 +31,8 @@ def derive(config: RunConfig, net: str, world_size: int) -> dict[str, Any]:
     # At ZeRO 3 gradients pass through this type on their way to where they are kept
     accumulated = "fp32" if mixed and engine.zero == 3 else engine.dtype
     return {
-        "train_batch_size": config.batch_samples // engine.machines,
-        "train_micro_batch_size_per_gpu": config.micro_batch_samples(world_size),
+        "train_batch_size": config.global_batch_size // engine.nodes,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
         "gradient_accumulation_steps": config.accumulation(world_size),
         "managed_gradient_accumulation": True,
         "gradient_clipping": 0.0 if mixed else optim.clip_norm,
@@ -74,7 +74,7 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
     Raises:
         UserError: a batch that does not divide, or a precision or optimizer that does not go with ZeRO or the device.
     """
-    config.micro_batch_samples(world_size)
+    config.micro_batch_size(world_size)
     engine = config.engine
     global_scale = engine.dtype == "fp16" and any(optim.kind != "adamw16" for optim in config.optim.values())
     if global_scale and device is not None and device.type == "cpu":
@@ -82,12 +82,12 @@ def check(config: RunConfig, world_size: int, device: torch.device | None) -> No
     if engine.dtype == "fp16" and engine.zero == 0:
         # DeepSpeed 0.19 unscales the gradients at ZeRO 0 without having scaled the loss
         raise UserError("engine.dtype: fp16 needs engine.zero=1, 2 or 3 (also with a single process)")
-    if world_size % engine.machines:
-        raise UserError(f"engine.machines: {engine.machines}, but {world_size} processes do not divide among them")
-    if engine.zero == 0 and (engine.machines > 1 or engine.compression_rank):
-        raise UserError("engine.machines and engine.compression_rank: need engine.zero=1, 2 or 3 inside a machine")
+    if world_size % engine.nodes:
+        raise UserError(f"engine.nodes: {engine.nodes}, but {world_size} processes do not divide among them")
+    if engine.zero == 0 and (engine.nodes > 1 or engine.compression_rank):
+        raise UserError("engine.nodes and engine.compression_rank: need engine.zero=1, 2 or 3 inside a node")
     if global_scale and engine.compression_rank:
-        # what it leaves out of a gradient keeps the loss scale of that update, which DeepSpeed changes
+        # what it leaves out of a gradient keeps the loss scale of that step, which DeepSpeed changes
         raise UserError("engine.compression_rank: goes with engine.dtype=fp16 only where optim kind is adamw16")
     for net, optim in config.optim.items():
         if optim.kind == "adamw16" and (engine.dtype == "fp32" or engine.zero == 0):

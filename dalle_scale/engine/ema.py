@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights: fp32, and each rank averages only what it updates.
+"""Exponential moving average of the weights: fp32, and each rank averages only what it steps.
 
 An average of 16-bit weights stands still (a step of 1e-4 of the difference is below their resolution), and averaging
-gathered weights would cost a collective per update. So the average lives beside the fp32 weights that this rank owns,
+gathered weights would cost a collective per step. So the average lives beside the fp32 weights that this rank owns,
 without communication, and is gathered only where it is used: previews, validation, exports.
 """
 
@@ -17,7 +17,7 @@ from dalle_scale.engine import masters
 
 
 class Ema:
-    """average <- average + (1 - decay) * (weights - average) after every update; starts at the initial weights."""
+    """average <- average + (1 - decay) * (weights - average) after every step; starts at the initial weights."""
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine = engine
@@ -31,7 +31,7 @@ class Ema:
         torch._foreach_lerp_(self.average, weights, 1 - self.decay)
 
     @contextmanager
-    def in_place_of_weights(self) -> Iterator[None]:
+    def half_precision_parameters(self) -> Iterator[None]:
         """Inside the block the weights hold the average, so that gathering them gives it; no training there."""
         weights = masters.owned(self.engine)
         kept = [tensor.clone() for tensor in weights]  # not exchanged: 16-bit weights would round the average

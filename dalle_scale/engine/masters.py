@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from dalle_scale import dist
 
 
-class Cut(NamedTuple):
-    """How one parameter is shared out, at any stage: rank r holds the numbers r * size - base up to
+class Partition(NamedTuple):
+    """Partition of one parameter, at any stage: rank r holds the numbers r * size - base up to
     (r + 1) * size - base of it, flattened."""
 
     shape: tuple[int, ...]
     base: int  # numbers before the parameter in what is cut as one
     size: int  # numbers a rank
 
-    def held(self, rank: int) -> tuple[int, int]:
+    def local_range(self, rank: int) -> tuple[int, int]:
         """The first number that a rank holds, and the one after its last: equal where it holds none."""
         numel = math.prod(self.shape)
         start, stop = (min(max(0, edge * self.size - self.base), numel) for edge in (rank, rank + 1))
@@ -37,16 +37,16 @@ class Cut(NamedTuple):
         return (self.base + number) // self.size
 
 
-class Piece(NamedTuple):
+class Shard(NamedTuple):
     """This rank's part of one parameter, which may be empty."""
 
     name: str
-    cut: Cut
+    partition: Partition
     at: int  # where it begins in the tensor that holds it
 
 
 def owned(engine: Any) -> list[Tensor]:
-    """The weights that this rank updates, as live tensors: whole at ZeRO 0, a flat slice a group at 1 to 3."""
+    """The weights that this rank steps, as live tensors: whole at ZeRO 0, a flat slice a group at 1 to 3."""
     return [tensor.data for tensor in keys(engine)]
 
 
@@ -61,40 +61,40 @@ def keys(engine: Any) -> list[Tensor]:
 
 
 def states(engine: Any) -> Any:
-    """What the optimizer remembers: `keys` -> name -> tensor or number. Nothing of a tensor before its first step."""
+    """State of the optimizer: `keys` -> name -> tensor or number. Nothing of a tensor before its first step."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer).state
 
 
 def place(engine: Any) -> int:
-    """This rank's number among those that share the weights: in its machine; 0 at ZeRO 0, where each has all."""
+    """This rank's number among those that share the weights: in its node; 0 at ZeRO 0, where each has all."""
     if engine.zero_optimization_stage() == 0:
         return 0
     return int(engine.mpu.get_data_parallel_rank()) if engine.mpu is not None else dist.rank()
 
 
-def pieces(engine: Any) -> list[list[Piece]]:
-    """What is in each tensor of `owned`: all parameters of its group, also those of which this rank holds nothing."""
+def pieces(engine: Any) -> list[list[Shard]]:
+    """Contents of each tensor of `owned`: all parameters of its group, also those of which this rank holds nothing."""
     stage, optimizer, rank = engine.zero_optimization_stage(), engine.optimizer, place(engine)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    found: list[list[Piece]] = []
+    found: list[list[Shard]] = []
     if stage == 0:
         for parameter, _ in _pairs_at_stage_0(engine):
-            found.append([Piece(names[id(parameter)], Cut(tuple(parameter.shape), 0, parameter.numel()), 0)])
+            found.append([Shard(names[id(parameter)], Partition(tuple(parameter.shape), 0, parameter.numel()), 0)])
     elif stage == 3:  # parameters are cut one by one
         for group in optimizer.fp16_groups:
             found.append([])
             at = 0
             for parameter in group:
                 size = parameter.ds_tensor.ds_numel
-                found[-1].append(Piece(names[id(parameter)], Cut(tuple(parameter.ds_shape), 0, size), at))
+                found[-1].append(Shard(names[id(parameter)], Partition(tuple(parameter.ds_shape), 0, size), at))
                 at += size
     else:  # laid out one after the other, then cut
         layouts = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
         for (group, bases), size in zip(layouts, optimizer.partition_size, strict=True):
             found.append([])
             for parameter, base in zip(group, bases, strict=True):
-                cut = Cut(tuple(parameter.shape), base, size)
-                found[-1].append(Piece(names[id(parameter)], cut, max(0, base - rank * size)))
+                partition = Partition(tuple(parameter.shape), base, size)
+                found[-1].append(Shard(names[id(parameter)], partition, max(0, base - rank * size)))
     return found
 
 
@@ -105,13 +105,13 @@ def clear_padding(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3:
         for tensor, group in zip(owned(engine), pieces(engine), strict=True):
             for piece in group:
-                start, stop = piece.cut.held(place(engine))
-                tensor[piece.at + stop - start : piece.at + piece.cut.size] = 0
+                start, stop = piece.partition.local_range(place(engine))
+                tensor[piece.at + stop - start : piece.at + piece.partition.size] = 0
 
 
 @torch.no_grad()
 def publish(engine: Any) -> None:
-    """Give the working weights the values of the masters, after these were set. Collective."""
+    """Give the working weights the values of the fp32 master weights, after these were set. Collective."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         for working, master in _pairs_at_stage_0(engine):

@@ -1,4 +1,4 @@
-"""How much memory a run will take on each rank, by kind, before anything is allocated."""
+"""Memory of a run on each rank, by kind, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dalle_scale.types import Nets
 
 
 def estimate(net: nn.Module, config: RunConfig, name: str, world_size: int) -> dict[str, int]:
-    """Bytes on each rank of everything that lasts from one update to the next, or from backward to step.
+    """Bytes on each rank of everything that lasts from one step to the next, or from backward to step.
 
     Activations, collectives' buckets and the evaluation's copy of the weights come on top. `net` may lie on the meta
     device.
@@ -51,11 +51,11 @@ def _of_states(short: bool, role: str, config: OptimConfig) -> int:
 
 
 def report(config: RunConfig, nets: Nets, flops_per_sample: float, world_size: int) -> str:
-    """What `--dry-run` prints: the resolved config, then parameters, FLOPs and memory."""
+    """Text of `--dry-run`: the resolved config, then parameters, FLOPs and memory."""
     lines = [yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)]
-    flops_per_update = flops_per_sample * config.batch_samples
-    lines.append(f"floating-point operations: {flops_per_sample:.3e} a sample, {flops_per_update:.3e} an update")
-    world_size //= config.engine.machines  # ZeRO spans one machine
+    flops_per_step = flops_per_sample * config.global_batch_size
+    lines.append(f"floating-point operations: {flops_per_sample:.3e} a sample, {flops_per_step:.3e} a step")
+    world_size //= config.engine.nodes  # ZeRO spans one machine
     ranks = f"each of {world_size} ranks at ZeRO {config.engine.zero}"
     for name, net in nets.items():
         sizes = estimate(net, config, name, world_size)

@@ -1,14 +1,14 @@
 """16-bit matrices beside fp32 gains, biases and embeddings in one DeepSpeed engine, and no second copy of either.
 
 DeepSpeed 0.19 gives a net one working type, and every ZeRO stage an fp32 (or bf16) master of what is 16 bits. The paper
-has no masters, and keeps in fp32 what 16 bits would harm (arXiv 2102.12092, App. D). So DeepSpeed is told that the net
-is fp32, which makes it leave every type as it is; and then
+has no fp32 master weights, and keeps in fp32 what 16 bits would harm (arXiv 2102.12092, App. D). So DeepSpeed sees an
+fp32 net, which makes it leave every type as it is; and then
 
 - gradients are reduced in buckets of their own type;
 - each group of parameters is flat memory of its own type at ZeRO 3 too, where DeepSpeed has one buffer for all;
 - what DeepSpeed holds as a master is made the weights' own memory.
 
-The attributes used here are DeepSpeed's own; tests compare what comes out at every stage with plain PyTorch.
+The attributes used here are DeepSpeed's own; tests compare the results at every stage with plain PyTorch.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _one_buffer_each(optimizer: Any) -> None:
     optimizer.fp16_partitioned_groups_flat += [defragment([p.ds_tensor for p in group]) for group in groups]
 
 
-def settle(engine: Any) -> None:
-    """What is left to do once the engine is made."""
+def finalize(engine: Any) -> None:
+    """Finish the set-up of an engine once it is made."""
     _reduce_by_type(engine)
     _without_masters(engine)
 
@@ -65,7 +65,7 @@ def _reduce_by_type(engine: Any) -> None:
 
 
 def _without_masters(engine: Any) -> None:
-    """The slices that the optimizer updates become the memory of the weights."""
+    """The slices that the optimizer steps become the memory of the weights."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         masters, weights = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat

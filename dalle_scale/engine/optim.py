@@ -76,7 +76,7 @@ def set_lr(optimizer: Any, factor: float) -> None:
 class Muon(torch.optim.AdamW):
     """Momentum orthogonalised by Newton-Schulz for the groups of role "muon", AdamW for the others.
 
-    The same update as torch.optim.Muon, which works in bf16 (about 100 times slower than fp32 on a CPU), one matrix
+    The same step as torch.optim.Muon, which works in bf16 (about 100 times slower than fp32 on a CPU), one matrix
     at a time and identically on every rank. Here matrices of one shape share a batched product in fp32, each rank
     orthogonalises its part of them, and one collective distributes the result, so all ranks hold identical weights.
     """
@@ -97,7 +97,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all groups from the gradients in `.grad`; consumes those of the matrices."""
+        """One step of all groups from the gradients in `.grad`; consumes those of the matrices."""
         assert closure is None
         for group in self.param_groups:
             if group["role"] == "muon":
@@ -105,7 +105,7 @@ class Muon(torch.optim.AdamW):
         super().step()  # the matrices have no gradient any more, and AdamW leaves such parameters alone
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Momentum, orthogonalisation, decoupled weight decay and update of one group of [out, in] matrices, or
+        """Momentum, orthogonalisation, decoupled weight decay and step of one group of [out, in] matrices, or
         of [in, out] where marked as transposed."""
         chosen = [index for index, parameter in enumerate(group["params"]) if parameter.grad is not None]
         matrices = [group["params"][index] for index in chosen]
@@ -120,31 +120,31 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # unused; AdamW reads back only states that have one
             buffers.append(state["momentum"])
         torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-        with self._updates(gradients, buffers) as updates:
+        with self._directions(gradients, buffers) as directions:
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            for index, parameter, update in zip(chosen, matrices, updates, strict=True):
+            for index, parameter, direction in zip(chosen, matrices, directions, strict=True):
                 outputs, inputs = reversed(parameter.shape) if group["transposed"][index] else parameter.shape
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
+                parameter.add_(direction, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
                 parameter.grad = None
 
     @contextmanager
-    def _updates(self, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
+    def _directions(self, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
         """Orthogonalised Nesterov momentum of each matrix, to be read in the block; the ranks share the work."""
         dealt = deal([gradient.shape for gradient in gradients], dist.world_size())
         sizes = [[gradients[index].numel() for index in indices] for indices in dealt]
         mine, elements = dealt[dist.rank()], max(map(sum, sizes))
-        updates = []
+        directions = []
         if mine:
             lerp = torch._foreach_lerp([gradients[i] for i in mine], [momenta[i] for i in mine], self.momentum)
-            updates = _orthogonalise_each(lerp)
+            directions = _orthogonalise_each(lerp)
         if len(dealt) == 1:
-            yield updates
+            yield directions
             return
         if self._room is None or elements > self._room_elements:
             self._room, self._room_elements = room(elements), elements
         own = self._room.mine(sum(sizes[dist.rank()])).split(sizes[dist.rank()])
-        for part, update in zip(own, updates, strict=True):
-            part.view_as(update).copy_(update)
+        for part, direction in zip(own, directions, strict=True):
+            part.view_as(direction).copy_(direction)
         with self._room.gathered(elements) as rows:
             found: dict[int, Tensor] = {}
             for row, indices, numels in zip(rows, dealt, sizes, strict=True):
@@ -153,7 +153,8 @@ class Muon(torch.optim.AdamW):
 
 
 def deal(shapes: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
-    """Which matrices each rank orthogonalises: the most work first, each to the rank that has the least so far."""
+    """Assign matrices to the ranks that orthogonalise them: the most work first, each to the rank that has the least so
+    far."""
     work = [max(shape) * min(shape) ** 2 for shape in shapes]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     sums = [0] * ranks

@@ -1,12 +1,12 @@
-"""Gradients between machines as products of thin matrices: PowerSGD (arXiv 1905.13727; 2102.12092, App. E.2).
+"""Gradients between nodes as products of thin matrices: PowerSGD (arXiv 1905.13727; 2102.12092, App. E.2).
 
 A matrix M [m, n] of gradients, m <= n, travels as P = M Q [m, r] and, with P made orthonormal, as M^T P [n, r]: every
 replica then holds the same P (M^T P)^T. What that leaves out stays behind on each replica and is added to its next
-gradient (error feedback). Q is Gaussian and fixed for the whole run; drawing it anew each time costs much accuracy
+gradient (error feedback). Q is Gaussian and fixed for the whole run; sampling it anew each time costs much accuracy
 (App. E.2, footnote 10).
 
 Means instead of the paper's sums: an error is of the mean gradient, so errors are averaged, not added, where the
-number of machines changes.
+number of nodes changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class PowerSGD:
-    """The errors and the Q of one rank's matrices, which are the same ones in the same order in every update."""
+    """The errors and the Q of one rank's matrices, which are the same ones in the same order in every step."""
 
     def __init__(self, rank: int, seed: int) -> None:
         """seed: equal on all replicas; ranks that hold other shards may have another."""
@@ -67,8 +67,8 @@ class PowerSGD:
     ) -> None:
         """Replace gradients by their compressed means. Collective among replicas.
 
-        Where something is not finite on any rank, no gradient is, on all ranks, so that all skip the update; errors
-        keep what they were, because what the update would have carried must not be lost. Where gradients are finite and
+        Where something is not finite on any rank, no gradient is, on all ranks, so that all skip the step; errors
+        keep what they were, because what the step would have carried must not be lost. Where gradients are finite and
         their factors are not, errors keep the gradients too (App. E.2).
 
         Gradients are added to the errors in place: a copy of all sums would take as much memory as the errors.
@@ -76,7 +76,7 @@ class PowerSGD:
         Args:
             matrices: [m, n] each, m <= n, any float type; of a rank that has none, an empty list.
             scales: what each was multiplied by, and its mean will be. Errors are of gradients without scale, because it
-                changes from update to update.
+                changes from step to step.
             all_reduce: see there.
             finite: bool [] on this rank -> whether it holds on all ranks of the job.
         """

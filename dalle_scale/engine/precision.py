@@ -1,4 +1,4 @@
-"""What `engine.dtype: auto` becomes: measured where the run starts, and kept for as long as the run lives."""
+"""Choice of `engine.dtype: auto`: measured where the run starts, and kept for as long as the run lives."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dalle_scale.types import Nets
 
 
 def resolve(config: RunConfig, nets: Nets, kept: str | None = None) -> tuple[RunConfig, str]:
-    """The config with a precision in the place of "auto", and what rank 0 has said about it; "" where nothing was open.
-    Collective: rank 0 measures, with as many threads as it has now.
+    """The config with a precision in the place of "auto", and what rank 0 has reported about it; "" where nothing was
+    open. Collective: rank 0 measures, with as many threads as it has now.
 
     Args:
         nets: the stage's, which may lie on "meta".

@@ -1,4 +1,4 @@
-"""Per-branch gradient scales: when they grow and shrink, which updates are skipped, and the norm of what they scale.
+"""Per-branch gradient scales: when they grow and shrink, which steps are skipped, and the norm of what they scale.
 
 DALL-E (arXiv 2102.12092, App. D) starts each scale at M * 2^13 for M data-parallel replicas, because its loss is
 divided by the batch of all of them; ours is a mean over this rank's batch, which takes M out of all three constants.
@@ -18,13 +18,13 @@ from dalle_scale.nn.residual_scaling import BranchScale
 
 START, LOWEST, HIGHEST = 2.0**13, 2.0**7, 2.0**24
 GROWTH, BACK_OFF = 2.0 ** (1 / 1000), 2.0**-0.5
-PATIENCE_UPDATES = 125  # between two divisions of one scale
+PATIENCE_STEPS = 125  # between two divisions of one scale
 
 Gradients = Iterator[tuple[Tensor, dict[str, Any]]]  # what an optimizer step will read, each with its param group
 
 
 class Scaling:
-    """What AdamW16's param groups divide gradients by: the scale of their branch, times what clips the norm."""
+    """Divisors of gradients in AdamW16's param groups: the scale of their branch, times what clips the norm."""
 
     def __init__(self, scales: Sequence[BranchScale], dynamic: bool, clip_norm: float) -> None:
         """
@@ -34,8 +34,8 @@ class Scaling:
             clip_norm: largest norm of all gradients together; 0 = any.
         """
         self.scales, self.dynamic, self.clip_norm = scales, dynamic, clip_norm
-        self.updates = self.skipped = 0
-        self.divided: list[int | None] = [None] * len(scales)  # at which update each was last
+        self.steps = self.skipped = 0
+        self.divided: list[int | None] = [None] * len(scales)  # at which step each was last
         if dynamic:
             for scale in scales:
                 scale.value = START
@@ -59,7 +59,7 @@ class Scaling:
         finite: Tensor,
         sum_over_shards: Callable[[Tensor], Tensor],
     ) -> bool:
-        """Set the groups' divisors for this update and the scales for the next. Collective.
+        """Set the groups' divisors for this step and the scales for the next. Collective.
 
         Args:
             groups: the optimizer's.
@@ -68,7 +68,7 @@ class Scaling:
             sum_over_shards: sum over the ranks that share the gradients out.
 
         Returns:
-            Whether to take the update: everything is finite.
+            Whether to take the step: everything is finite.
         """
         square = torch.zeros((), dtype=torch.float64, device=dist.device())
         for gradient, group in gradients:
@@ -86,34 +86,34 @@ class Scaling:
 
     def _adapt(self, fine: Sequence[bool]) -> None:
         """Grow the scales of branches whose gradients are finite, divide the others, not too often."""
-        self.updates += 1
+        self.steps += 1
         if not self.dynamic:
             return
         for index, (scale, good) in enumerate(zip(self.scales, fine, strict=True)):
             last = self.divided[index]
             if good:
                 scale.value *= GROWTH
-            elif last is None or self.updates - last >= PATIENCE_UPDATES:
+            elif last is None or self.steps - last >= PATIENCE_STEPS:
                 scale.value *= BACK_OFF
-                self.divided[index] = self.updates
+                self.divided[index] = self.steps
             scale.value = min(max(scale.value, LOWEST), HIGHEST)
 
     def numbers(self) -> dict[str, float]:
-        """For the log: base-2 logarithms of the smallest, the median and the largest scale, and updates not taken."""
+        """For the log: base-2 logarithms of the smallest, the median and the largest scale, and steps not taken."""
         if not self.dynamic:
             return {}
         exponents = sorted(math.log2(scale.value) for scale in self.scales)
         middle = exponents[len(exponents) // 2]
         found = {"log2_scale_min": exponents[0], "log2_scale_median": middle, "log2_scale_max": exponents[-1]}
-        return {**found, "skipped_updates": self.skipped}
+        return {**found, "skipped_steps": self.skipped}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold; the same on all ranks."""
+        """State for a checkpoint; the same on all ranks."""
         scales = [scale.value for scale in self.scales]
-        return {"updates": self.updates, "skipped": self.skipped, "divided": self.divided, "scales": scales}
+        return {"steps": self.steps, "skipped": self.skipped, "divided": self.divided, "scales": scales}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self.updates, self.skipped, self.divided = state["updates"], state["skipped"], state["divided"]
+        """Resume from `state`."""
+        self.steps, self.skipped, self.divided = state["steps"], state["skipped"], state["divided"]
         for scale, value in zip(self.scales, state["scales"], strict=True):
             scale.value = value

@@ -1,4 +1,4 @@
-"""The learning rate as a factor of its peak: a function of the update number; "plateau" also looks at the losses."""
+"""The learning rate as a factor of its peak: a function of the step number; "plateau" also looks at the losses."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from dalle_scale.config import ScheduleConfig
 
 
 class Schedule:
-    """Factor of the peak learning rate at each update.
+    """Factor of the peak learning rate at each step.
 
     "plateau" halves the factor when the mean training loss of a window is not below the best window's by a margin
     (arXiv 2102.12092, Sec. 2.3 halves "each time the training loss appears to plateau", five times). Only this kind
     has a state; it is part of a checkpoint.
     """
 
-    def __init__(self, config: ScheduleConfig, updates: int) -> None:
+    def __init__(self, config: ScheduleConfig, steps: int) -> None:
         self.config = config
-        self.end = config.decay_updates or updates  # of the cosine
+        self.end = config.decay_steps or steps  # of the cosine
         self.halvings = 0
         self.best = math.inf
-        self._seen = 0  # updates in the current window
+        self._seen = 0  # steps in the current window
         self._sum: Tensor | None = None  # of their losses on this rank, fp64, on the loss's device
 
-    def factor(self, update: int) -> float:
-        """Factor in 0 .. 1 for update `update`, counted from 0. The warm-up reaches 1 at update `warmup_updates - 1`,
-        the cosine reaches `final_factor` at update `end`."""
-        warmup = self.config.warmup_updates
-        if update < warmup:
-            return (update + 1) / warmup
+    def factor(self, step: int) -> float:
+        """Factor in 0 .. 1 for step `step`, counted from 0. The warm-up reaches 1 at step `warmup_steps - 1`,
+        the cosine reaches `final_factor` at step `end`."""
+        warmup = self.config.warmup_steps
+        if step < warmup:
+            return (step + 1) / warmup
         if self.config.kind == "cosine":
-            progress = min(1.0, (update - warmup) / max(1, self.end - warmup))
+            progress = min(1.0, (step - warmup) / max(1, self.end - warmup))
             final = self.config.final_factor
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         return 0.5**self.halvings
 
     def observe(self, loss: Tensor) -> None:
-        """Take note of an update's training loss on this rank (detached scalar). All ranks call it equally often; only
+        """Take note of a step's training loss on this rank (detached scalar). All ranks call it equally often; only
         the last call of a window communicates."""
         if self.config.kind != "plateau" or self.halvings >= self.config.plateau_halvings:
             return
         loss = loss.detach().to(torch.float64)
         self._sum = loss.clone() if self._sum is None else self._sum + loss
         self._seen += 1
-        if self._seen == self.config.plateau_window_updates:
+        if self._seen == self.config.plateau_window_steps:
             self._close_window(dist.all_reduce(self._sum, "mean").item() / self._seen)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold. Collective: from here on every rank continues from the mean of all ranks, in the
-        run that goes on just as in one that resumes."""
+        """State for a checkpoint. Collective: from here on every rank continues from the mean of all ranks, in the
+        run that continues just as in one that resumes."""
         total = None if self._sum is None else dist.all_reduce(self._sum, "mean").item()
         best = self.best if math.isfinite(self.best) else None  # JSON has no infinity
         return {"halvings": self.halvings, "best": best, "seen": self._seen, "sum": total}

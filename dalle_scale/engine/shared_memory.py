@@ -47,7 +47,7 @@ class Room(Protocol):
         """The mean of what the ranks have written, [elements], equal to the bit on all of them."""
 
     def gathered(self, elements: int) -> AbstractContextManager[Tensor]:
-        """What each rank has written, [ranks, elements]."""
+        """Values that each rank has written, [ranks, elements]."""
 
 
 def room(elements: int) -> Room:
@@ -94,7 +94,7 @@ def share(rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> SharedMe
     it. Collective, over torch's process group."""
     path, file, size = "", -1, size_bytes(world_size, part_bytes)
     with suppress(OSError):
-        if rank == 0 and platform.machine() in ("x86_64", "AMD64"):
+        if rank == 0 and platform.node() in ("x86_64", "AMD64"):
             file, path = tempfile.mkstemp(prefix=f"dalle_scale_{secrets.token_hex(8)}_", dir=_SHM)
             os.posix_fallocate(file, 0, size)  # else a full file system kills whoever writes
     named, memory = [path], None
@@ -161,7 +161,7 @@ class SharedMemory:
 
     @contextmanager
     def _reduced(self, elements: int, op: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """What all have written, reduced."""
+        """Reduction of the values of all ranks."""
         parts = self._parts.view(dtype)[:, :elements]
         self._meet()
         if elements * dtype.itemsize <= _SMALL_BYTES:

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class StopSignals:
-    """Inside the `with` block the signals only set `received`; the loop looks at it between updates."""
+    """Inside the `with` block the signals only set `received`; the loop looks at it between steps."""
 
     received: bool = False
 

@@ -1,12 +1,13 @@
-"""What an engine needs to go on, in safetensors and JSON, to be read on any number of ranks and at any ZeRO stage.
+"""State of an engine to resume from, in safetensors and JSON, to be read on any number of ranks and at any ZeRO stage.
 
     rank_00000.safetensors   "<kind>/<parameter>": the numbers of it that rank 0 holds, flat; a file for each rank
     untrained.safetensors    buffers and frozen parameters
-    layout.json              of each parameter how it was cut (masters.Cut); loss scaler, counters
+    layout.json              of each parameter how it was partitioned (masters.Partition); loss scaler, counters
 
-Kinds are "weights" (the masters), "average", and the names of the optimizer's states. Of each parameter a rank reads
-only the numbers that it will hold, out of the few files that have them; nothing is gathered. Nothing is converted: what
-16-bit states hold is not what their type says (adam16.py). The settings of param groups are not in here.
+Kinds are "weights" (the fp32 master weights), "average", and the names of the optimizer's states. Of each parameter a
+rank reads only the numbers that it will hold, out of the few files that have them; nothing is gathered. Nothing is
+converted: what 16-bit states hold is not what their type says (adam16.py). The settings of param groups are not in
+here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from dalle_scale import dist
 from dalle_scale.engine import masters
-from dalle_scale.engine.masters import Cut, Piece
+from dalle_scale.engine.masters import Partition, Shard
 from dalle_scale.types import UserError
 
 LAYOUT, UNTRAINED, RANK = "layout.json", "untrained.safetensors", "rank_{:05d}.safetensors"
@@ -33,7 +34,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of
 
 
 def save(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
-    """Write this rank's part; of several machines only the first writes. Collective; whole when all ranks are back.
+    """Write this rank's part; of several nodes only the first writes. Collective; whole when all ranks are back.
 
     Args:
         engine: DeepSpeed's.
@@ -42,7 +43,7 @@ def save(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = masters.place(engine)
-    writes = place == dist.rank()  # not so on later machines and, at ZeRO 0, on all ranks but the first
+    writes = place == dist.rank()  # not so on later nodes and, at ZeRO 0, on all ranks but the first
     parameters: dict[str, Any] = {}
     parts: dict[str, Tensor] = {}
     for index, (key, pieces) in enumerate(zip(masters.keys(engine), masters.pieces(engine), strict=True)):
@@ -50,8 +51,8 @@ def save(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
         tensors |= {"average": average[index]} if average else {}
         values = {kind: tensor.numel() // key.numel() for kind, tensor in tensors.items()}  # that make up a number
         for piece in pieces:
-            parameters[piece.name] = {**piece.cut._asdict(), "values": values, "numbers": numbers}
-            start, stop = piece.cut.held(place)
+            parameters[piece.name] = {**piece.partition._asdict(), "values": values, "numbers": numbers}
+            start, stop = piece.partition.local_range(place)
             for kind, tensor in tensors.items() if writes and stop > start else ():
                 part = slice(piece.at * values[kind], (piece.at + stop - start) * values[kind])
                 parts[f"{kind}/{piece.name}"] = tensor.detach().reshape(-1)[part].cpu()
@@ -71,7 +72,7 @@ def save(engine: Any, folder: Path, average: Sequence[Tensor] = ()) -> None:
 
 
 def _contents(key: Tensor, state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Of one tensor that the optimizer updates: what has numbers for each of its numbers, and single numbers: floats
+    """Of one tensor that the optimizer steps: what has numbers for each of its numbers, and single numbers: floats
     where PyTorch counts steps in a tensor without dimensions."""
     tensors = {"weights": key.data}
     numbers = {}
@@ -139,9 +140,9 @@ class _Saved:
         self.folder, self.parameters, self.stack = folder, parameters, stack
         self._open: dict[int, Any] = {}
 
-    def check(self, wanted: list[list[Piece]]) -> None:
+    def check(self, wanted: list[list[Shard]]) -> None:
         """Refuse other parameters."""
-        shapes = {piece.name: list(piece.cut.shape) for pieces in wanted for piece in pieces}
+        shapes = {piece.name: list(piece.partition.shape) for pieces in wanted for piece in pieces}
         for name in sorted(shapes.keys() | self.parameters.keys()):
             before, now = self.parameters.get(name, {}).get("shape"), shapes.get(name)
             if before != now:
@@ -150,8 +151,8 @@ class _Saved:
                     f"{now or '(not there)'}; take the version that saved it, or start another run=..."
                 )
 
-    def contents(self, pieces: list[Piece]) -> tuple[dict[str, int], dict[str, Any]]:
-        """What was saved of all parameters of one tensor: kind -> values that make up a number, and the single numbers.
+    def contents(self, pieces: list[Shard]) -> tuple[dict[str, int], dict[str, Any]]:
+        """Saved values of all parameters of one tensor: kind -> values that make up a number, and the single numbers.
 
         Raises:
             UserError: not the same of all of them.
@@ -161,20 +162,20 @@ class _Saved:
             if any(other[part] != first[1][part] for part in ("values", "numbers")):
                 raise UserError(
                     f"{self.folder}: {first[0]} and {name} have not taken the same number of steps, and ZeRO 1 to 3 "
-                    "count them together; go on with engine.zero=0"
+                    "count them together; continue with engine.zero=0"
                 )
         return first[1]["values"], first[1]["numbers"]
 
-    def read(self, kind: str, pieces: list[Piece], place: int, length: int) -> Tensor:
+    def read(self, kind: str, pieces: list[Shard], place: int, length: int) -> Tensor:
         """One kind of what this rank holds of the parameters of one tensor, flat; zeros where no parameter is."""
         out: Tensor | None = None
-        held = [piece for piece in pieces if len(range(*piece.cut.held(place)))]
+        held = [piece for piece in pieces if len(range(*piece.partition.local_range(place)))]
         for piece in held or pieces[:1]:  # where there is none, the type all the same
-            start, stop = piece.cut.held(place) if held else (0, 0)
+            start, stop = piece.partition.local_range(place) if held else (0, 0)
             parameter = self.parameters[piece.name]
-            values, cut = parameter["values"][kind], Cut(parameter["shape"], parameter["base"], parameter["size"])
+            values, cut = parameter["values"][kind], Partition(parameter["shape"], parameter["base"], parameter["size"])
             for holder in range(cut.holder(start), cut.holder(max(start, stop - 1)) + 1):
-                first, last = cut.held(holder)
+                first, last = cut.local_range(holder)
                 low, high = max(start, first), min(stop, last)
                 stored = self._file(holder).get_slice(f"{kind}/{piece.name}")
                 part = stored[(low - first) * values : (high - first) * values]
@@ -198,5 +199,5 @@ def _copy(values: Tensor, target: Tensor) -> None:
 
 
 def _scaler(engine: Any) -> Any:
-    """What scales the loss in fp16."""
+    """Loss scaler of fp16."""
     return engine.optimizer.loss_scaler if engine.fp16_enabled() else None

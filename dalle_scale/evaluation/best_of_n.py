@@ -1,13 +1,13 @@
-"""How much choosing by CLIP is worth: the CLIP score of the best of N samples, as a function of N.
+"""Gain of choosing by CLIP: the CLIP score of the best of N samples, as a function of N.
 
-launch/sample.py draws C candidates for each prompt. What the best of N < C would score is estimated without drawing
+launch/sample.py samples C candidates for each prompt. What the best of N < C would score is estimated without sampling
 subsets: of a random subset of N, the candidate in place k of C is the best with probability
 
     comb(C - k, N - 1) / comb(C, N)
 
 so the mean over all subsets is a weighted sum over the ranked candidates (the expectation of an order statistic). It
-has no bias for any N <= C: every subset of N independent candidates is itself a draw of N. The model that ranks and the
-one that judges may differ; where they are the same, the score grows with N whatever the pictures look like.
+has no bias for any N <= C: every subset of N independent candidates is itself a sample of N. The model that ranks and
+the one that judges may differ; where they are the same, the score grows with N whatever the images look like.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def score_samples(subject: Subject, folder: Path, rows: Sequence[dict[str, Any]]
     """Cosines float32 [R] of samples (`rerank.read_samples`) and their prompts (a collective).
 
     Raises:
-        UserError: a picture cannot be read; the vector of a prompt is not finite.
+        UserError: an image cannot be read; the vector of a prompt is not finite.
     """
     starts = range(0, len(rows), batch)[dist.rank() :: dist.world_size()]
     parts = {}
     for start in log.progress(starts, subject.name, f"batches of {batch}", len(starts)):
-        pictures = rerank.read_pictures([folder / row["file"] for row in rows[start : start + batch]])
-        parts[start] = subject.scorer.image_vectors(pictures)
+        images = rerank.read_images([folder / row["file"] for row in rows[start : start + batch]])
+        parts[start] = subject.scorer.image_vectors(images)
     width = torch.tensor(max((part.shape[1] for part in parts.values()), default=0))
     dimensions = int(dist.all_reduce(width, "max"))  # a rank may have had nothing to do
     texts = embed_texts(subject, [row["prompt"] for row in rows], dimensions, batch)

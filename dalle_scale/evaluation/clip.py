@@ -1,11 +1,11 @@
-"""CLIP models over a data set of pictures and captions: zero-shot classification, and retrieval both ways.
+"""CLIP models over a data set of images and captions: zero-shot classification, and retrieval both ways.
 
-Called by launch/evaluate_clip.py; clip_evaluate_page.py writes what comes out, clip_evaluate_samples.py is about
-samples of a generator. A picture or caption always goes through a net in the same batch, whatever the world size, so
+Called by launch/evaluate_clip.py; clip_page.py writes the result, clip_evaluate_samples.py is about
+samples of a generator. An image or caption always goes through a net in the same batch, whatever the world size, so
 the numbers are the same for any number of ranks. The vectors of all pairs are held, everything else is streamed.
 
 A model gets no credit for a tie: whatever is not worse than the right answer by at least `TIE` stands before it. One
-that gives all pictures the same vector is never right.
+that gives all images the same vector is never right.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dalle_scale.types import UserError
 TIE = 1e-6  # cosines of float32 vectors that are closer than this are called equal
 RECALLS = (1, 5, 10)  # the R@K
 MOST_CLASSES = 1000  # so many different captions may be classes by themselves
-DEFAULT_SIZE = 224  # side of the pictures that a model gets that does not say its own
+DEFAULT_SIZE = 224  # side of the images that a model gets that does not say its own
 
 _BLOCK = 1 << 23  # cosines held at a time
 
@@ -52,7 +52,7 @@ class Subject:
     texts: dict[str, Tensor] = field(default_factory=dict)  # unit vectors [E] of `embed_texts`, the same on all ranks
 
     def truncated_captions(self) -> int:
-        """How many different texts were longer than the model reads (a collective)."""
+        """Number of different texts that were longer than the model reads (a collective)."""
         return int(dist.all_reduce(torch.tensor(self.scorer.truncated_captions)))
 
 
@@ -60,7 +60,7 @@ def open_subjects(models: Sequence[str], device: torch.device, image_size: int |
     """Open CLIP models, named as `rerank.open_scorer` takes them.
 
     Args:
-        image_size: side in pixels that pictures are read at; None = an export's own, 224 for other models. Either then
+        image_size: side in pixels that images are read at; None = an export's own, 224 for other models. Either then
             does with them what its own preprocessing does.
 
     Raises:
@@ -77,14 +77,14 @@ def open_subjects(models: Sequence[str], device: torch.device, image_size: int |
 
 
 def _own_size(folder: Path) -> int:
-    """The picture size of an export of the clip stage, else the default."""
+    """The image size of an export of the clip stage, else the default."""
     path = folder / "config.yaml"
     return int(yaml.safe_load(path.read_text("utf-8"))["model"]["image_size"]) if path.is_file() else DEFAULT_SIZE
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What pictures are classified as."""
+    """Classes of zero-shot classification."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]  # each with one {} for the name
@@ -140,30 +140,28 @@ class Pairs:
 
     ids: Tensor  # int64 [N], numbers of the samples in the data set
     images: Tensor  # unit vectors float32 [N, E]
-    captions: list[str]  # the M different ones, in the order of their first pictures
+    captions: list[str]  # the M different ones, in the order of their first images
     texts: Tensor  # their unit vectors [M, E]
-    own: Tensor  # int64 [N], each picture's caption
+    own: Tensor  # int64 [N], each image's caption
     lost: int
 
 
-def open_pairs(
-    folder: Path, subject: Subject, samples: int | None, batch: int, ledger: Path
-) -> reconstruction.Pictures:
-    """The first `samples` pictures of a data set, None = all, in the order of validation, at the model's size.
+def open_pairs(folder: Path, subject: Subject, samples: int | None, batch: int, ledger: Path) -> reconstruction.Images:
+    """The first `samples` images of a data set, None = all, in the order of validation, at the model's size.
 
     Raises:
-        UserError: no data set with pictures and captions, or an empty one.
+        UserError: no data set with images and captions, or an empty one.
     """
     members = Manifest.open(folder).members
     if "txt" not in members:
         raise UserError(f"{folder}: has no captions (txt); it holds: {', '.join(members)}")
-    return reconstruction.open_pictures(folder, subject.image_size, samples, batch, ledger)
+    return reconstruction.open_images(folder, subject.image_size, samples, batch, ledger)
 
 
 def embed(
-    subject: Subject, folder: Path, pictures: reconstruction.Pictures, batch: int, ledger: Path, device: torch.device
+    subject: Subject, folder: Path, source: reconstruction.Images, batch: int, ledger: Path, device: torch.device
 ) -> Pairs:
-    """Vectors of all pictures and captions (a collective).
+    """Vectors of all images and captions (a collective).
 
     Args:
         batch: captions at once on one rank.
@@ -172,11 +170,11 @@ def embed(
     Raises:
         UserError: no pair can be read; the vectors are not finite.
     """
-    ids, images = _embed_pictures(subject, pictures, device)
+    ids, images = _embed_images(subject, source, device)
     read = _read_captions(folder, ids, ledger)
     found = [caption for caption in read if caption is not None]
     if not found:
-        raise UserError(f"{folder}: none of the {len(ids):,} pairs can be read, see {ledger}; mend the data")
+        raise UserError(f"{folder}: none of the {len(ids):,} pairs can be read, see {ledger}; fix the data")
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(found))}
     own = torch.tensor([numbers[caption] for caption in found])
     there = torch.tensor([caption is not None for caption in read])
@@ -184,15 +182,15 @@ def embed(
     return Pairs(ids[there], images[there], list(numbers), texts, own, len(read) - len(found))
 
 
-def _embed_pictures(subject: Subject, pictures: reconstruction.Pictures, device: torch.device) -> tuple[Tensor, Tensor]:
+def _embed_images(subject: Subject, source: reconstruction.Images, device: torch.device) -> tuple[Tensor, Tensor]:
     """By place, for all ranks: numbers of the samples int64 [N], -1 where there is none; unit vectors [N, E]."""
-    ids = torch.zeros(pictures.samples, dtype=torch.int64)  # 1 more than the number, so that ranks can be added up
+    ids = torch.zeros(source.samples, dtype=torch.int64)  # 1 more than the number, so that ranks can be added up
     vectors = torch.zeros(0, 0)
-    read = pictures.read(device)
-    for places, batch in log.progress(read, subject.name, "batches", total=pictures.num_batches):
+    read = source.read(device)
+    for places, batch in log.progress(read, subject.name, "batches", total=source.num_batches):
         found = subject.scorer.image_vectors(batch["image"])  # empty slots too: all batches have one shape
         if not len(vectors):
-            vectors = torch.zeros(pictures.samples, found.shape[1])
+            vectors = torch.zeros(source.samples, found.shape[1])
         good = (batch["weight"] > 0).cpu()
         ids[places[good]] = batch["id"].cpu()[good] + 1
         vectors[places[good]] = found[good]
@@ -252,29 +250,29 @@ def _checked(subject: Subject, vectors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where right answers stand, 1 = first; see `TIE`."""
+    """Ranks of right answers, 1 = first; see `TIE`."""
 
-    of_captions: Tensor  # int64 [N]: each picture's own caption among all captions
-    of_pictures: Tensor  # int64 [M]: each caption's best picture among the pictures of other captions
-    rivals: Tensor  # int64 [N]: the best of the captions that are not the picture's own
-    right_cosine: float  # mean over pictures, with their own captions
-    wrong_cosine: float  # mean over pictures and all other captions
+    of_captions: Tensor  # int64 [N]: each image's own caption among all captions
+    of_images: Tensor  # int64 [M]: each caption's best image among the images of other captions
+    rivals: Tensor  # int64 [N]: the best of the captions that are not the image's own
+    right_cosine: float  # mean over images, with their own captions
+    wrong_cosine: float  # mean over images and all other captions
 
 
 def rank_pairs(images: Tensor, captions: Tensor, own: Tensor) -> Ranks:
-    """Rank captions for each picture and pictures for each caption, in float64, by the block.
+    """Rank captions for each image and images for each caption, in float64, by the block.
 
     Args:
         images: unit vectors [N, E].
         captions: unit vectors [M, E] of different captions, at least two.
-        own: int64 [N], each picture's caption.
+        own: int64 [N], each image's caption.
     """
     assert len(captions) > 1, "nothing to choose from"
     images, captions = images.double(), captions.double()
     right = (images * captions[own]).sum(dim=1)
     best = torch.full((len(captions),), -math.inf, dtype=torch.float64).scatter_reduce(0, own, right, "amax")
     of_captions, rivals = [], []
-    of_pictures = torch.ones(len(captions), dtype=torch.int64)
+    of_images = torch.ones(len(captions), dtype=torch.int64)
     rows = max(1, _BLOCK // len(captions))
     wrong = 0.0
     for block, block_right, block_own in zip(*(torch.split(t, rows) for t in (images, right, own)), strict=True):
@@ -282,10 +280,10 @@ def rank_pairs(images: Tensor, captions: Tensor, own: Tensor) -> Ranks:
         wrong += float(cosines.sum() - block_right.sum())
         cosines.scatter_(1, block_own[:, None], -math.inf)  # only those of other captions compete
         of_captions.append(1 + (cosines >= block_right[:, None] - TIE).sum(dim=1))
-        of_pictures += (cosines >= best - TIE).sum(dim=0)
+        of_images += (cosines >= best - TIE).sum(dim=0)
         rivals.append(cosines.argmax(dim=1))
     wrong_pairs = len(images) * (len(captions) - 1)
-    return Ranks(torch.cat(of_captions), of_pictures, torch.cat(rivals), float(right.mean()), wrong / wrong_pairs)
+    return Ranks(torch.cat(of_captions), of_images, torch.cat(rivals), float(right.mean()), wrong / wrong_pairs)
 
 
 def retrieval(pairs: Pairs) -> Row:
@@ -298,31 +296,31 @@ def retrieval(pairs: Pairs) -> Row:
         raise UserError(f"all captions are '{pairs.captions[0]}': there is nothing to tell apart; take other data")
     ranks = rank_pairs(pairs.images, pairs.texts, pairs.own)
     count = len(pairs.own)
-    members = torch.bincount(pairs.own).tolist()  # pictures of each caption
-    row: Row = {"pictures": count, "captions": len(pairs.captions)}
+    members = torch.bincount(pairs.own).tolist()  # images of each caption
+    row: Row = {"images": count, "captions": len(pairs.captions)}
     for k in RECALLS:
         row[f"image_to_text_r{k}"] = _share(ranks.of_captions <= k)
-        row[f"text_to_image_r{k}"] = _share(ranks.of_pictures <= k)
+        row[f"text_to_image_r{k}"] = _share(ranks.of_images <= k)
         row[f"chance_image_to_text_r{k}"] = min(1.0, k / len(pairs.captions))
         row[f"chance_text_to_image_r{k}"] = math.fsum(_chance(count, right, k) for right in members) / len(members)
     return {**row, "cosine_of_pairs": ranks.right_cosine, "cosine_of_others": ranks.wrong_cosine}
 
 
 def _chance(count: int, right: int, k: int) -> float:
-    """Probability that k of `count` pictures drawn without replacement hold one of the `right` ones."""
+    """Probability that k of `count` images sampled without replacement hold one of the `right` ones."""
     k = min(k, count)
     return 1 - math.comb(count - right, k) / math.comb(count, k)
 
 
-def caption_classes(captions: Sequence[str], pictures: int, templates: Sequence[str]) -> Classes | None:
-    """The captions as classes, where they are few: at most `MOST_CLASSES`, with two pictures each on average."""
-    if 2 <= len(captions) <= min(MOST_CLASSES, pictures // 2):
+def caption_classes(captions: Sequence[str], source: int, templates: Sequence[str]) -> Classes | None:
+    """The captions as classes, where they are few: at most `MOST_CLASSES`, with two images each on average."""
+    if 2 <= len(captions) <= min(MOST_CLASSES, source // 2):
         return Classes(tuple(captions), tuple(templates), "the captions of the data set")
     return None
 
 
 def classification(pairs: Pairs, classes: Classes, vectors: Tensor) -> Row:
-    """Zero-shot classification (arXiv 2103.00020, Sec. 3.1) of the pictures whose caption is of a class.
+    """Zero-shot classification (arXiv 2103.00020, Sec. 3.1) of the images whose caption is of a class.
 
     Without a right answer in first place, the prediction is the best of the wrong ones, so the confusion agrees with
     the accuracy.
@@ -345,15 +343,15 @@ def classification(pairs: Pairs, classes: Classes, vectors: Tensor) -> Row:
     known = [share for share in accuracy if share is not None]
     return {
         "classes": len(classes.names),
-        "pictures": int(of_class.sum()),
-        "pictures_without_class": int((~of_class).sum()),
+        "images": int(of_class.sum()),
+        "images_without_class": int((~of_class).sum()),
         "top1": _share(ranks.of_captions <= 1),
         "top5": _share(ranks.of_captions <= 5),
         "chance_top1": 1 / len(classes.names),
         "chance_top5": min(1.0, 5 / len(classes.names)),
         "mean_class_accuracy": math.fsum(known) / len(known),
         "per_class": {
-            name: {"pictures": int(counts[c]), "accuracy": accuracy[c]} for c, name in enumerate(classes.names)
+            name: {"images": int(counts[c]), "accuracy": accuracy[c]} for c, name in enumerate(classes.names)
         },
         "confusion": {
             name: {classes.names[int(p)]: int(table[c, p]) for p in table[c].nonzero()[:, 0]}

@@ -1,4 +1,4 @@
-"""What launch/evaluate_clip.py writes: the same numbers as JSON and Markdown, a table to plot, and pictures."""
+"""Output of launch/evaluate_clip.py: the same numbers as JSON and Markdown, a table to plot, and images."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
 from dalle_scale.evaluation.clip import RECALLS, TIE, Classes, Pairs, Row, Subject
-from dalle_scale.evaluation.reconstruction import Pictures
+from dalle_scale.evaluation.reconstruction import Images
 from dalle_scale.report import gallery, tables
-from dalle_scale.report.page import Picture
+from dalle_scale.report.page import GalleryImage
 
-SHOWN_CAPTIONS, SHOWN_PICTURES = 16, 5
+SHOWN_CAPTIONS, SHOWN_IMAGES = 16, 5
 
 DEFINITIONS = {
-    "image to text R@K": "share of pictures whose own caption is among the K nearest of the different captions; an "
-    "equal caption of another picture is the same one",
-    "text to image R@K": "share of the different captions with a picture of their own among the K nearest of all "
-    "pictures; each caption counts once",
-    "top-1, top-5": "share of pictures whose class is the nearest, or among the five nearest; chance: 1 / classes and "
+    "image to text R@K": "share of images whose own caption is among the K nearest of the different captions; an "
+    "equal caption of another image is the same one",
+    "text to image R@K": "share of the different captions with an image of their own among the K nearest of all "
+    "images; each caption counts once",
+    "top-1, top-5": "share of images whose class is the nearest, or among the five nearest; chance: 1 / classes and "
     "5 / classes",
     "class": "mean of the unit vectors of its prompts, one a template, brought to length 1",
-    "mean class accuracy": "mean over the classes of the share of their pictures that are right",
-    "confusion": "right class -> predicted class -> pictures",
+    "mean class accuracy": "mean over the classes of the share of their images that are right",
+    "confusion": "right class -> predicted class -> images",
     "nearest": f"by cosine; a tie is never in favour of the right answer: what is closer to it than {TIE:g} stands "
     "before it",
     "chance": "of a random order",
-    "cosine of pairs, of others": "mean over pictures with their own captions, with all other captions",
+    "cosine of pairs, of others": "mean over images with their own captions, with all other captions",
     "best of N": "mean over prompts of the expected CLIP score (cosine) of the best of N candidates, over all subsets "
-    "of N of those drawn; no bias for any N up to their number. Where one model ranks and judges, it grows in any case",
+    "of N; no bias for any N up to their number. Where one model ranks and judges, it grows in any case",
     "standard error": "of the mean, from how prompts differ; gain: over one candidate, error of the paired difference",
 }
 
 
-def about_data(folder: Path, pictures: Pictures, classes: Classes | None) -> Row:
-    """How the pairs of a data set were evaluated."""
+def about_data(folder: Path, images: Images, classes: Classes | None) -> Row:
+    """Protocol of the evaluation of pairs."""
     return {
         "data_set": str(folder),
         "split": folder.absolute().name,
-        "digest": pictures.digest,
-        "samples": pictures.samples,
+        "digest": images.digest,
+        "samples": images.samples,
         "order": "of validation: one fixed shuffle",
         "resize": "centre square, area-resized to the model's image_size, then its own preprocessing",
         "classes": classes.source if classes else None,
@@ -61,17 +61,17 @@ def about_data(folder: Path, pictures: Pictures, classes: Classes | None) -> Row
 
 
 def about_samples(folder: Path, rows: Sequence[Row]) -> Row:
-    """Which samples were scored."""
+    """Description of the samples that were scored."""
     return {
         "folder": str(folder),
         "samples_jsonl_sha256": digest(folder / "samples.jsonl"),
-        "pictures": len(rows),
+        "images": len(rows),
         "prompts": len({row["prompt_index"] for row in rows}),
     }
 
 
 def about_model(subject: Subject) -> Row:
-    """Which model has these numbers. A collective."""
+    """Description of the model with these numbers. A collective."""
     return {
         "name": subject.name,
         "model": subject.model,
@@ -108,7 +108,7 @@ def markdown(numbers: Row) -> str:
     for row in models:
         known = f"sha256 {row['model_sha256'][:16]}" if row["model_sha256"] else "published weights"
         cut = f", {row['truncated_captions']:,} texts cut" if row["truncated_captions"] else ""
-        lines.append(f"- {row['name']}: {row['model']} ({known}), pictures of {row['image_size']} pixels{cut}")
+        lines.append(f"- {row['name']}: {row['model']} ({known}), images of {row['image_size']} pixels{cut}")
     if "protocol" in numbers:
         lines += ["", *_protocol(numbers["protocol"]), *_retrieval(models)]
         lines += _classification(models) if "classification" in models[0] else []
@@ -133,7 +133,7 @@ def _protocol(protocol: Row) -> list[str]:
 def _retrieval(models: Sequence[Row]) -> list[str]:
     names = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RECALLS]
     titles = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in RECALLS]
-    head = ["model", "pictures", "lost", "captions", *titles, "cosine of pairs", "of others"]
+    head = ["model", "images", "lost", "captions", *titles, "cosine of pairs", "of others"]
     rows = []
     for model in models:
         row = model["retrieval"]
@@ -147,28 +147,28 @@ def _retrieval(models: Sequence[Row]) -> list[str]:
 
 def _classification(models: Sequence[Row]) -> list[str]:
     found = {model["name"]: model["classification"] for model in models}
-    head = ["model", "classes", "pictures", "without class", "top-1", "top-5", "mean class accuracy"]
+    head = ["model", "classes", "images", "without class", "top-1", "top-5", "mean class accuracy"]
     rows = []
     for name, row in found.items():
-        counts = [f"{row[key]:,}" for key in ("classes", "pictures", "pictures_without_class")]
+        counts = [f"{row[key]:,}" for key in ("classes", "images", "images_without_class")]
         rows.append([name, *counts, *(f"{row[key]:.1%}" for key in ("top1", "top5", "mean_class_accuracy"))])
     first = models[0]["classification"]
     rows.append(["chance", "", "", "", f"{first['chance_top1']:.1%}", f"{first['chance_top5']:.1%}", ""])
     classes = []
     for name, cell in first["per_class"].items():
         shares = (row["per_class"][name]["accuracy"] for row in found.values())
-        classes.append([name, f"{cell['pictures']:,}", *("–" if s is None else f"{s:.1%}" for s in shares)])
+        classes.append([name, f"{cell['images']:,}", *("–" if s is None else f"{s:.1%}" for s in shares)])
     lines = ["", "## Zero-shot classification", "", *tables.markdown([head, *rows]), ""]
     return [
         *lines,
-        *tables.markdown([["class", "pictures", *found], *classes]),
+        *tables.markdown([["class", "images", *found], *classes]),
         "",
         "The confusion matrices are in clip.json.",
     ]
 
 
 def _best_of(samples: Row, rows: Sequence[Row]) -> list[str]:
-    title = f"{samples['pictures']:,} samples for {samples['prompts']:,} prompts in {samples['folder']}"
+    title = f"{samples['images']:,} samples for {samples['prompts']:,} prompts in {samples['folder']}"
     head = ["ranked by", "judged by", "N", "CLIP score", "standard error", "gain", "standard error"]
     names = ("score", "standard_error", "gain", "gain_standard_error")
     cells = [
@@ -181,28 +181,28 @@ def _best_of(samples: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def show(out: Path, subject: Subject, pairs: Pairs, folder: Path) -> Path:
-    """Write a gallery of captions, each with the pictures of the data set `folder` that the model finds nearest."""
+    """Write a gallery of captions, each with the images of the data set `folder` that the model finds nearest."""
     captions = pairs.captions[:SHOWN_CAPTIONS]
     cosines = pairs.texts[: len(captions)] @ pairs.images.T
-    best = cosines.topk(min(SHOWN_PICTURES, len(pairs.images)), dim=1)
+    best = cosines.topk(min(SHOWN_IMAGES, len(pairs.images)), dim=1)
     reader = Reader(Manifest.open(folder))
 
-    def picture(place: int, caption: int, cosine: float) -> Picture:
+    def cell(place: int, caption: int, cosine: float) -> GalleryImage:
         pixels = square(decode(reader.read_image(int(pairs.ids[place]))), subject.image_size)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        return Picture(image, bool(pairs.own[place] == caption), f"cosine {cosine:.3f}")
+        return GalleryImage(image, bool(pairs.own[place] == caption), f"cosine {cosine:.3f}")
 
     rows = []
     for number, (caption, places, values) in enumerate(
         zip(captions, best.indices.tolist(), best.values.tolist(), strict=True)
     ):
-        pictures = (picture(place, number, value) for place, value in zip(places, values, strict=True))
-        rows.append(gallery.Row(caption, tuple(pictures)))
+        images = (cell(place, number, value) for place, value in zip(places, values, strict=True))
+        rows.append(gallery.Row(caption, tuple(images)))
     reader.close()
     columns = ["nearest", *(f"no. {place}" for place in range(2, best.indices.shape[1] + 1))]
     notes = [
-        f"{subject.model}: the nearest of {len(pairs.images):,} pictures of {folder} for {len(captions)} captions",
-        "A picture is right if it has this very caption.",
+        f"{subject.model}: the nearest of {len(pairs.images):,} images of {folder} for {len(captions)} captions",
+        "An image is right if it has this very caption.",
     ]
     target = out / f"examples_{subject.name.replace('/', '_')}"
     gallery.save(target, "What CLIP finds", columns, rows, notes)

@@ -1,7 +1,7 @@
-"""Exports that model the codes of image tokenizers: what the codes of a picture cost under them, in bits.
+"""Exports that model the codes of image tokenizers: what the codes of an image cost under them, in bits.
 
 The prior of a tokenizer is one export of the stage `dalle`, or one of `vqvae2_prior` for each level of codes; the
-probability of a picture's codes is the product over its levels.
+probability of an image's codes is the product over its levels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What sees the pictures when sets of them are compared: the Inception of FID, or a CLIP model.
+"""Feature extractors that sets of images are compared by: the Inception of FID, or a CLIP model.
 
     extractor = open_inception(Path("weights-inception-2015-12-05-6726825d.pth"), "2048", device)
     extractor = open_clip("runs/clip/export", device)
@@ -35,7 +35,7 @@ NAMES = {"frechet": "fid", "kernel": "kid", "score": "inception_score"}  # of me
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network that describes pictures."""
+    """A frozen network that describes images."""
 
     kind: str  # inception or clip
     source: str  # where the weights lie
@@ -43,12 +43,12 @@ class Extractor:
     layer: str  # what the features are
     dimensions: int  # D
     classes: int  # C, 0 without a classifier
-    resize: str  # how pictures come to its input size
+    resize: str  # how images come to its input size
     # uint8 [B, 3, H, W] on any device -> features float32 [B, D], logits float32 [B, C], both on the CPU
     extract: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def name(self, measure: str, reconstructions: bool = False) -> str:
-        """What a number is called: `fid` on the published Inception, else e.g. `frechet_clip(0a1b2c3d4e5f)`."""
+        """Name of a number: `fid` on the published Inception, else e.g. `frechet_clip(0a1b2c3d4e5f)`."""
         if self.kind == "inception" and self.layer == LAYERS[0] and self.sha256.startswith(PUBLISHED):
             # precision and recall are usually those of another network, VGG16: so the Inception is in their names
             name = NAMES.get(measure, f"{measure}_inception")
@@ -81,7 +81,7 @@ def open_inception(path: Path, layer: str, device: torch.device) -> Extractor:
     copy.seek(0)
     names = [layer, "logits_unbiased"] if layer == LAYERS[0] else [layer]
     try:
-        with torch.random.fork_rng(devices=[]):  # fresh weights draw random numbers
+        with torch.random.fork_rng(devices=[]):  # fresh weights sample random numbers
             model = FeatureExtractorInceptionV3("inception", names, copy)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).partition(": ")[2]
@@ -90,7 +90,7 @@ def open_inception(path: Path, layer: str, device: torch.device) -> Extractor:
 
     @torch.no_grad()
     def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        # cuDNN rounds to TF32 unless told not to
+        # cuDNN rounds to TF32 by default
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             features, *logits = (part.float().cpu() for part in model(images.to(device)))
         return features, logits[0] if logits else features.new_zeros(len(features), 0)
@@ -101,7 +101,7 @@ def open_inception(path: Path, layer: str, device: torch.device) -> Extractor:
 
 
 def open_clip(name: str, device: torch.device) -> Extractor:
-    """Picture vectors of unit length of a CLIP model on this machine.
+    """Image vectors of unit length of a CLIP model on this machine.
 
     Args:
         name: a folder (export of the clip stage, Hugging Face, open_clip) or open_clip's MODEL:FILE.
@@ -121,7 +121,7 @@ def open_clip(name: str, device: torch.device) -> Extractor:
 
     dimensions = extract(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0].shape[1]
     resize = "to the model's own input size by its own rule (an export of the clip stage: bicubic with antialias)"
-    return Extractor("clip", name, digest(path), "picture vectors of unit length", dimensions, 0, resize, extract)
+    return Extractor("clip", name, digest(path), "image vectors of unit length", dimensions, 0, resize, extract)
 
 
 def _read(path: Path) -> dict[str, Any]:

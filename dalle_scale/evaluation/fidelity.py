@@ -5,8 +5,8 @@
     samples = collect(open_samples(Path("runs/samples"), None, 64), extractor, device)
     result = compare(samples, reference, extractor, ["frechet"], subset=1000, batch=64)
 
-Called by launch/fidelity.py; fidelity_sources.py has the pictures, fidelity_result.py what comes out. A picture always
-goes through the nets in the same batch, and rank 0 adds features up in the order of the pictures, whichever rank they
+Called by launch/fidelity.py; image_sets.py has the images, result_schema.py the result. An image always
+goes through the nets in the same batch, and rank 0 adds features up in the order of the images, whichever rank they
 come from: the numbers are the same for any number of ranks.
 """
 
@@ -30,8 +30,8 @@ from dalle_scale.evaluation.metrics import distribution
 from dalle_scale.types import UserError
 
 MEASURES = ("frechet", "kernel", "score", "neighbours")
-KEPT = 50_000  # pictures of a set whose features stay in memory: all measures but the Frechet distance are of these
-NEIGHBOURS_OF = 10_000  # pictures of a set that precision and recall are of: they cost the product of both numbers
+KEPT = 50_000  # images of a set whose features stay in memory: all measures but the Frechet distance are of these
+NEIGHBOURS_OF = 10_000  # images of a set that precision and recall are of: they cost the product of both numbers
 SUBSETS, SUBSET_SAMPLES = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall
@@ -41,9 +41,9 @@ STATISTICS = "dalle_scale reference statistics 1"
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the distances are computed from: complete on rank 0; other ranks know `about`."""
+    """Statistics that distances are computed from: complete on rank 0; other ranks know `about`."""
 
-    about: results.Pictures
+    about: results.Images
     mean: Tensor  # float64 [D]
     covariance: Tensor  # float64 [D, D]
     features: Tensor  # float32 [N, D], the first KEPT
@@ -51,10 +51,10 @@ class Statistics:
 
 
 def collect(source: Source, extractor: Extractor, device: torch.device) -> Statistics:
-    """Describe all pictures of all ranks (a collective).
+    """Describe all images of all ranks (a collective).
 
     Raises:
-        UserError: fewer than two pictures can be read, or features are not finite.
+        UserError: fewer than two images can be read, or features are not finite.
     """
     moments = distribution.Moments(extractor.dimensions)
     kept: list[Tensor] = []
@@ -74,7 +74,7 @@ def collect(source: Source, extractor: Extractor, device: torch.device) -> Stati
                 kept.append(block[: max(0, KEPT - found), :-1])
             found += len(block)
     if found < 2:
-        raise UserError(f"{source.about.folder}: {found} of {source.about.samples} pictures can be read; mend the data")
+        raise UserError(f"{source.about.folder}: {found} of {source.about.samples} images can be read; fix the data")
     about = source.about.model_copy(update={"samples": found, "samples_lost": source.about.samples - found})
     if not dist.is_main():
         nothing = torch.zeros(0)
@@ -93,32 +93,30 @@ def pick_measures(asked: Sequence[str] | None, extractor: Extractor) -> list[str
 
 
 def check_counts(measures: Sequence[str], extractor: Extractor, samples: int, reference: int, subset: int) -> None:
-    """Raise UserError if there are too few pictures for one of the measures: on all ranks alike.
+    """Raise UserError if there are too few images for one of the measures: on all ranks alike.
 
     Args:
-        samples, reference: how many pictures there are.
-        subset: pictures of a subset of the kernel distance.
+        samples, reference: how many images there are.
+        subset: images of a subset of the kernel distance.
     """
     for what, count in (("samples", samples), ("reference", reference)):
         if "frechet" in measures and count <= extractor.dimensions:
             raise UserError(
-                f"the {what}: {count:,} pictures, but features of {extractor.dimensions:,} dimensions, so the "
-                "covariance is singular and the Frechet distance undefined; take more pictures or other --measures"
+                f"the {what}: {count:,} images, but features of {extractor.dimensions:,} dimensions, so the "
+                "covariance is singular and the Frechet distance undefined; take more images or other --measures"
             )
         if "kernel" in measures and count < subset:
             raise UserError(
-                f"the {what}: {count:,} pictures, but the kernel distance draws subsets of {subset:,}; take more "
-                "pictures, a smaller --subset, or other --measures"
+                f"the {what}: {count:,} images, but the kernel distance samples subsets of {subset:,}; take more "
+                "images, a smaller --subset, or other --measures"
             )
         if "neighbours" in measures and count <= NEIGHBOURS:
             raise UserError(
-                f"the {what}: {count} pictures, but their {NEIGHBOURS} nearest neighbours are asked for; take more "
-                "pictures, or other --measures"
+                f"the {what}: {count} images, but their {NEIGHBOURS} nearest neighbours are asked for; take more "
+                "images, or other --measures"
             )
     if "score" in measures and samples < SPLITS:
-        raise UserError(
-            f"the samples: {samples} pictures, but {SPLITS} splits; take more pictures, or other --measures"
-        )
+        raise UserError(f"the samples: {samples} images, but {SPLITS} splits; take more images, or other --measures")
 
 
 def compare(
@@ -141,7 +139,7 @@ def compare(
         samples=samples.about,
         reference=reference.about,
         extractor=_extraction(extractor),
-        batch_samples=batch,
+        global_batch_size=batch,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=torch.__version__,
     )
@@ -159,9 +157,9 @@ def _frechet(samples: Statistics, reference: Statistics, extractor: Extractor) -
 
 
 def _kernel(samples: Statistics, reference: Statistics, extractor: Extractor, subset: int) -> results.Kernel:
-    draws = distribution.kernel_distances(samples.features, reference.features, subset, SUBSETS, SEED)
+    distances = distribution.kernel_distances(samples.features, reference.features, subset, SUBSETS, SEED)
     value, std = _mean_and_std(
-        torch.tensor(list(log.progress(draws, "kernel", "subsets", SUBSETS)), dtype=torch.float64)
+        torch.tensor(list(log.progress(distances, "kernel", "subsets", SUBSETS)), dtype=torch.float64)
     )
     return results.Kernel(
         name=_name(extractor, "kernel", samples),
@@ -203,7 +201,7 @@ def save_statistics(path: Path, statistics: Statistics, extractor: Extractor) ->
     """Write what is known of a reference, whole or not at all, for other samples to be compared with it."""
     header = {
         "format": STATISTICS,
-        "pictures": statistics.about.model_dump_json(),
+        "images": statistics.about.model_dump_json(),
         "extractor": _extraction(extractor).model_dump_json(),
     }
     tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "features": statistics.features}
@@ -217,14 +215,14 @@ def load_statistics(path: Path, extractor: Extractor, image_size: int) -> Statis
     """Read what `save_statistics` wrote.
 
     Raises:
-        UserError: not such a file, or of another extractor or size of pictures.
+        UserError: not such a file, or of another extractor or size of images.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != STATISTICS:
                 raise UserError(f"{path}: no statistics of a reference; --save-reference writes them")
-            about = results.Pictures.model_validate_json(header["pictures"])
+            about = results.Images.model_validate_json(header["images"])
             seen_by = results.Extraction.model_validate_json(header["extractor"])
             tensors = {name: file.get_tensor(name) for name in ("mean", "covariance", "features")}
     except (OSError, SafetensorError) as error:
@@ -234,7 +232,7 @@ def load_statistics(path: Path, extractor: Extractor, image_size: int) -> Statis
         raise UserError(f"{path}: statistics by {before}, now it is {now}; name the data set, or the same weights")
     if about.image_size != image_size:
         raise UserError(
-            f"{path}: of pictures of {about.image_size} pixels, the samples have {image_size}; name the data set"
+            f"{path}: of images of {about.image_size} pixels, the samples have {image_size}; name the data set"
         )
     return Statistics(about, **tensors, logits=torch.zeros(0))
 

@@ -1,7 +1,7 @@
-"""Where the pictures come from that launch/fidelity.py compares: a data set, samples, or reconstructions.
+"""Image sets that launch/fidelity.py compares: a data set, samples, or reconstructions.
 
-Each says what it is (fidelity_result.Pictures) and hands its pictures to the ranks in batches of one shape, so that a
-picture always goes through the nets in the same batch.
+Each says what it is (fidelity_result.Images) and hands its images to the ranks in batches of one shape, so that a
+image always goes through the nets in the same batch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data import manifest
 from dalle_scale.data.reader import ahead
 from dalle_scale.evaluation import reconstruction
-from dalle_scale.evaluation.result_schema import MADE_BY, UNKNOWN, Pictures
+from dalle_scale.evaluation.result_schema import MADE_BY, UNKNOWN, Images
 from dalle_scale.sampling import rerank
 from dalle_scale.types import ImageTokenizer, UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from. Every rank has its own part of them."""
+    """Source of images. Every rank has its own part of them."""
 
-    about: Pictures  # with all that should be there; what cannot be read is known at the end
+    about: Images  # with all that should be there; what cannot be read is known at the end
     num_batches: int  # of every rank
-    # uint8 images [B, 3, S, S] on the device and whether each is a picture, bool [B] on the CPU. Batch n of rank r
+    # uint8 images [B, 3, S, S] on the device and whether each is an image, bool [B] on the CPU. Batch n of rank r
     # holds the places (n * world size + r) * B and on.
     read: Callable[[torch.device], Iterator[tuple[Tensor, Tensor]]]
 
@@ -52,7 +52,7 @@ def open_source(
     Args:
         folder: that launch/sample.py wrote, or a data set.
         image_size: side in pixels that a data set is brought to; None = as the samples or the tokenizer have it.
-        limit: at most so many pictures; None = all.
+        limit: at most so many images; None = all.
         scores: of samples, see `open_samples`.
         reconstruct: an export and the tokenizer opened from it.
 
@@ -72,23 +72,23 @@ def open_source(
     else:
         source = open_samples(folder, limit, batch, scores)
     if image_size not in (None, source.about.image_size):
-        raise UserError(f"--image-size: {image_size}, but the pictures have {source.about.image_size}; leave it out")
+        raise UserError(f"--image-size: {image_size}, but the images have {source.about.image_size}; leave it out")
     return reconstructions(source, *reconstruct) if reconstruct else source
 
 
 def open_data(folder: Path, image_size: int, limit: int | None, batch: int, ledger: Path) -> Source:
-    """The first `limit` pictures of a data set (None = all) in the order of validation, each at image_size.
+    """The first `limit` images of a data set (None = all) in the order of validation, each at image_size.
 
     Raises:
-        UserError: as `evaluate.open_pictures`.
+        UserError: as `evaluate.open_images`.
     """
-    pictures = reconstruction.open_pictures(folder, image_size, limit, batch, ledger)
-    about = Pictures(
+    images = reconstruction.open_images(folder, image_size, limit, batch, ledger)
+    about = Images(
         kind="data set",
         folder=str(folder),
         split=folder.absolute().name,
-        digest=pictures.digest,
-        samples=pictures.samples,
+        digest=images.digest,
+        samples=images.samples,
         samples_lost=0,
         image_size=image_size,
         resize=f"centre square, area-resized to {image_size} x {image_size}",
@@ -97,14 +97,14 @@ def open_data(folder: Path, image_size: int, limit: int | None, batch: int, ledg
     )
 
     def read(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, found in pictures.read(device):
+        for _, found in images.read(device):
             yield found["image"], found["weight"].cpu() > 0
 
-    return Source(about, pictures.num_batches, read)
+    return Source(about, images.num_batches, read)
 
 
 def reconstructions(source: Source, folder: Path, tokenizer: ImageTokenizer) -> Source:
-    """What an image tokenizer, opened from the export `folder`, makes of the pictures of a data set."""
+    """Reconstructions of the images of a data set by an image tokenizer, opened from the export `folder`."""
 
     def read(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         for images, good in source.read(device):
@@ -116,7 +116,7 @@ def reconstructions(source: Source, folder: Path, tokenizer: ImageTokenizer) -> 
 
 
 def open_samples(folder: Path, limit: int | None, batch: int, scores: Path | None = None) -> Source:
-    """The first `limit` pictures (None = all) that launch/sample.py wrote into `folder`, as they are.
+    """The first `limit` images (None = all) that launch/sample.py wrote into `folder`, as they are.
 
     Args:
         scores: scores.jsonl of launch/rerank.py; only what it has kept.
@@ -129,7 +129,7 @@ def open_samples(folder: Path, limit: int | None, batch: int, scores: Path | Non
         rows = _kept(rows, scores)
         made_by["kept"] = f"{len(rows)} by {scores}, sha256 {digest(scores)}"
     rows = rows[:limit]
-    height, width = rerank.read_pictures([folder / rows[0]["file"]]).shape[2:]
+    height, width = rerank.read_images([folder / rows[0]["file"]]).shape[2:]
     if height != width:
         raise UserError(
             f"{folder}: the samples are {width} x {height}; only square ones can be compared with a data set"
@@ -142,7 +142,7 @@ def open_samples(folder: Path, limit: int | None, batch: int, scores: Path | Non
         part = rows[first : first + batch]
         images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
         if part:
-            found = rerank.read_pictures([folder / row["file"] for row in part])
+            found = rerank.read_images([folder / row["file"] for row in part])
             if found.shape[2:] != (height, width):
                 raise UserError(f"{folder / part[0]['file']}: another size than {rows[0]['file']}; sample one size")
             images[: len(part)] = found
@@ -153,7 +153,7 @@ def open_samples(folder: Path, limit: int | None, batch: int, scores: Path | Non
             for images, good in ahead(pool, load, range(num_batches)):
                 yield images.to(device), good
 
-    about = Pictures(
+    about = Images(
         kind="samples",
         folder=str(folder),
         split=folder.absolute().name,
@@ -169,21 +169,21 @@ def open_samples(folder: Path, limit: int | None, batch: int, scores: Path | Non
 
 
 def sampling(folder: Path) -> dict[str, Any]:
-    """How the samples in `folder` were made: its sampling.json, "unknown" where it says nothing or is not there.
+    """Record of how the samples in `folder` were made: its sampling.json, "unknown" for what is missing.
 
     Raises:
         UserError: it is not a JSON object.
     """
     path = folder / "sampling.json"
-    told: Any = {}
+    record: Any = {}
     if path.is_file():
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
+            record = None
+        if not isinstance(record, dict):
             raise UserError(f"{path}: not a JSON object; launch/sample.py writes it: sample again, or take it away")
-    return {**dict.fromkeys(MADE_BY, UNKNOWN), "kept": "all", **told}
+    return {**dict.fromkeys(MADE_BY, UNKNOWN), "kept": "all", **record}
 
 
 def _kept(rows: list[dict[str, Any]], scores: Path) -> list[dict[str, Any]]:
@@ -200,11 +200,11 @@ def _kept(rows: list[dict[str, Any]], scores: Path) -> list[dict[str, Any]]:
 
 
 def _digest(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """sha256 of what the picture files hold, in order."""
+    """sha256 of what the image files hold, in order."""
     total = hashlib.sha256()
     for row in rows:
         path = folder / row["file"]
         if not path.is_file():
-            raise UserError(f"{path}: no such picture; sample again")
+            raise UserError(f"{path}: no such image; sample again")
         total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

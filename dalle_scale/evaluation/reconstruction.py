@@ -1,11 +1,11 @@
-"""Exported image tokenizers over one data set: how well pictures come back, and how many bits they cost.
+"""Exported image tokenizers over one data set: how well images come back, and how many bits they cost.
 
-Bits per dimension: an encoder that picks one code c for each picture x bounds its probability, whatever the prior:
+Bits per dimension: an encoder that picks one code c for each image x bounds its probability, whatever the prior:
 -log2 p(x) <= -log2 p(x | c) - log2 p(c) (arXiv 1711.00937, Sec. 3.2 and 4.1). p(c) is that of the prior's exports,
 p(x | c) a distribution around the decoded bytes; see evaluation/metrics/code_length.py.
 
-Called by launch/evaluate.py; evaluate_page.py writes what comes out. Every export sees the same pictures, at its own
-size. A picture always goes through the nets in the same batch, whatever the world size, and what is added up is added
+Called by launch/evaluate.py; reconstruction_page.py writes the result. Every export sees the same images, at its own
+size. An image always goes through the nets in the same batch, whatever the world size, and what is added up is added
 in one order: the numbers are the same for any number of ranks.
 """
 
@@ -36,15 +36,15 @@ Row = dict[str, Any]
 
 COLUMNS = {  # what is measured of an export: name -> (title, format)
     "dtype": ("computed in", "s"),
-    "image_size": ("picture side (pixels)", ",d"),
-    "codes": ("codes a picture", ",d"),
+    "image_size": ("image side (pixels)", ",d"),
+    "codes": ("codes an image", ",d"),
     "vocab": ("K", ",d"),
     "psnr_db": ("PSNR of the mean MSE (dB)", ".2f"),
     "ssim": ("SSIM (mean of R, G, B)", ".4f"),
     "codes_used": ("codes used", ",d"),
     "codes_used_share": ("share of K used", ".1%"),
     "perplexity": ("perplexity", ",.1f"),
-    "bits": ("bits a picture", ",.1f"),
+    "bits": ("bits an image", ",.1f"),
     "entropy_bits": ("entropy-coded bits", ",.1f"),
     "prior_bits": ("bits by the prior", ",.1f"),
     "prior_bits_given_caption": ("bits by the prior given the caption", ",.1f"),
@@ -58,30 +58,30 @@ COLUMNS = {  # what is measured of an export: name -> (title, format)
 }
 DEFINITIONS = {
     "dtype": "precision of the export's weights and activations, as --dtype says; some parts are always fp32",
-    "image_size": "each export sees the pictures at its own size; at another size PSNR and SSIM are of other pictures",
+    "image_size": "each export sees the images at its own size; at another size PSNR and SSIM are of other images",
     "vocab": "size of the vocabulary of codes",
-    "psnr_db": "10 log10(255^2 / MSE); MSE is the mean over all values of all decoded uint8 pictures",
+    "psnr_db": "10 log10(255^2 / MSE); MSE is the mean over all values of all decoded uint8 images",
     "ssim": "Wang et al. 2004: 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, range 255; R, G and B each on its "
-    "own, windows inside the picture; mean over windows, channels and pictures",
-    "codes_used": "in any picture; where there are several grids of codes, of K for each of them",
-    "perplexity": "2^(entropy-coded bits / codes a picture)",
-    "bits": "codes a picture x log2 K",
-    "entropy_bits": "a picture: its codes x entropy (bits) of how often each code occurs, over all pictures and "
+    "own, windows inside the image; mean over windows, channels and images",
+    "codes_used": "in any image; where there are several grids of codes, of K for each of them",
+    "perplexity": "2^(entropy-coded bits / codes an image)",
+    "bits": "codes an image x log2 K",
+    "entropy_bits": "an image: its codes x entropy (bits) of how often each code occurs, over all images and "
     "positions of a grid; summed over the grids",
-    "prior_bits": "a picture: -log2 of the probability of its codes under the exports named with --prior, without a "
-    "caption; also given the picture's own, of a prior that takes captions",
-    "bits_per_dim": "upper bound of -log2 p(picture) over 3 x width x height, mean over the pictures. Of an image "
+    "prior_bits": "an image: -log2 of the probability of its codes under the exports named with --prior, without a "
+    "caption; also given the image's own, of a prior that takes captions",
+    "bits_per_dim": "upper bound of -log2 p(image) over 3 x width x height, mean over the images. Of an image "
     "tokenizer: bits of the codes and of the pixels given the codes, as they could be written to a file. Of a stage "
     "that evaluates itself: its negative ELBO, which is the same sum",
     "pixel_bits_per_dim": "each byte by a logistic or normal distribution around the decoded byte, integrated over the "
-    "intervals of the 256 bytes, those at the ends open. Family and scale, one for all pictures out of 2 x 64 (scales "
-    "from 1/8 to 64 bytes, evenly in their logarithm), are the cheapest for these pictures; 7 bits name them",
-    "code_bits_per_dim": "by the prior without captions; where there is none, codes a picture x log2 K",
-    "bits_per_dim_given_caption": "the same bound of -log2 p(picture | caption), by the prior given the caption",
+    "intervals of the 256 bytes, those at the ends open. Family and scale, one for all images out of 2 x 64 (scales "
+    "from 1/8 to 64 bytes, evenly in their logarithm), are the cheapest for these images; 7 bits name them",
+    "code_bits_per_dim": "by the prior without captions; where there is none, codes an image x log2 K",
+    "bits_per_dim_given_caption": "the same bound of -log2 p(image | caption), by the prior given the caption",
     "pixel_noise": "family and scale in bytes; a logistic one has a standard deviation of 1.81 x scale",
     "samples_lost": "could not be read; left out, see ledger.jsonl",
     "other columns": "what the stage's own evaluate() returns",
-    "numbers that are not finite": "strings in JSON: inf, -inf, nan; PSNR is inf where all pictures come back exactly",
+    "numbers that are not finite": "strings in JSON: inf, -inf, nan; PSNR is inf where all images come back exactly",
 }
 
 
@@ -98,7 +98,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture before and after."""
+    """One image before and after."""
 
     original: Tensor  # uint8 [3, S, S] on the CPU
     reconstruction: Tensor
@@ -121,7 +121,7 @@ def open_subjects(
         dtype: of the exports, as `export.load` takes it; priors are fp32.
 
     Raises:
-        UserError: one is named twice, is no export, is not an image tokenizer, or its pictures are too small for SSIM;
+        UserError: one is named twice, is no export, is not an image tokenizer, or its images are too small for SSIM;
             a prior is that of none of them, or of a level beside another that is missing.
     """
     names = short_names(folders)
@@ -157,12 +157,12 @@ def _open_subject(name: str, folder: Path, device: torch.device, dtype: str) -> 
         return Subject(name, opened, opened.stage.inputs.image_size, None)
     if tokenizer.image_size < WINDOW:
         size = f"{tokenizer.image_size} x {tokenizer.image_size}"
-        raise UserError(f"{folder}: pictures of {size} are smaller than the window of SSIM, {WINDOW} x {WINDOW}")
+        raise UserError(f"{folder}: images of {size} are smaller than the window of SSIM, {WINDOW} x {WINDOW}")
     return Subject(name, opened, tokenizer.image_size, tokenizer)
 
 
-class Pictures:
-    """The first pictures of a data set in the order of validation, at one size: this rank's part of them."""
+class Images:
+    """The first images of a data set in the order of validation, at one size: this rank's part of them."""
 
     def __init__(self, stream: Stream, samples: int | None, batch: int, rank: int, world_size: int) -> None:
         self.digest = stream.manifest_digest
@@ -186,7 +186,7 @@ class Pictures:
             yield places, {key: tensor.to(device) for key, tensor in batch.items()}
 
 
-def open_pictures(
+def open_images(
     folder: Path,
     image_size: int,
     samples: int | None,
@@ -194,13 +194,13 @@ def open_pictures(
     ledger: Path,
     alone: bool = False,
     prior: Prior | None = None,
-) -> Pictures:
+) -> Images:
     """Open a data set.
 
     Args:
         samples: at most so many; None = all.
-        batch: pictures at once on one rank.
-        alone: all pictures on this rank, whatever the others do.
+        batch: images at once on one rank.
+        alone: all images on this rank, whatever the others do.
         prior: captions are read too where it takes them and the data set has them.
 
     Raises:
@@ -219,26 +219,26 @@ def open_pictures(
         str(folder),
         inputs,
         seed=0,
-        batch_samples=batch * world_size,
-        micro_batch_samples=batch,
+        global_batch_size=batch * world_size,
+        micro_batch_size=batch,
         rank=rank,
         world_size=world_size,
         train=False,
         ledger=ledger,
     )
-    return Pictures(stream, samples, batch, rank, world_size)
+    return Images(stream, samples, batch, rank, world_size)
 
 
 class _Tally:
-    """What this rank has measured."""
+    """Measurements of this rank."""
 
     def __init__(self, tokenizer: ImageTokenizer | None, samples: int, prior: Prior | None = None) -> None:
         self.tokenizer, self.prior = tokenizer, prior
         # by place: 1 = read, sum of squared errors, SSIM, bits by the prior, the same given the caption
         self.found = torch.zeros(samples, 5, dtype=torch.float64)
         self.pairs = torch.zeros(256, 256, dtype=torch.int64)  # decoded byte, byte
-        self.captions = False  # whether pictures come with captions for the prior
-        self.sizes: list[int] = []  # codes of a picture at each level
+        self.captions = False  # whether images come with captions for the prior
+        self.sizes: list[int] = []  # codes of an image at each level
         levels = len(tokenizer.grids) if tokenizer else 1
         self.counts = torch.zeros(levels, tokenizer.vocab if tokenizer else 0, dtype=torch.float64)
 
@@ -272,7 +272,7 @@ class _Tally:
         dist.all_reduce(self.counts)
         dist.all_reduce(self.pairs)
         if not self.found[:, 0].any():
-            raise UserError(f"none of the {len(self.found):,} samples can be read, see ledger.jsonl; mend the data")
+            raise UserError(f"none of the {len(self.found):,} samples can be read, see ledger.jsonl; fix the data")
 
     def numbers(self, image_size: int) -> Row:
         """Columns of the table, after `join`."""
@@ -299,7 +299,7 @@ class _Tally:
         }
 
     def _code_lengths(self, samples: int, values: int, uniform_bits: float) -> Row:
-        """Bits by the prior and bits per dimension. values: of a picture; uniform_bits: of its codes without prior."""
+        """Bits by the prior and bits per dimension. values: of an image; uniform_bits: of its codes without prior."""
         pixels = code_length.cheapest(self.pairs)
         pixel_bits_per_dim = pixels.bits / (samples * values)
         row: Row = {"pixel_bits_per_dim": pixel_bits_per_dim, "pixel_noise": str(pixels)}
@@ -315,8 +315,8 @@ class _Tally:
 
 
 @torch.no_grad()
-def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
-    """Evaluate one export over all ranks (a collective), each picture read once.
+def measure(subject: Subject, source: Images, device: torch.device) -> Row:
+    """Evaluate one export over all ranks (a collective), each image read once.
 
     Returns:
         name, export (its folder), stage, and the COLUMNS; then what the stage's own `evaluate` returns. Its ELBO is the
@@ -324,13 +324,13 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
         all exports alike; else as <stage>_<name>.
 
     Raises:
-        UserError: not one picture can be read.
+        UserError: not one image can be read.
     """
-    tally = _Tally(subject.tokenizer, pictures.samples, subject.prior)
+    tally = _Tally(subject.tokenizer, source.samples, subject.prior)
 
     def watched() -> Iterator[Batch]:
-        read = pictures.read(device)
-        for places, batch in log.progress(read, subject.name, "batches", total=pictures.num_batches):
+        read = source.read(device)
+        for places, batch in log.progress(read, subject.name, "batches", total=source.num_batches):
             tally.add(places, batch)
             yield batch
         tally.join()
@@ -358,10 +358,10 @@ def measure(subject: Subject, pictures: Pictures, device: torch.device) -> Row:
 
 
 @torch.no_grad()
-def examples(subject: Subject, pictures: Pictures, device: torch.device) -> dict[int, Example]:
-    """Pictures and what an export makes of them, by place; none if it is not a tokenizer."""
+def examples(subject: Subject, source: Images, device: torch.device) -> dict[int, Example]:
+    """Images and what an export makes of them, by place; none if it is not a tokenizer."""
     shown: dict[int, Example] = {}
-    for places, batch in pictures.read(device) if subject.tokenizer else ():
+    for places, batch in source.read(device) if subject.tokenizer else ():
         assert subject.tokenizer is not None
         images = batch["image"]
         _, decoded = _round_trip(subject.tokenizer, images)
@@ -382,5 +382,5 @@ def _round_trip(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tens
 
 
 def _squared_error(decoded: Tensor, images: Tensor) -> Tensor:
-    """Sum over each picture, exact: uint8 [B, 3, S, S] twice -> int64 [B] on the CPU."""
+    """Sum over each image, exact: uint8 [B, 3, S, S] twice -> int64 [B] on the CPU."""
     return (decoded.int() - images.int()).square().sum(dim=(1, 2, 3)).cpu()

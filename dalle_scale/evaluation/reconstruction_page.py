@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from dalle_scale import io, log
-from dalle_scale.evaluation.reconstruction import COLUMNS, DEFINITIONS, Example, Pictures, Row
+from dalle_scale.evaluation.reconstruction import COLUMNS, DEFINITIONS, Example, Images, Row
 from dalle_scale.report import tables
-from dalle_scale.report.page import Card, Cards, Definitions, Page, Picture, Section, Table, write_page
+from dalle_scale.report.page import Card, Cards, Definitions, GalleryImage, Page, Section, Table, write_page
 
 _TITLE = "Image tokenizers compared"
 _GRID_COLUMNS = 8
 _ABOUT = ("name", "export", "stage")  # of a row, besides its numbers
 
 
-def document(data: Path, pictures: Pictures, rows: Sequence[Row]) -> dict[str, Any]:
+def document(data: Path, images: Images, rows: Sequence[Row]) -> dict[str, Any]:
     """The comparison: how it was done, and a row for each export."""
     protocol = {
         "data_set": str(data),
         "split": data.absolute().name,
-        "digest": pictures.digest,
-        "samples": pictures.samples,
+        "digest": images.digest,
+        "samples": images.samples,
         "order": "of validation: one fixed shuffle",
         "resize": "centre square, area-resized to the export's own image_size",
     }
@@ -74,15 +74,15 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def markdown(numbers: dict[str, Any]) -> str:
     """The table of a document, and what its numbers are."""
     lines = tables.markdown(table(numbers["exports"]), text_columns=(0, 1))
-    told = [f"- {name}: {text}" for name, text in _told().items()]
-    return "\n".join([f"# {_TITLE}", "", *_notes(numbers), "", *lines, "", *told, ""])
+    definitions = [f"- {name}: {text}" for name, text in _definitions().items()]
+    return "\n".join([f"# {_TITLE}", "", *_notes(numbers), "", *lines, "", *definitions, ""])
 
 
 def page(numbers: dict[str, Any], shown: dict[str, dict[int, Example]]) -> Page:
-    """Return a document and its pictures as a page; arguments as in `write`."""
-    sections = [Section("Numbers", [Table(table(numbers["exports"]), text_columns=2), Definitions(_told())])]
+    """Return a document and its images as a page; arguments as in `write`."""
+    sections = [Section("Numbers", [Table(table(numbers["exports"]), text_columns=2), Definitions(_definitions())])]
     if cards := _cards(shown):
-        sections.append(Section("Pictures", [Cards.of(cards)]))
+        sections.append(Section("Images", [Cards.of(cards)]))
     return Page(_TITLE, _notes(numbers), sections)
 
 
@@ -94,7 +94,7 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def _notes(numbers: dict[str, Any]) -> list[str]:
-    """What was done, in two lines."""
+    """Protocol in two lines."""
     protocol = numbers["protocol"]
     return [
         f"Data set {protocol['data_set']} (digest {protocol['digest'][:16]}), {protocol['samples']:,} samples in the "
@@ -103,8 +103,8 @@ def _notes(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _told() -> dict[str, str]:
-    """What the numbers are, under the titles of the table."""
+def _definitions() -> dict[str, str]:
+    """Definitions of the numbers, under the titles of the table."""
     return {COLUMNS[name][0] if name in COLUMNS else name: text for name, text in DEFINITIONS.items()}
 
 
@@ -116,10 +116,10 @@ def _cards(shown: dict[str, dict[int, Example]]) -> list[Card]:
     for place in places:
         examples = {name: examples[place] for name, examples in shown.items()}
         original = max((example.original for example in examples.values()), key=Tensor.numel)
-        pictures = [("original", Picture(original))]
+        images = [("original", GalleryImage(original))]
         for name, example in examples.items():
             exact = math.isinf(example.psnr_db)
             note = "exact" if exact else f"{example.psnr_db:.2f} dB, SSIM {example.ssim:.4f}"
-            pictures.append((name, Picture(example.reconstruction, note=note)))
-        cards.append(Card(pictures))
+            images.append((name, GalleryImage(example.reconstruction, note=note)))
+        cards.append(Card(images))
     return cards

@@ -1,6 +1,6 @@
-"""What launch/fidelity.py writes: numbers, and beside them everything that they depend on. A schema, JSON, Markdown.
+"""Result of launch/fidelity.py: numbers, and beside them everything that they depend on. A schema, JSON, Markdown.
 
-FIDs of different protocols cannot be compared (reference split, number of pictures, resizing, extractor and sampler
+FIDs of different protocols cannot be compared (reference split, number of images, resizing, extractor and sampler
 each move them by units), so a result with a field missing is no result: `read` refuses it.
 """
 
@@ -18,25 +18,25 @@ from dalle_scale.types import StrictModel, UserError
 
 FORMAT: Literal["dalle_scale fidelity 1"] = "dalle_scale fidelity 1"
 UNKNOWN = "unknown"
-# What must be told of samples. launch/sample.py's sampling.json says it; what it does not say is "unknown".
+# Facts about samples, from sampling.json of launch/sample.py; a missing one is "unknown".
 MADE_BY = (
     "models",  # folders of the exports
     "models_sha256",  # as checkpoint.digest
     "stage",
     "weights",  # raw, or ema and its decay; of each model
-    "update",  # of training, which these are; of each model
+    "step",  # of training, which these are; of each model
     "options",  # of sampling, each stage its own
     "prime_rows",  # rows of codes that were given
     "seed",
     "prompts",  # where they come from, how many
-    "candidates",  # pictures a prompt
+    "candidates",  # images a prompt
     "kept",  # all, or which ones a reranking has kept
 )
 RECONSTRUCTED_BY = ("model", "model_sha256")
 
 
 class Extraction(StrictModel):
-    """What saw the pictures."""
+    """Feature extractor of a result."""
 
     kind: str
     source: str
@@ -47,8 +47,8 @@ class Extraction(StrictModel):
     resize: str
 
 
-class Pictures(StrictModel):
-    """A set of pictures as it went into the extractor."""
+class Images(StrictModel):
+    """A set of images as it went into the extractor."""
 
     kind: Literal["samples", "data set", "reconstructions"]
     folder: str
@@ -62,7 +62,7 @@ class Pictures(StrictModel):
     made_by: dict[str, Any]  # empty for a data set
 
     @model_validator(mode="after")
-    def _says_what_made_it(self) -> Pictures:
+    def _says_what_made_it(self) -> Images:
         wanted = {"samples": MADE_BY, "reconstructions": RECONSTRUCTED_BY, "data set": ()}[self.kind]
         if missing := [name for name in wanted if name not in self.made_by]:
             raise ValueError(f"made_by: '{missing[0]}' is missing; say \"{UNKNOWN}\" where it is not known")
@@ -87,7 +87,7 @@ class Kernel(StrictModel):
     name: str
     value: float
     std: float
-    samples: int  # that subsets are drawn from
+    samples: int  # that subsets are sampled from
     reference_samples: int
     kernel: str
     subsets: int
@@ -126,10 +126,10 @@ class Result(StrictModel):
 
     format: Literal["dalle_scale fidelity 1"]
     numbers: tuple[Number, ...]
-    samples: Pictures
-    reference: Pictures
+    samples: Images
+    reference: Images
     extractor: Extraction
-    batch_samples: int  # pictures at once in the extractor
+    global_batch_size: int  # images at once in the extractor
     device: str
     torch: str  # its version
 
@@ -167,10 +167,10 @@ def markdown(result: Result) -> str:
         cells = [fields["name"], f"{fields['value']:.6g}", "–" if std is None else f"{std:.3g}"]
         cells += [f"{fields['samples']:,}", "–" if reference is None else f"{reference:,}", how]
         rows.append(cells)
-    lines = ["# Fidelity of pictures", "", *tables.markdown(rows, text_columns=(0, 5)), ""]
+    lines = ["# Fidelity of images", "", *tables.markdown(rows, text_columns=(0, 5)), ""]
     for title, part in (("samples", result.samples), ("reference", result.reference), ("extractor", result.extractor)):
         lines += [f"## {title}", "", *_told(part.model_dump()), ""]
-    about = {"batch_samples": result.batch_samples, "device": result.device, "torch": result.torch}
+    about = {"global_batch_size": result.global_batch_size, "device": result.device, "torch": result.torch}
     return "\n".join([*lines, "## computed with", "", *_told(about), ""])
 
 

@@ -5,7 +5,7 @@ Two stems. "resnet" is the paper's: a 7x7 convolution at full resolution, then g
 throughout: far cheaper, and the form that k-means can initialize. The decoders mirror them.
 
 Logits and assignments have the codes last, [B, h, w, K]: what softmax and matrix products want, and for
-channels-last pictures a view. The 1x1 convolutions on either side of the relaxation run in fp32 whatever the rest
+channels-last images a view. The 1x1 convolutions on either side of the relaxation run in fp32 whatever the rest
 runs in.
 """
 
@@ -96,7 +96,7 @@ class CodeEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture in phi space [B, 3, S, S] -> logits fp32 [B, S / downsampling, S / downsampling, K].
+    """Image in phi space [B, 3, S, S] -> logits fp32 [B, S / downsampling, S / downsampling, K].
 
     Args:
         widths: channels of each group of residual blocks; the paper's are 256, 512, 1024, 2048.
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         blocks: residual blocks a group.
         vocab: K.
         n_init: width of the first 1x1 convolution.
-        channels: maps per picture.
+        channels: maps per image.
         downsampling: S / h.
         stem: "resnet" or "patch", as in the encoder.
     """

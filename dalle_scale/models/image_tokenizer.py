@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Tokenizer:
-    """Pictures to codes and back, a limited number at a time. Takes tensors on any device and answers on the net's.
+    """Images to codes and back, a limited number at a time. Takes tensors on any device and answers on the net's.
 
     No gradients, but no inference mode either: codes made inside a training step may be embedded there.
     """

@@ -1,4 +1,4 @@
-"""A trained net that takes pictures to continuous latents and back, as the stages after it see it."""
+"""A trained net that takes images to continuous latents and back, as the stages after it see it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dalle_scale.types import UserError
 
 
 class Latents:
-    """Pictures to latents and back, a limited number at a time; tensors on any device, answers on the net's."""
+    """Images to latents and back, a limited number at a time; tensors on any device, answers on the net's."""
 
     def __init__(
         self,

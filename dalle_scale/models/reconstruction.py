@@ -60,7 +60,7 @@ class TokenizerStage(Stage):
         return int(self.pixels_at_once // self.config.image_size**2)
 
     def after_step(self, nets: Nets, step: int) -> dict[str, Tensor]:
-        """Every `usage_every` updates, over all ranks and the window: codes_used (share of K), perplexity of each level
+        """Every `usage_every` steps, over all ranks and the window: codes_used (share of K), perplexity of each level
         (their names end in _<grid> where there are several), psnr_db of the training reconstructions."""
         return self._usage.close_chunk() if (step + 1) % self.config.usage_every == 0 else {}
 

@@ -39,7 +39,7 @@ class DiagonalGaussian:
 
 
 class Encoder(nn.Module):
-    """Picture in phi space [B, 3, S, S] -> mean and log-variance of the latent, two fp32 [B, channels, side, side].
+    """Image in phi space [B, 3, S, S] -> mean and log-variance of the latent, two fp32 [B, channels, side, side].
 
     Args:
         widths: channels of each group of residual blocks; between two groups the resolution halves.

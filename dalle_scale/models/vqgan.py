@@ -2,7 +2,7 @@
 
 Residual blocks of GroupNorm, swish and 3x3 convolutions; the size halves by a strided convolution after every group but
 the last, and doubles by nearest neighbours and a convolution; self-attention at the lowest resolution only, where it
-is cheap. Everything about one picture stays within it.
+is cheap. Everything about one image stays within it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Down(nn.Module):
 
 
 class GanEncoder(nn.Module):
-    """Pictures fp32 [B, 3, S, S] -> features [B, dim, h, h] with h = S / 2^(groups of blocks - 1).
+    """Images fp32 [B, 3, S, S] -> features [B, dim, h, h] with h = S / 2^(groups of blocks - 1).
 
     Args:
         widths: channels of each group of residual blocks; the paper's f16 model has 128, 128, 256, 256, 512.
@@ -90,7 +90,7 @@ class GanEncoder(nn.Module):
 
 
 class GanDecoder(nn.Module):
-    """Features [B, dim, h, h] -> pictures [B, 3, S, S] around -1 .. 1, and what its last convolution reads
+    """Features [B, dim, h, h] -> images [B, 3, S, S] around -1 .. 1, and what its last convolution reads
     [B, widths[0], S, S]. One block a group more than the encoder; the same arguments."""
 
     def __init__(self, widths: Sequence[int], blocks: int, dim: int, groups: int) -> None:
@@ -126,5 +126,5 @@ def _level(n_in: int, width: int, blocks: int, groups: int, attends: bool) -> li
 
 
 def _middle(width: int, groups: int) -> list[nn.Module]:
-    """What lies next to the codes: a block, attention, a block."""
+    """Layers next to the codes: a block, attention, a block."""
     return [Residual(width, width, groups), Attention(width, groups), Residual(width, width, groups)]

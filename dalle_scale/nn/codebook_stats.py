@@ -1,4 +1,4 @@
-"""How much of a codebook is used: counts of codes over a window of samples and over all ranks."""
+"""Codebook usage: counts of codes over a window of samples and over all ranks."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _loaded(source: Path) -> ctypes.CDLL:
 
 
 def _digest(source: Path, command: list[str]) -> str:
-    """What a compiled file depends on, in 32 hexadecimal digits."""
+    """Digest of everything that a compiled file depends on, in 32 hexadecimal digits."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         processor = {line for line in file if line.split(":")[0].strip() in ("flags", "Features", "model name")}
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout

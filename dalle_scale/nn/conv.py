@@ -90,7 +90,7 @@ def _has_own_way(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | Non
 
 
 class _Origin(NamedTuple):
-    """How a map was made: the arguments of `convolve`, how its input and residual were made, if by one too, and the
+    """Origin of a map: the arguments of `convolve`, how its input and residual were made, if by one too, and the
     versions of all these tensors."""
 
     given: tuple[Any, ...]
@@ -105,7 +105,7 @@ class _Origin(NamedTuple):
         )
 
     def kept(self) -> tuple[Tensor | None, ...]:
-        """What it takes to make it again."""
+        """The inputs to recompute it."""
         (x, weight, bias, _, residual, _), (of_x, of_residual) = self.given, self.origins
         parts = [(maps,) if origin is None else origin.kept() for maps, origin in ((x, of_x), (residual, of_residual))]
         return (weight, bias, *parts[0], *parts[1])
@@ -133,12 +133,12 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _versions(*values: Any) -> tuple[int, ...]:
-    """How often each tensor among these has been changed in place."""
+    """In-place versions of the tensors among these."""
     return tuple(tensor._version for tensor in _tensors(values))
 
 
 def _origin(x: Tensor) -> _Origin | None:
-    """How a map was made, if it can be made again."""
+    """Origin of a map, if it can be recomputed."""
     origin = _ORIGINS.get(x)
     return origin if origin is not None and origin.holds(x) else None
 

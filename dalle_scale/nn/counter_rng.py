@@ -1,6 +1,6 @@
 """Noise of a sample as a pure function of its seed: counter-based, with no generator and no state.
 
-What a sample draws does not depend on its batch, rank, world size or how many numbers are asked for. Bits are equal
+What a sample samples does not depend on its batch, rank, world size or how many numbers are asked for. Bits are equal
 on every device; the logarithms and the like that follow may differ in the last place between kinds of device.
 """
 
@@ -25,7 +25,7 @@ def uniform_noise(seeds: Tensor, step: int | Tensor, count: int) -> Tensor:
 
     Args:
         seeds: int64 [B], one a sample.
-        step: update number; or int64 [B], one a sample.
+        step: step number; or int64 [B], one a sample.
         count: numbers per sample, below 2^31.
     """
     assert count < 1 << 31

@@ -4,8 +4,9 @@ DALL-E (arXiv 2102.12092, App. D) keeps Adam's running mean in 1-6-9 (sign, expo
 variance in 0-6-10. The paper gives the widths and that the largest 1-6-9 number is slightly less than 16; the rest is
 our choice. Both formats are IEEE-like: exponent bias 59, subnormals, and the highest exponent kept for infinity and
 NaN, which gives 15.984 as the largest number. (Without infinity and NaN, bias 60 would give the same maximum and one
-octave more at the bottom; then an overflow could not be told from a number.) 0-6-10 takes the same bias: its largest
-number, 15.992, is above the 5 at which the variance is clipped, and its smallest, 2^-68, is the square of 2^-34.
+octave more at the bottom; then an overflow could not be distinguished from a number.) 0-6-10 takes the same bias: its
+largest number, 15.992, is above the 5 at which the variance is clipped, and its smallest, 2^-68, is the square of
+2^-34.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a forward pass costs."""
+"""FLOPs of a forward pass."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ def gumbel_noise(seeds: Tensor, step: int | Tensor, count: int) -> Tensor:
 
     Args:
         seeds: int64 [B], one a sample.
-        step: update number; or int64 [B], one a sample.
+        step: step number; or int64 [B], one a sample.
         count: numbers per sample, below 2^31.
     """
     return uniform_noise(seeds, step, count).log_().neg_().log_().neg_()
 
 
 def gumbel_steps(seeds: Tensor, steps: range, count: int) -> Iterator[Tensor]:
-    """`gumbel_noise` of each step in turn. Of few samples that of several steps is drawn at once: operations on one
+    """`gumbel_noise` of each step in turn. Of few samples that of several steps is generated at once: operations on one
     row take longer to call than to compute."""
     ahead = max(1, _ROWS_AT_ONCE // len(seeds))
     for first in steps[::ahead]:
@@ -46,7 +46,7 @@ def gumbel_softmax(logits: Tensor, tau: float, seeds: Tensor, step: int) -> Tens
         logits: fp32 [B, ..., K].
         tau: temperature > 0.
         seeds: int64 [B].
-        step: update number.
+        step: step number.
     """
     noise = gumbel_noise(seeds, step, logits[0].numel()).view(logits.shape)
     return torch.softmax(noise.add_(logits).div_(tau), dim=-1)

@@ -19,7 +19,7 @@ def silent(items: Iterable[int], what: str, unit: str, total: int) -> Iterable[i
 def kmeans(points: Tensor, weights: Tensor, k: int, iterations: int, seed: int, progress: Progress = silent) -> Tensor:
     """Centroids fp32 [k, D] of `points` fp32 [M, D], where point m stands for `weights`[m] > 0 equal points.
 
-    k-means++ seeding (Arthur and Vassilvitskii 2007: each next centroid is a point, drawn with probability weight x
+    k-means++ seeding (Arthur and Vassilvitskii 2007: each next centroid is a point, sampled with probability weight x
     squared distance to the nearest centroid so far), then Lloyd iterations. A centroid that loses all its points
     moves to the point with the largest weighted error. Costs M k D multiplications for the seeding and as many for
     each iteration.
@@ -55,7 +55,7 @@ def _seeds(points: Tensor, weights: Tensor, k: int, seed: int, progress: Progres
     generator = torch.Generator().manual_seed(seed)
     centred = points - points.mean(dim=0)  # |p - q|^2 from products loses the fewest digits around the mean
     squares = centred.square().sum(dim=1)
-    distance = torch.ones(len(points))  # the first is drawn by weight alone
+    distance = torch.ones(len(points))  # the first is sampled by weight alone
     chosen: list[int] = []
     for _ in progress(range(k), "k-means++ seeding", "codes", total=k):
         # cumulative sum in fp64, so that the tail of many small probabilities stays reachable
@@ -64,6 +64,6 @@ def _seeds(points: Tensor, weights: Tensor, k: int, seed: int, progress: Progres
         index = min(int(torch.searchsorted(cumulative, draw, right=True)), len(points) - 1)
         to_index = squares + squares[index] - 2 * (centred @ centred[index])
         distance = torch.minimum(distance, to_index.clamp_min_(0)) if chosen else to_index.clamp_min_(0)
-        distance[index] = 0  # not drawn again
+        distance[index] = 0  # not sampled again
         chosen.append(index)
     return points[chosen]

@@ -32,7 +32,7 @@ def to_bytes(values: Tensor) -> Tensor:
 
 
 class Likelihood(Protocol):
-    """What a decoder's maps say about a picture."""
+    """Distribution of an image given a decoder's maps."""
 
     @property
     def discrete(self) -> bool:
@@ -42,7 +42,7 @@ class Likelihood(Protocol):
 
     @property
     def channels(self) -> int:
-        """Maps per picture; the first three are the location of R, G, B."""
+        """Maps per image; the first three are the location of R, G, B."""
         ...
 
     def nll(self, maps: Tensor, target: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Likelihood(Protocol):
         ...
 
     def mean(self, maps: Tensor) -> Tensor:
-        """The picture that the maps stand for, in phi space [B, 3, H, W]."""
+        """The image that the maps stand for, in phi space [B, 3, H, W]."""
         ...
 
     def location(self, target: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class LogitLaplace:
     """f(x | mu, b) = 1 / (2 b x (1 - x)) exp(-|logit x - mu| / b) on (0, 1); maps are mu (3), then ln b (3).
 
     With `ln_b_floor` the scale cannot fall below exp(ln_b_floor): b = exp(map) + exp(floor). Without it b follows the
-    easiest pixels (flat background), whose likelihood then outweighs everything else in a picture.
+    easiest pixels (flat background), whose likelihood then outweighs everything else in an image.
     """
 
     ln_b_floor: float | None = None
@@ -115,11 +115,11 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Each value is a bit that is on with probability sigmoid(map); for black and white pictures.
+    """Each value is a bit that is on with probability sigmoid(map); for black and white images.
 
     A byte x between 0 and 255 counts as a bit that is on with probability x / 255: the mean nll over such bits. A bound
     on the likelihood stays one (the mean over bits of a log-mean-exp is not less than that of the means), namely of
-    pictures drawn this way.
+    images sampled this way.
     """
 
     discrete: ClassVar[bool] = True

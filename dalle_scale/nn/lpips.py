@@ -1,11 +1,11 @@
-"""LPIPS: how different two pictures look (Zhang et al., arXiv 1801.03924, "lin" with VGG16, version 0.1).
+"""LPIPS: how different two images look (Zhang et al., arXiv 1801.03924, "lin" with VGG16, version 0.1).
 
 Features of VGG16 after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each position scaled to unit length; squared
 differences, weighted by one non-negative number a channel, averaged over positions and summed over the five layers.
 
 A ruler, not a part of what is trained: frozen, fp32 whatever the nets run in, in no engine, checkpoint or export. The
 weights come from files on this machine; nothing is downloaded. Without files there are random features, on which
-distances mean something too, if less: they see edges and textures, but were never told which of them matter.
+distances mean something too, if less: they see edges and textures, but were never trained to weigh them.
 
 VGG16 is spelled out here (its layers carry torchvision's names), because torchvision would take seconds to import. The
 packages lpips and torchmetrics have the same values, but download the trunk, take files that do not fit, and compute in
@@ -29,7 +29,7 @@ from dalle_scale.types import StrictModel, UserError
 
 WIDTHS = (64, 128, 256, 512, 512)  # channels of the five groups
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each
-SMALLEST_PIXELS = 2 ** (len(WIDTHS) - 1)  # side of a picture of which the last group still sees a pixel
+SMALLEST_PIXELS = 2 ** (len(WIDTHS) - 1)  # side of an image of which the last group still sees a pixel
 # Mean and standard deviation of ImageNet where pixels span -1 .. 1, with the digits of the published weights
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -37,7 +37,7 @@ _EPS = 1e-10  # below the square root of the length: its derivative at 0 is infi
 
 
 class PerceptualConfig(StrictModel):
-    """Which features the distance is measured on."""
+    """Features that the distance is measured on."""
 
     kind: Literal["lpips", "random", "none"] = "lpips"
     # lpips: files on this machine, .safetensors or torch's own. VGG16 as torchvision publishes it (vgg16-397923af.pth)
@@ -53,9 +53,9 @@ class PerceptualConfig(StrictModel):
 
 
 class Lpips(nn.Module):
-    """Distance of two pictures: fp32 [B, 3, H, W] in -1 .. 1, twice -> fp32 [B], 0 or more. H and W from 16 pixels.
+    """Distance of two images: fp32 [B, 3, H, W] in -1 .. 1, twice -> fp32 [B], 0 or more. H and W from 16 pixels.
 
-    Takes no gradient itself but hands one on to its inputs, finite for equal pictures too.
+    Takes no gradient itself but hands one on to its inputs, finite for equal images too.
     """
 
     shift: Tensor

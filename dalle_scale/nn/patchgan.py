@@ -1,9 +1,9 @@
 """PatchGAN (Isola et al., arXiv 1611.07004, App. 6.1.2) as VQGAN uses it, its losses, and LeCam regularisation.
 
-Normalisation is a GroupNorm, not the papers' BatchNorm. BatchNorm makes the verdict on a picture depend on the others
+Normalisation is a GroupNorm, not the papers' BatchNorm. BatchNorm makes the verdict on an image depend on the others
 in its batch, so on micro-batches and ranks; its statistics would be updated in the generator's turn too; and they are
-buffers that ranks do not share. GroupNorm keeps each picture to itself, and training and evaluation are the same. Its
-statistics cover the whole picture: a patch is judged on its scale there. With norm "none" a logit depends on its patch
+buffers that ranks do not share. GroupNorm keeps each image to itself, and training and evaluation are the same. Its
+statistics cover the whole image: a patch is judged on its scale there. With norm "none" a logit depends on its patch
 alone.
 """
 
@@ -40,7 +40,7 @@ class DiscriminatorConfig(StrictModel):
 
     @property
     def smallest_pixels(self) -> int:
-        """Smallest side of a picture that gives a logit."""
+        """Smallest side of an image that gives a logit."""
         return 3 * 2**self.layers
 
 
@@ -68,7 +68,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
-    """What the discriminator lowers, from logits [B, h, w] each -> fp32 [B].
+    """Loss of the discriminator, from logits [B, h, w] each -> fp32 [B].
 
     hinge: (max(0, 1 - real) + max(0, 1 + fake)) / 2 (arXiv 1705.02894). non_saturating: the binary cross entropies
     (-ln sigmoid(real) - ln(1 - sigmoid(fake))) / 2 (arXiv 1406.2661).
@@ -79,7 +79,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: GanLoss) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: GanLoss) -> Tensor:
-    """What the generator lowers, from logits [B, h, w] of its pictures -> fp32 [B]: -fake with hinge,
+    """Loss of the generator, from logits [B, h, w] of its images -> fp32 [B]: -fake with hinge,
     -ln sigmoid(fake) with non_saturating."""
     assert kind in ("hinge", "non_saturating")
     parts = -fake if kind == "hinge" else F.softplus(-fake)
@@ -89,7 +89,7 @@ def generator_loss(fake: Tensor, kind: GanLoss) -> Tensor:
 def lecam(real: Tensor, fake: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
     """LeCam regularisation (Tseng et al., arXiv 2104.03310, eq. 5): logits [B, h, w] each -> fp32 [B].
 
-    Pulls logits of real pictures to the moving average of those of made ones, and the reverse, so that the
+    Pulls logits of real images to the moving average of those of made ones, and the reverse, so that the
     discriminator does not run away from the generator.
     """
     pull = (real - fake_average).square() + (fake - real_average).square()
@@ -115,11 +115,11 @@ class MovingAverage(nn.Module):
         self.mass.lerp_(torch.ones_like(self.mass), 1 - self.decay)
 
     def value(self) -> Tensor:
-        """The averages, fp32 [count]; 0 before the first update."""
+        """The averages, fp32 [count]; 0 before the first step."""
         return torch.where(self.mass > 0, self.sums / self.mass, self.sums)
 
     def started(self) -> Tensor:
-        """Whether there was an update, fp32 [1]: 1 or 0."""
+        """Whether there was a step, fp32 [1]: 1 or 0."""
         return (self.mass > 0).float()
 
 

@@ -35,7 +35,7 @@ MOST_ROWS = {"cpu": 1024, "cuda": 65536}  # of a matrix product, or positions of
 MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of a timed call
 LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS or MOST_FLOPS
 CALLS = 3  # whose best counts
-TYPES = {"fp32": torch.float32, **residual_scaling.SHORT}
+TYPES = {"fp32": torch.float32, **residual_scaling.HALF}
 MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
 ASKED = ("fp32", "bf16", "auto")  # what --dtype takes
 
@@ -55,12 +55,14 @@ def choose(nets: Iterable[nn.Module], device: torch.device) -> Choice:
         return Choice("fp32", "these nets have no matrices to time")
     gain = rates["bf16"] / rates["fp32"]
     others = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items() if name not in ("fp32", "bf16"))
-    told = f"{rates['bf16'] / 1e9:.0f} GFLOP/s, fp32 {rates['fp32'] / 1e9:.0f} ({gain:.2f} x{others and '; '}{others})"
-    return Choice("bf16" if gain >= WIN else "fp32", told if gain >= WIN else f"bf16 has {told}")
+    rates_text = (
+        f"{rates['bf16'] / 1e9:.0f} GFLOP/s, fp32 {rates['fp32'] / 1e9:.0f} ({gain:.2f} x{others and '; '}{others})"
+    )
+    return Choice("bf16" if gain >= WIN else "fp32", rates_text if gain >= WIN else f"bf16 has {rates_text}")
 
 
 def agreed(nets: Iterable[nn.Module], device: torch.device) -> Choice:
-    """What rank 0 chooses, on all ranks; why on rank 0 alone. Collective, once the ranks have joined."""
+    """Choice of rank 0 on all ranks, with the reason on rank 0 alone. Collective, once the ranks have joined."""
     choice = choose(nets, device) if dist.is_main() else Choice("fp32", "")
     [found] = dist.sum_on_host([choice.dtype == "bf16"])
     return Choice("bf16" if found else "fp32", choice.why)

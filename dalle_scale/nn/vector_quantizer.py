@@ -5,8 +5,8 @@ Sec. 2; optionally the rotation trick (Fifty et al., arXiv 2410.06424, Sec. 4) a
 dimensions (Yu et al., arXiv 2110.04627, Sec. 3.2).
 
 Distances, codebook and its statistics are fp32 whatever the rest runs in, and no tensor is vectors x codes large.
-`forward` only collects statistics; `after_step` sums them over the ranks and moves the codebook, once an update. So
-accumulation, recomputed activations and evaluation neither count twice nor change codes in the middle of an update.
+`forward` only collects statistics; `after_step` sums them over the ranks and moves the codebook, once a step. So
+accumulation, recomputed activations and evaluation neither count twice nor change codes in the middle of a step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.kmeans import Progress, assign, kmeans, silent
 from dalle_scale.types import StrictModel, UserError
 
-_RESTARTS_AT_ONCE = 256  # codes that may restart in one update
-_RESTART_STREAM = -1  # the "update number" of their random draws, which no update has
+_RESTARTS_AT_ONCE = 256  # codes that may restart in one step
+_RESTART_STREAM = -1  # the "step" of their random numbers, which no step has
 _RESTART_GRACE = 1.1  # a restarted code starts with so many times the count below which it would restart again
 _KMEANS_SEED = 0
 
@@ -41,7 +41,7 @@ class QuantizerConfig(StrictModel):
     commitment: float = Field(default=0.25, ge=0)  # beta, on the term that pulls the encoder to the codes
     cosine: bool = False  # codes and vectors on the unit sphere
     rotation: bool = False  # gradients turned and scaled as the vector is to its code; False = straight through
-    # ema: a code that gets fewer vectors an update (average over updates, all ranks) restarts from one of the global
+    # ema: a code that gets fewer vectors a step (average over steps, all ranks) restarts from one of the global
     # batch; 0 = never
     restart_below: float = Field(default=0.0, ge=0, validate_default=True)
     init: Literal["random", "kmeans"] = "random"
@@ -57,8 +57,8 @@ class QuantizerConfig(StrictModel):
 
 
 class Quantized(NamedTuple):
-    """What the decoder and the loss need. A tuple, because DeepSpeed's ZeRO 3 looks for tensors in what a module
-    returns, to have its weights in place for the backward pass, and does not see into other classes."""
+    """Quantizer outputs for the decoder and the loss. A tuple, because DeepSpeed's ZeRO 3 looks for tensors in what a
+    module returns, to have its weights in place for the backward pass, and does not see into other classes."""
 
     values: Tensor  # [B, D, H, W], the codes' vectors in the dtype of the features
     codes: Tensor  # int64 [B, H, W]
@@ -109,7 +109,7 @@ class Quantizer(nn.Module):
         self.register_buffer("ema_counts", torch.zeros(config.vocab))
         self.register_buffer("ema_sums", torch.zeros(config.vocab, width))
         self.register_buffer("mass", torch.zeros(1))
-        # Of the current update, on this rank. At zero whenever a checkpoint is written
+        # Of the current step, on this rank. At zero whenever a checkpoint is written
         self.register_buffer("counts", torch.zeros(config.vocab), persistent=False)
         self.register_buffer("sums", torch.zeros(config.vocab, width), persistent=False)
         slots = min(config.vocab, _RESTARTS_AT_ONCE) if config.restart_below > 0 else 0
@@ -126,7 +126,7 @@ class Quantizer(nn.Module):
             features: [B, D, H, W].
             weight: [B], None = all 1; samples of weight 0 do not count.
             seeds: int64 [B], randomness of the restarts. With them the choice does not depend on how the global batch
-                is spread over ranks and micro-batches; without, it is drawn from the bits of the features.
+                is spread over ranks and micro-batches; without, it is seeded by the bits of the features.
         """
         with no_autocast(features.device.type):
             vectors = self._vectors(features)
@@ -147,7 +147,7 @@ class Quantizer(nn.Module):
             return self._nearest(self._vectors(features))[0]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """What the decoder gets for codes int64 [B, H, W]: fp32 [B, D, H, W]."""
+        """Decoder input of codes int64 [B, H, W]: fp32 [B, D, H, W]."""
         with no_autocast(codes.device.type):
             vectors: Tensor = self.up(F.embedding(codes, self._table()))
             return vectors.permute(0, 3, 1, 2)
@@ -166,7 +166,7 @@ class Quantizer(nn.Module):
         parts = [self.counts, self.sums, ours.float(), self.candidates * ours[:, None]]
         packed = dist.all_reduce(torch.cat([part.flatten() for part in parts]))
         split = torch.split(packed, [part.numel() for part in parts])
-        counts, sums, owners, candidates = (part.view_as(like) for part, like in zip(split, parts, strict=True))
+        counts, sums, counted, candidates = (part.view_as(like) for part, like in zip(split, parts, strict=True))
         share = 1 - self.config.ema_decay
         self.mass.lerp_(torch.ones_like(self.mass), share)
         self.ema_counts.lerp_(counts, share)
@@ -174,7 +174,7 @@ class Quantizer(nn.Module):
         means = self.ema_sums / self.ema_counts.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         self._set(counts > 0, means)
         if len(candidates):
-            self._restart(candidates / owners.clamp_min(1)[:, None], owners > 0)
+            self._restart(candidates / counted.clamp_min(1)[:, None], counted > 0)
         for part in (self.counts, self.sums, self.candidates):
             part.zero_()
         self.candidate_keys.fill_(-torch.inf)
@@ -199,7 +199,7 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self._on_sphere(centroids))
 
     def _vectors(self, features: Tensor) -> Tensor:
-        """What is compared with the codes: [B, D, H, W] -> fp32 [B, H, W, code_dim]."""
+        """Vectors that are compared with the codes: [B, D, H, W] -> fp32 [B, H, W, code_dim]."""
         return self._on_sphere(self.down(features.permute(0, 2, 3, 1).float()))
 
     def _table(self) -> Tensor:
@@ -218,7 +218,7 @@ class Quantizer(nn.Module):
     def _count(
         self, vectors: Tensor, codes: Tensor, error: Tensor, weight: Tensor | None, seeds: Tensor | None
     ) -> None:
-        """Add a micro-batch to the statistics of this update."""
+        """Add a micro-batch to the statistics of this step."""
         self._counted = True
         valid = torch.ones_like(error) if weight is None else (weight > 0).float()[:, None, None].expand_as(error)
         masked = torch.where(valid[..., None] > 0, vectors, 0.0)  # an empty slot may hold anything

@@ -1,9 +1,9 @@
-"""Rows of captioned pictures as one PNG and one self-contained HTML page.
+"""Rows of captioned images as one PNG and one self-contained HTML page.
 
     gallery.save(folder, "Toy world", ("true scene", "first candidate", "best of 16"), rows)
 
-writes `gallery.png` and `gallery.html`. A row is a caption with one picture a column; rows of the same group stand
-together under its heading. A picture may carry a mark: green frame and tick for right, red frame and cross for wrong.
+writes `gallery.png` and `gallery.html`. A row is a caption with one image a column; rows of the same group stand
+together under its heading. An image may carry a mark: green frame and tick for right, red frame and cross for wrong.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dalle_scale import io
-from dalle_scale.report.page import Card, Cards, Page, Picture, Section, render, shown_side, to_pillow
+from dalle_scale.report.page import Card, Cards, GalleryImage, Page, Section, render, shown_side, to_pillow
 from dalle_scale.types import UserError
 
 
 @dataclass(frozen=True)
 class Row:
-    """A caption and its pictures, one a column."""
+    """A caption and its images, one a column."""
 
     caption: str
-    pictures: tuple[Picture, ...]
+    images: tuple[GalleryImage, ...]
     group: str = ""
 
 
@@ -51,9 +51,9 @@ def save(
         UserError: there are no rows.
     """
     if not rows:
-        raise UserError(f"{folder}: no rows to show in a gallery; sample some pictures first")
+        raise UserError(f"{folder}: no rows to show in a gallery; sample some images first")
     for row in rows:
-        assert len(row.pictures) == len(columns), f"{len(row.pictures)} pictures in {len(columns)} columns"
+        assert len(row.images) == len(columns), f"{len(row.images)} images in {len(columns)} columns"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sheet = BytesIO()
@@ -65,17 +65,17 @@ def save(
 # ---- PNG ----
 
 _PAPER, _INK, _FAINT, _RULE = "#ffffff", "#1f2328", "#59636e", "#d1d9e0"
-_COLOURS = {None: _RULE, True: "#1a7f37", False: "#cf222e"}  # of a picture's frame
+_COLOURS = {None: _RULE, True: "#1a7f37", False: "#cf222e"}  # of an image's frame
 _PAGE_WIDTH = 1600  # pixels; a row that is wider widens the page
 _MARGIN, _GAP = 40, 12
 _CARD_GAP = 44
-_BADGE = 20  # side of the mark below a picture
+_BADGE = 20  # side of the mark below an image
 _TITLE, _HEADING, _TEXT, _SMALL = 40, 28, 20, 17  # font sizes in pixels
 
 
 def draw(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
     """Return the gallery as one image; arguments as in `save`."""
-    side = shown_side(max(max(picture.image.shape[1:]) for row in rows for picture in row.pictures))
+    side = shown_side(max(max(image.image.shape[1:]) for row in rows for image in row.images))
     frame = 5 if _marked(rows) else 1
     card = len(columns) * (side + 2 * frame + _GAP) - _GAP
     cards_across = max(1, (_PAGE_WIDTH - 2 * _MARGIN + _CARD_GAP) // (card + _CARD_GAP))
@@ -91,23 +91,23 @@ def draw(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequenc
             shown = members[start : start + cards_across]
             captions = [_text_block(row.caption, _TEXT, card, _INK) for row in shown]
             cells = [
-                [_cell(name, picture, side, frame) for name, picture in zip(columns, row.pictures, strict=True)]
+                [_cell(name, image, side, frame) for name, image in zip(columns, row.images, strict=True)]
                 for row in shown
             ]
-            pictures = [_join(row, _GAP, "top") for row in cells]
-            parts = [_join(captions, _CARD_GAP, "bottom"), _join(pictures, _CARD_GAP, "top")]
+            images = [_join(row, _GAP, "top") for row in cells]
+            parts = [_join(captions, _CARD_GAP, "bottom"), _join(images, _CARD_GAP, "top")]
             blocks.append(_join(parts, _GAP // 2, before=_GAP))
     return ImageOps.expand(_join(blocks, _GAP), _MARGIN, _PAPER)
 
 
 def _marked(rows: Sequence[Row]) -> bool:
-    """Whether any picture is marked right or wrong."""
-    return any(picture.right is not None for row in rows for picture in row.pictures)
+    """Whether any image is marked right or wrong."""
+    return any(image.right is not None for row in rows for image in row.images)
 
 
 def _legend(rows: Sequence[Row]) -> list[str]:
-    """What the marks mean, where there are any."""
-    line = "Green frame with a tick: the picture shows what the caption says. Red with a cross: it does not."
+    """Legend of the marks, if there are any."""
+    line = "Green frame with a tick: the image shows what the caption says. Red with a cross: it does not."
     return [line] if _marked(rows) else []
 
 
@@ -125,17 +125,17 @@ def _join(blocks: Sequence[Image.Image], gap: int, align: str = "", before: int 
     return sheet
 
 
-def _cell(name: str, picture: Picture, side: int, frame: int) -> Image.Image:
+def _cell(name: str, image: GalleryImage, side: int, frame: int) -> Image.Image:
     """A framed image; below it its mark, the column's name and its note."""
-    image, width = to_pillow(picture.image), side + 2 * frame
+    image, width = to_pillow(image.image), side + 2 * frame
     method = Image.Resampling.NEAREST if side >= max(image.size) else Image.Resampling.LANCZOS
-    framed = ImageOps.expand(ImageOps.contain(image, (side, side), method), frame, _COLOURS[picture.right])
-    if picture.right is None:
+    framed = ImageOps.expand(ImageOps.contain(image, (side, side), method), frame, _COLOURS[image.right])
+    if image.right is None:
         label = _text_block(name, _SMALL, width, _FAINT)
     else:
         text = _text_block(name, _SMALL, width - _BADGE - 6, _FAINT)
-        label = _join([_badge(picture.right), text], 6, "top")
-    return _join([framed, label, *[_text_block(picture.note, _SMALL, width, _INK)] * bool(picture.note)], 4)
+        label = _join([_badge(image.right), text], 6, "top")
+    return _join([framed, label, *[_text_block(image.note, _SMALL, width, _INK)] * bool(image.note)], 4)
 
 
 def _badge(right: bool) -> Image.Image:
@@ -181,7 +181,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 def page(title: str, columns: Sequence[str], rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Return the gallery as one HTML document; arguments as in `save`."""
-    whole = Cards.of([Card(list(zip(columns, row.pictures, strict=True)), row.caption) for row in rows])
+    whole = Cards.of([Card(list(zip(columns, row.images, strict=True)), row.caption) for row in rows])
     sections = [
         Section(label, [replace(whole, cards=[card for _, card in group])])
         for label, group in groupby(zip(rows, whole.cards, strict=True), key=lambda pair: pair[0].group)

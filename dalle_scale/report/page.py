@@ -66,7 +66,7 @@ class Charts:
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryImage:
     """An image, marked where it is right or wrong."""
 
     image: Tensor  # uint8 [3, H, W]
@@ -78,7 +78,7 @@ class Picture:
 class Card:
     """A caption and its images by name."""
 
-    pictures: Sequence[tuple[str, Picture]]
+    images: Sequence[tuple[str, GalleryImage]]
     caption: str = ""
 
 
@@ -94,7 +94,7 @@ class Cards:
     @classmethod
     def of(cls, cards: Sequence[Card]) -> Cards:
         """Choose the size on the page; small images are enlarged by a whole factor."""
-        side = max(max(picture.image.shape[1:]) for card in cards for _, picture in card.pictures)
+        side = max(max(image.image.shape[1:]) for card in cards for _, image in card.images)
         return cls(cards, side, shown_side(side))
 
 

@@ -17,7 +17,7 @@ _MEMORY_TABLE = Path("/proc/meminfo")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # control groups: containers, jobs of Slurm
 
 
-def batch_samples(memory: SampleMemory, captions: int, samples: int, device: torch.device) -> int:
+def images_per_batch(memory: SampleMemory, captions: int, samples: int, device: torch.device) -> int:
     """Number of `samples` images of so many captions to sample at a time, at least one.
 
     A batch of N holds up to N * captions / samples captions besides the fixed ones.

@@ -1,6 +1,6 @@
-"""Pictures between pictures, in the latents of an exported VAE or in those of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4).
+"""Images between images, in the latents of an exported VAE or in those of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4).
 
-Latents of both are standard normal where pictures are drawn from nothing. A path between two follows the arc, which
+Latents of both are standard normal where images are sampled from nothing. A path between two follows the arc, which
 keeps the length of noise.
 """
 
@@ -22,7 +22,7 @@ from dalle_scale.types import LatentCodec, StrictModel, UserError
 
 @dataclass(frozen=True)
 class Space:
-    """Pictures to latents and back."""
+    """Images to latents and back."""
 
     codec: LatentCodec
     noise: int  # index of the noise that stands for a seed, the same as in the stage's sampler
@@ -31,10 +31,10 @@ class Space:
 
 @dataclass(frozen=True)
 class Paths:
-    """Pictures along B paths of N, ends included."""
+    """Images along B paths of N, ends included."""
 
     images: Tensor  # uint8 [B, N, 3, S, S]
-    originals: Tensor | None  # uint8 [B, 2, 3, S, S], the pictures at the ends where there were any
+    originals: Tensor | None  # uint8 [B, 2, 3, S, S], the images at the ends where there were any
 
     @property
     def round_trip_mse(self) -> float | None:
@@ -62,13 +62,13 @@ def open_space(opened: Export, options: Sequence[str] = ()) -> Space:
 
 
 def between_seeds(space: Space, seeds: Tensor, count: int) -> Paths:
-    """From what each of the seeds int64 [B + 1] draws to the next. Raises UserError: fewer than 2 pictures."""
+    """From what each of the seeds int64 [B + 1] samples to the next. Raises UserError: fewer than 2 images."""
     latents = normal_noise(seeds, space.noise, math.prod(space.codec.shape)).view(-1, *space.codec.shape)
     return Paths(_along(space, latents[:-1], latents[1:], count), None)
 
 
 def between_images(space: Space, images: Tensor, count: int) -> Paths:
-    """From each of the pictures uint8 [B + 1, 3, S, S] to the next. Raises UserError: fewer than 2 pictures."""
+    """From each of the images uint8 [B + 1, 3, S, S] to the next. Raises UserError: fewer than 2 images."""
     latents = space.codec.encode(images)
     originals = torch.stack([images[:-1], images[1:]], dim=1)
     return Paths(_along(space, latents[:-1], latents[1:], count), originals)

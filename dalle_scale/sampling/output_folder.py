@@ -1,7 +1,7 @@
-"""The folder that launch/sample.py fills: pictures that are whole or not there, and what says how they are drawn.
+"""The folder that launch/sample.py fills: images that are whole or not there, and what says how they are sampled.
 
-sampling.json comes first, then the pictures, then samples.jsonl once all are there. What was interrupted goes on from
-the pictures that are there, if the record is the same; more candidates than before are the same run too.
+sampling.json comes first, then the images, then samples.jsonl once all are there. What was interrupted resumes from
+the images that are there, if the record is the same; more candidates than before are the same run too.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from dalle_scale.checkpoint.digest import digest
 from dalle_scale.sampling.sampler import candidate_seed
 from dalle_scale.types import UserError
 
-GRID_SAMPLES, GRID_COLUMNS = 256, 12  # grid.png is drawn up to so many; columns where there is but one prompt
+GRID_SAMPLES, GRID_COLUMNS = 256, 12  # grid.png is sampled up to so many; columns where there is but one prompt
 Place = tuple[int, int]  # index of the prompt, candidate
 _MAY_DIFFER = ("models", "candidates")  # of two records: where the exports lie, and how far the run goes
 
 
 class Store:
-    """One folder of pictures of some prompts, `candidates` of each."""
+    """One folder of images of some prompts, `candidates` of each."""
 
     def __init__(self, folder: Path, prompts: list[str], candidates: int, seed: int) -> None:
         self.folder, self.prompts, self.candidates, self.seed = folder, prompts, candidates, seed
         self.places = [(owner, candidate) for owner in range(len(prompts)) for candidate in range(candidates)]
 
     def record(self) -> dict[str, Any]:
-        """What the pictures depend on, besides the model and its options."""
+        """Record of what the images depend on, besides the model and its options."""
         return {
             "seed": self.seed,
             "prompts": len(self.prompts),
@@ -44,11 +44,11 @@ class Store:
         }
 
     def check(self, record: dict[str, Any]) -> None:
-        """Raises UserError if the folder holds pictures that were drawn another way than `record` says."""
+        """Raises UserError if the folder holds images that were sampled another way than `record` says."""
         path = self.folder / "sampling.json"
         if not path.is_file():
             if any((self.folder / "images").glob("*.png")):
-                raise UserError(f"{self.folder}: holds pictures and no sampling.json; take another --out, or remove it")
+                raise UserError(f"{self.folder}: holds images and no sampling.json; take another --out, or remove it")
             return
         try:
             earlier = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -59,7 +59,7 @@ class Store:
             if name not in _MAY_DIFFER and earlier.get(name) != now.get(name):
                 raise UserError(
                     f"{path}: {name} is {_short(earlier.get(name))} there and {_short(now.get(name))} now; "
-                    f"take another --out, or remove {self.folder} to draw anew"
+                    f"take another --out, or remove {self.folder} to sample anew"
                 )
         if self.candidates < earlier["candidates"]:
             raise UserError(
@@ -68,7 +68,7 @@ class Store:
             )
 
     def begin(self, record: dict[str, Any]) -> list[Place]:
-        """Get ready to draw; returns what is missing, the same on all ranks (a collective)."""
+        """Get ready to sample; returns what is missing, the same on all ranks (a collective)."""
         missing = torch.zeros(len(self.places), dtype=torch.uint8)
         if dist.is_main():
             images = self.folder / "images"
@@ -85,11 +85,11 @@ class Store:
         return [place for place, flag in zip(self.places, flags, strict=True) if flag]
 
     def path(self, prompt_index: int, candidate: int) -> Path:
-        """Of a picture."""
+        """Of an image."""
         return self.folder / "images" / f"{prompt_index:05d}_{candidate:04d}.png"
 
     def save(self, prompt_index: int, candidate: int, image: Tensor) -> None:
-        """A picture uint8 [3, H, W], which appears whole or not at all."""
+        """An image uint8 [3, H, W], which appears whole or not at all."""
         path = self.path(prompt_index, candidate)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("wb") as file:
@@ -99,7 +99,7 @@ class Store:
         temporary.rename(path)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row of samples.jsonl for each picture."""
+        """A row of samples.jsonl for each image."""
         return [
             {
                 "prompt_index": index,
@@ -112,7 +112,7 @@ class Store:
         ]
 
     def finish(self) -> Path:
-        """Write what belongs to all pictures, once they are there; returns what to look at."""
+        """Write what belongs to all images, once they are there; returns what to look at."""
         show = self.folder / "images"
         if len(self.places) <= GRID_SAMPLES:
             show = self.folder / "grid.png"
@@ -125,7 +125,7 @@ class Store:
 
 
 def fingerprint(name: str | Path | None) -> str | None:
-    """What a record holds of a file, folder or name: the sha256 of what is there, else the name."""
+    """Fingerprint of a file, folder or name: the sha256 of its content, else the name."""
     if not name:
         return None
     return digest(Path(name)) if Path(name).exists() else str(name)

@@ -1,4 +1,4 @@
-"""Captions to draw or to tell apart, out of files."""
+"""Captions to sample or to tell apart, out of files."""
 
 from __future__ import annotations
 

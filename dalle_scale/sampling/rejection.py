@@ -1,19 +1,19 @@
 """Rejection sampling by a classifier (VQ-VAE-2, arXiv 1906.00446, Sec. 3.3): less diversity for more quality.
 
-A classifier that was trained apart gives each class-conditional sample the probability of the class it was drawn for;
+A classifier that was trained apart gives each class-conditional sample the probability of the class it was sampled for;
 only the best share of each class stays. The classifier here is CLIP without further training (arXiv 2103.00020,
 Sec. 3.1): classes are captions, their probabilities
 
-    softmax over c of  exp(logit_scale) * cosine(picture, caption c)
+    softmax over c of  exp(logit_scale) * cosine(image, caption c)
 
     classes = read_classes(Path("classes.txt"), rows)
-    verdicts = classify(open_scorer("runs/clip/export"), folder, rows, classes, batch_samples=64)
+    verdicts = classify(open_scorer("runs/clip/export"), folder, rows, classes, images_per_batch=64)
     ranked = rerank.rank(rows, verdicts.probabilities)
     kept = rerank.keep(ranked, share=0.25)
     table = trade_off(ranked, verdicts)
 
-The classifier that chooses also judges here: its probabilities rise by construction, whatever the pictures look like.
-A judge of the pictures is another model, or people. Diversity, too, is measured in the classifier's own space.
+The classifier that chooses also judges here: its probabilities rise by construction, whatever the images look like.
+A judge of the images is another model, or people. Diversity, too, is measured in the classifier's own space.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a classifier says of N samples."""
+    """Verdicts of a classifier on N samples."""
 
-    probabilities: Tensor  # float64 [N], of the class that the sample was drawn for
+    probabilities: Tensor  # float64 [N], of the class that the sample was sampled for
     right: Tensor  # bool [N]: no other class is more probable
-    vectors: Tensor  # float32 [N, E], the classifier's unit vectors of the pictures
+    vectors: Tensor  # float32 [N, E], the classifier's unit vectors of the images
 
 
 def read_classes(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -80,7 +80,7 @@ def _check(rows: Sequence[dict[str, Any]], classes: Sequence[str], path: Path) -
             near = difflib.get_close_matches(prompt, classes, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "add it, or sample with the captions of the file"
             raise UserError(f"{path}: the prompt '{prompt}' is none of the {len(classes)} classes; {hint}")
-        if numbers.setdefault(prompt, number) != number:  # its candidates are the same pictures again
+        if numbers.setdefault(prompt, number) != number:  # its candidates are the same images again
             pair = f"{numbers[prompt]} and {number}"
             raise UserError(f"prompts {pair} are the same class, '{prompt}'; sample a class once, with more candidates")
 
@@ -89,7 +89,7 @@ def class_probabilities(images: Tensor, classes: Tensor, scale: float) -> Tensor
     """Zero-shot classification. Float64: in float32 the best candidates would all have probability 1.
 
     Args:
-        images: unit vectors [N, E] of pictures.
+        images: unit vectors [N, E] of images.
         classes: unit vectors [C, E] of the class captions.
         scale: inverse temperature.
 
@@ -100,20 +100,20 @@ def class_probabilities(images: Tensor, classes: Tensor, scale: float) -> Tensor
 
 
 def classify(
-    scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], classes: Sequence[str], batch_samples: int
+    scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], classes: Sequence[str], batch_size: int
 ) -> Verdicts:
-    """What `scorer`, as a classifier, says of samples whose pictures lie below `folder`. Shows a progress bar.
+    """Classify samples whose images lie below `folder` by `scorer`. Shows a progress bar.
 
     Raises:
-        UserError: as `rerank.read_pictures`.
+        UserError: as `rerank.read_images`.
     """
-    class_parts = [classes[start : start + batch_samples] for start in range(0, len(classes), batch_samples)]
+    class_parts = [classes[start : start + batch_size] for start in range(0, len(classes), batch_size)]
     captions = torch.cat([scorer.caption_vectors(part) for part in class_parts])
-    vectors = torch.cat([scorer.image_vectors(images) for _, images in batches(folder, rows, batch_samples)])
+    vectors = torch.cat([scorer.image_vectors(images) for _, images in batches(folder, rows, batch_size)])
     numbers = {caption: number for number, caption in enumerate(classes)}
     own = torch.tensor([numbers[row["prompt"]] for row in rows])
     probabilities, right = [], []
-    for part, part_own in zip(torch.split(vectors, batch_samples), torch.split(own, batch_samples), strict=True):
+    for part, part_own in zip(torch.split(vectors, batch_size), torch.split(own, batch_size), strict=True):
         table = class_probabilities(part, captions, scorer.scale)  # [batch, C]; that of all samples may not fit
         probabilities.append(table.gather(1, part_own[:, None])[:, 0])
         right.append(probabilities[-1] == table.amax(dim=1))
@@ -123,7 +123,7 @@ def classify(
 def trade_off(
     ranked: Sequence[dict[str, Any]], verdicts: Verdicts, wanted: float | None = None
 ) -> list[dict[str, Any]]:
-    """What the `SHARES` would keep that leave a whole sample of every class, and the share `wanted`.
+    """Quality and diversity of the `SHARES` that leave a whole sample of every class, and of the share `wanted`.
 
     Returns:
         A row a share, the largest first: `share`; `kept_samples`, over all classes; and, as means over the kept samples

@@ -1,4 +1,4 @@
-"""CLIP scores of pictures and captions, and the order that they give.
+"""CLIP scores of images and captions, and the order that they give.
 
     scorer = open_scorer("runs/clip/export")
     scores = scorer.score(images, captions)  # cosine similarities
@@ -37,13 +37,13 @@ _SAMPLE_KEYS = {"prompt_index": int, "prompt": str, "candidate": int, "seed": in
 
 
 class Scorer(Protocol):
-    """Something that says how well pictures fit captions."""
+    """Something that says how well images fit captions."""
 
     scale: float  # what the model multiplies cosines with before a softmax: exp(logit_scale)
     truncated_captions: int  # how many captions were longer than the model reads; equal ones count once
 
     def image_vectors(self, images: Tensor) -> Tensor:
-        """Unit vectors, float32 [N, E] on the CPU, of uint8 pictures [N, 3, H, W]."""
+        """Unit vectors, float32 [N, E] on the CPU, of uint8 images [N, 3, H, W]."""
         ...
 
     def caption_vectors(self, captions: Sequence[str]) -> Tensor:
@@ -51,13 +51,13 @@ class Scorer(Protocol):
         ...
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine similarities, float32 [N] on the CPU, of uint8 pictures [N, 3, H, W] and their captions."""
+        """Cosine similarities, float32 [N] on the CPU, of uint8 images [N, 3, H, W] and their captions."""
         ...
 
 
 @dataclass
 class TwoTowers:
-    """A `Scorer` of two functions: pictures -> vectors [N, E]; captions -> (vectors [M, E], how many were too long)."""
+    """A `Scorer` of two functions: images -> vectors [N, E]; captions -> (vectors [M, E], how many were too long)."""
 
     encode_images: Callable[[Tensor], Tensor]
     encode_captions: Callable[[list[str]], tuple[Tensor, int]]
@@ -82,7 +82,7 @@ class TwoTowers:
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """As in `Scorer`."""
-        assert len(images) == len(captions), f"{len(images)} pictures, {len(captions)} captions"
+        assert len(images) == len(captions), f"{len(images)} images, {len(captions)} captions"
         return (self.image_vectors(images) * self.caption_vectors(captions)).sum(dim=1)
 
 
@@ -124,46 +124,46 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_pictures(paths: Sequence[Path]) -> Tensor:
-    """Picture files as uint8 [N, 3, H, W].
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Image files as uint8 [N, 3, H, W].
 
     Raises:
-        UserError: a file is missing, is no picture, or has another size than the first.
+        UserError: a file is missing, is no image, or has another size than the first.
     """
     images: list[Tensor] = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                images.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+            with Image.open(path) as file:
+                images.append(torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1))
         except OSError as error:
-            raise UserError(f"{path}: cannot read the picture: {_first_line(error)}") from None
+            raise UserError(f"{path}: cannot read the image: {_first_line(error)}") from None
         if images[-1].shape != images[0].shape:
             sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in (images[-1], images[0])]
-            raise UserError(f"{path}: is {sizes[0]}, others are {sizes[1]}; rank pictures of one size at a time")
+            raise UserError(f"{path}: is {sizes[0]}, others are {sizes[1]}; rank images of one size at a time")
     return torch.stack(images)
 
 
 def batches(
-    folder: Path, rows: Sequence[dict[str, Any]], batch_samples: int
+    folder: Path, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> Iterator[tuple[Sequence[dict[str, Any]], Tensor]]:
-    """Samples by the batch: rows, and their pictures below `folder` as uint8 [N, 3, H, W]. With a progress bar.
+    """Samples by the batch: rows, and their images below `folder` as uint8 [N, 3, H, W]. With a progress bar.
 
     Raises:
-        UserError: as `read_pictures`.
+        UserError: as `read_images`.
     """
-    starts = range(0, len(rows), batch_samples)
-    for start in log.progress(starts, "rank", f"batches of {batch_samples}", len(starts)):
-        part = rows[start : start + batch_samples]
-        yield part, read_pictures([folder / row["file"] for row in part])
+    starts = range(0, len(rows), batch_size)
+    for start in log.progress(starts, "rank", f"batches of {batch_size}", len(starts)):
+        part = rows[start : start + batch_size]
+        yield part, read_images([folder / row["file"] for row in part])
 
 
-def score(scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], batch_samples: int) -> Tensor:
-    """Scores float32 [N] of samples whose pictures lie below `folder`.
+def score(scorer: Scorer, folder: Path, rows: Sequence[dict[str, Any]], batch_size: int) -> Tensor:
+    """Scores float32 [N] of samples whose images lie below `folder`.
 
     Raises:
-        UserError: as `read_pictures`.
+        UserError: as `read_images`.
     """
-    parts = batches(folder, rows, batch_samples)
+    parts = batches(folder, rows, batch_size)
     return torch.cat([scorer.score(images, [row["prompt"] for row in part]) for part, images in parts])
 
 
@@ -184,7 +184,7 @@ def rank(rows: Sequence[dict[str, Any]], scores: Tensor) -> list[dict[str, Any]]
 
 
 def share_of(share: float, candidates: int) -> int:
-    """How many of `candidates` a share keeps: the nearest whole number, a half goes up, at least one."""
+    """Number of `candidates` that a share keeps: the nearest whole number, a half goes up, at least one."""
     return max(1, math.floor(round(share * candidates, 9) + 0.5))  # 0.145 * 100 is 14.499999999999998
 
 
@@ -225,7 +225,7 @@ def _export(folder: Path, device: str | torch.device) -> Scorer:
     model = export.load(folder, device)
     encoder = model.stage.image_text_encoder(model.nets)
     if encoder is None:
-        raise UserError(f"{folder}: stage '{model.name}' does not score pictures; 'clip' does")
+        raise UserError(f"{folder}: stage '{model.name}' does not score images; 'clip' does")
     tokenizer_path = model.part("text_tokenizer")
     if tokenizer_path is None:
         raise UserError(f"{folder}: holds no text tokenizer; train clip with `data.text_tokenizer: FILE`")

@@ -1,4 +1,4 @@
-"""What a ranking writes: scores.jsonl, the best pictures, and a gallery of them."""
+"""Output of a ranking: scores.jsonl, the best images, and a gallery of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from dalle_scale import io
 from dalle_scale.report import gallery
-from dalle_scale.report.page import Picture
+from dalle_scale.report.page import GalleryImage
 from dalle_scale.sampling import rejection, rerank
 from dalle_scale.types import UserError
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 class Ranking:
     """Samples in order, and by whom."""
 
-    samples: Path  # folder of launch/sample.py, below which the pictures lie
+    samples: Path  # folder of launch/sample.py, below which the images lie
     rows: list[Row]  # as of `rerank.keep`
     clip: str  # the name that it was opened by
     classes: Path | None = None  # of a classifier, with its
@@ -59,10 +59,10 @@ def save(out: Path, ranking: Ranking) -> list[str]:
     every, best_one = (
         fmean(row["score"] for row in ranking.rows if row["rank"] <= last) for last in (len(ranking.rows), 1)
     )
-    told = rejection.lines(ranking.trade_off)
-    told.append(f"mean score: all candidates {every:.4f}, the best of each prompt {best_one:.4f}")
-    _show(out, ranking, told)
-    return [*told, f"{out / 'gallery.png'}"]
+    lines = rejection.lines(ranking.trade_off)
+    lines.append(f"mean score: all candidates {every:.4f}, the best of each prompt {best_one:.4f}")
+    _show(out, ranking, lines)
+    return [*lines, f"{out / 'gallery.png'}"]
 
 
 def _show(out: Path, ranking: Ranking, lines: list[str]) -> None:
@@ -73,11 +73,11 @@ def _show(out: Path, ranking: Ranking, lines: list[str]) -> None:
     width = min(GALLERY_COLUMNS, *map(len, kept.values()))
     table = []
     for members in list(kept.values())[:GALLERY_PROMPTS]:
-        images = rerank.read_pictures([ranking.samples / row["file"] for row in members[:width]])
-        shown = (Picture(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
+        images = rerank.read_images([ranking.samples / row["file"] for row in members[:width]])
+        shown = (GalleryImage(i, note=f"score {r['score']:.3f}") for i, r in zip(images, members, strict=False))
         table.append(gallery.Row(members[0]["prompt"], tuple(shown)))
     notes = [f"{len(ranking.rows)} candidates for {len(kept)} captions, ranked by {ranking.clip}", *lines]
     if len(kept) > len(table) or any(len(members) > width for members in kept.values()):
-        notes.append(f"Up to {width} pictures of the first {len(table)} captions; all kept pictures are in best/")
+        notes.append(f"Up to {width} images of the first {len(table)} captions; all kept images are in best/")
     columns = ["best", *(f"no. {rank}" for rank in range(2, width + 1))]
     gallery.save(out, "Best candidates", columns, table, notes)

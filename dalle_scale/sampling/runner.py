@@ -19,23 +19,23 @@ from dalle_scale.sampling.rerank import Scorer
 from dalle_scale.sampling.sampler import Batch, Sampler
 from dalle_scale.types import StrictModel
 
-SCORED_TOGETHER = 64  # pictures; as launch/rerank.py does
+SCORED_TOGETHER = 64  # images; as launch/rerank.py does
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass
 class Scores:
-    """CLIP scores of the pictures of a store, as far as they are known to this rank."""
+    """CLIP scores of the images of a store, as far as they are known to this rank."""
 
     scorer: Scorer
     store: Store
-    values: Tensor = field(init=False)  # float32 [pictures of the store], 0 where not known
+    values: Tensor = field(init=False)  # float32 [images of the store], 0 where not known
 
     def __post_init__(self) -> None:
         self.values = torch.zeros(len(self.store.places))
 
     def add(self, batch: Batch, images: Tensor) -> None:
-        """Score pictures uint8 [B, 3, H, W]."""
+        """Score images uint8 [B, 3, H, W]."""
         at = self._at(zip(batch.prompt_index, batch.candidate, strict=True))
         captions = [self.store.prompts[index] for index in batch.prompt_index]
         for start in range(0, len(at), SCORED_TOGETHER):
@@ -43,7 +43,7 @@ class Scores:
             self.values[at[part]] = self.scorer.score(images[part], captions[part])
 
     def add_saved(self, places: Sequence[Place]) -> None:
-        """Score pictures that are there from their files. Raises UserError."""
+        """Score images that are there from their files. Raises UserError."""
         if at := self._at(places):
             rows = self.store.rows()
             self.values[at] = rerank.score(self.scorer, self.store.folder, [rows[i] for i in at], SCORED_TOGETHER)
@@ -64,7 +64,7 @@ def sample(
     store: Store,
     missing: Sequence[Place],
     scores: Scores | None = None,
-    batch_samples: int | None = None,
+    batch_size: int | None = None,
     prime: Tensor | None = None,
 ) -> None:
     """Sample and save this rank's share of what is missing, and score its share of all images.
@@ -77,7 +77,7 @@ def sample(
     """
     if scores is not None:
         scores.add_saved(_share(sorted(set(store.places) - set(missing))))
-    batches = sampler.batches(store.prompts, _share(missing), store.seed, options, batch_samples, prime)
+    batches = sampler.batches(store.prompts, _share(missing), store.seed, options, batch_size, prime)
     on_gpu = sampler.device.type == "cuda"
     stream = torch.cuda.Stream(sampler.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -88,8 +88,8 @@ def sample(
         return images
 
     def save(batch: Batch, images: Tensor) -> None:
-        for picture in zip(batch.prompt_index, batch.candidate, images, strict=True):
-            store.save(*picture)
+        for image in zip(batch.prompt_index, batch.candidate, images, strict=True):
+            store.save(*image)
 
     def develop_and_save(batch: Batch, sampled: Tensor) -> None:
         with torch.cuda.stream(stream):
@@ -111,7 +111,7 @@ def sample(
 
 
 def _share(items: Sequence[Place]) -> Sequence[Place]:
-    """What this rank does of them."""
+    """Share of this rank."""
     rank, world_size = dist.rank(), dist.world_size()
     return items[rank * len(items) // world_size : (rank + 1) * len(items) // world_size]
 
@@ -119,7 +119,7 @@ def _share(items: Sequence[Place]) -> Sequence[Place]:
 def progress_bar(samples: int) -> tqdm[NoReturn]:
     """A bar of images sampled, with their rate and the time left; counts parts of images too."""
     return tqdm(
-        desc="sample", unit=" pictures", total=samples, disable=not dist.is_main(), mininterval=0.5, bar_format=_BAR
+        desc="sample", unit=" images", total=samples, disable=not dist.is_main(), mininterval=0.5, bar_format=_BAR
     )
 
 

@@ -22,8 +22,8 @@ from dalle_scale.nn import precision, residual_scaling
 from dalle_scale.sampling import batch_size
 from dalle_scale.types import ImageSampler, ImageTokenizer, OnCode, SampleRequest, StrictModel, UserError
 
-FIXED_BATCH_SAMPLES = 256  # sampled at a time by stages whose memory nobody counts
-DTYPES = ("fp32", *residual_scaling.SHORT, "auto")
+FIXED_BATCH_SIZE = 256  # sampled at a time by stages whose memory nobody counts
+DTYPES = ("fp32", *residual_scaling.HALF, "auto")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def candidate_seed(seed: int, prompt: str, candidate: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def read_picture(path: Path, size: int) -> Tensor:
+def read_image(path: Path, size: int) -> Tensor:
     """The centre square of an image file, uint8 [3, size, size]. Raises UserError: missing, or no image."""
     try:
         pixels = square(decode(path.read_bytes()), size)
@@ -134,8 +134,8 @@ class Sampler:
         """
         grid = self.image_tokenizer.grids[0]
         if not 1 <= rows <= grid:
-            raise UserError(f"prime rows: {rows}, but pictures have {grid} rows of codes; take 1 to {grid}")
-        image = read_picture(Path(path), self.image_tokenizer.image_size)[None].to(self.device)
+            raise UserError(f"prime rows: {rows}, but images have {grid} rows of codes; take 1 to {grid}")
+        image = read_image(Path(path), self.image_tokenizer.image_size)[None].to(self.device)
         return self.image_tokenizer.encode(image)[0, : rows * grid]
 
     def sample(
@@ -144,7 +144,7 @@ class Sampler:
         candidates: int,
         seed: int,
         options: StrictModel | None = None,
-        batch_samples: int | None = None,
+        images_per_batch: int | None = None,
         prime: Tensor | None = None,
     ) -> Iterator[Samples]:
         """Images for each prompt, prompt by prompt, in batches that may hold several prompts.
@@ -156,7 +156,7 @@ class Sampler:
             candidates: images a prompt.
             seed: of the run; see `candidate_seed`.
             options: from `options`; None = the defaults.
-            batch_samples: images sampled at a time, None = as many as fit; does not change them.
+            images_per_batch: images sampled at a time, None = as many as fit; does not change them.
             prime: int64 [P], the first codes of all images, as from `prime_codes`.
 
         Raises:
@@ -166,7 +166,7 @@ class Sampler:
         options = options or self.options()
         self.check(prompts, candidates, options, primed=prime is not None)
         places = [(owner, candidate) for owner in range(len(prompts)) for candidate in range(candidates)]
-        batches = self.batches(prompts, places, seed, options, batch_samples, prime)
+        batches = self.batches(prompts, places, seed, options, images_per_batch, prime)
         return (Samples(**vars(batch), images=self.decode(self.sample_batch(batch))) for batch in batches)
 
     def batches(
@@ -175,40 +175,41 @@ class Sampler:
         places: Sequence[tuple[int, int]],
         seed: int,
         options: StrictModel | None = None,
-        batch_samples: int | None = None,
+        images_per_batch: int | None = None,
         prime: Tensor | None = None,
     ) -> list[Batch]:
         """The batches of `sample`, for some of the images: `places` are (index of the prompt, candidate).
 
         Raises:
-            UserError: batch_samples below 1.
+            UserError: images_per_batch below 1.
         """
         options = options or self.options()
-        if batch_samples is not None and batch_samples < 1:
-            raise UserError(f"batch: {batch_samples}, but at least one is needed")
+        if images_per_batch is not None and images_per_batch < 1:
+            raise UserError(f"batch: {images_per_batch}, but at least one is needed")
         text = torch.empty(len(prompts), 0, dtype=torch.int64, device=self.device)
         if self.text is not None:
             text = self.text.encode(prompts, self.text_length).to(self.device)
-        if batch_samples is None:
-            batch_samples = batch_size.even(len(places), self._fitting(places, options))
+        if images_per_batch is None:
+            images_per_batch = batch_size.even(len(places), self._fitting(places, options))
         found = []
-        for start in range(0, len(places), batch_samples):
-            owners, numbers = map(list, zip(*places[start : start + batch_samples], strict=True))
+        for start in range(0, len(places), images_per_batch):
+            prompt_index, numbers = map(list, zip(*places[start : start + images_per_batch], strict=True))
             seeds = [
-                candidate_seed(seed, prompts[owner], number) for owner, number in zip(owners, numbers, strict=True)
+                candidate_seed(seed, prompts[owner], number)
+                for owner, number in zip(prompt_index, numbers, strict=True)
             ]
             given = None if prime is None else prime.expand(len(seeds), -1)
-            request = SampleRequest(torch.tensor(seeds, device=self.device), text[owners], options, given)
-            found.append(Batch(owners, numbers, seeds, request))
+            request = SampleRequest(torch.tensor(seeds, device=self.device), text[prompt_index], options, given)
+            found.append(Batch(prompt_index, numbers, seeds, request))
         return found
 
     def _fitting(self, places: Sequence[tuple[int, int]], options: StrictModel) -> int:
         """Number of images sampled at a time unless the user names one."""
         memory = self.sampler.memory(options)
         if memory is None:
-            return FIXED_BATCH_SAMPLES
+            return FIXED_BATCH_SIZE
         captions = len({owner for owner, _ in places})
-        return batch_size.batch_samples(memory, captions, len(places), self.device)
+        return batch_size.images_per_batch(memory, captions, len(places), self.device)
 
     @torch.inference_mode()
     def sample_batch(self, batch: Batch, on_code: OnCode | None = None) -> Tensor:
@@ -231,7 +232,7 @@ class Sampler:
         return torch.cat([decode(codes).cpu() for codes in torch.split(sampled, 1)])
 
     def record(self, options: StrictModel, primed: bool = False) -> dict[str, Any]:
-        """How these exports sample with these options, for a protocol: plain values, defaults written out."""
+        """Record of how these exports sample with these options: plain values, defaults written out."""
         record: dict[str, Any] = {
             "models": [str(model.folder) for model in self.models],
             "models_sha256": [digest(model.folder) for model in self.models],
@@ -241,7 +242,7 @@ class Sampler:
         }
         if all(model.trained for model in self.models):
             record["weights"] = [model.trained["weights"]["model"] for model in self.models]
-            record["update"] = [model.trained["update"] for model in self.models]
+            record["step"] = [model.trained["step"] for model in self.models]
         return record
 
     def check(self, prompts: Sequence[str], candidates: int, options: StrictModel, primed: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): one space for pictures and captions, used to rank samples by how well they fit.
+"""CLIP (arXiv 2103.00020): one space for images and captions, used to rank samples by how well they fit.
 
 The model is open_clip's (`CustomTextCLIP`), so the weights of an export load into open_clip with the configuration that
 `architecture` gives.
@@ -7,10 +7,10 @@ Captions keep this project's tokens: below `text_vocab` words, at `text_vocab + 
 attends causally and is read at its last position. That place sees the whole caption whatever its length; open_clip's
 usual rule, the highest token number, would pick a word wherever a caption fills all places.
 
-The loss compares every picture with every caption of one micro-batch over all ranks: by a softmax over each picture's
-captions and each caption's pictures, or, with `loss: siglip`, by a sigmoid of each pair for itself (SigLIP, arXiv
+The loss compares every image with every caption of one micro-batch over all ranks: by a softmax over each image's
+captions and each caption's images, or, with `loss: siglip`, by a sigmoid of each pair for itself (SigLIP, arXiv
 2303.15343). Accumulating micro-batches adds such losses, it does not enlarge the comparison:
-`engine.micro_batch_samples` x ranks is the contrastive batch. For the same reason a sample's loss depends on what else
+`engine.micro_batch_size` x ranks is the contrastive batch. For the same reason a sample's loss depends on what else
 is in the batch, unlike in other stages.
 """
 
@@ -133,7 +133,7 @@ class Stage(types.Stage):
         return contrastive_loss(*features, scale, batch["text"], batch["weight"])
 
     def image_features(self, nets: Nets, images: Tensor) -> Tensor:
-        """uint8 pictures [N, 3, H, W] -> unit vectors [N, embed_dim]. Other sizes than `image_size` are resized."""
+        """uint8 images [N, 3, H, W] -> unit vectors [N, embed_dim]. Other sizes than `image_size` are resized."""
         side = self.config.image_size
         if images.shape[-2:] != (side, side):
             resized = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
@@ -153,11 +153,11 @@ class Stage(types.Stage):
         return TwoEncoders(images, texts, c.text_length, c.text_vocab, min(float(scale), c.logit_scale_max))
 
     def scores(self, nets: Nets, images: Tensor, text: Tensor) -> Tensor:
-        """Cosine similarity float32 [N] of uint8 pictures [N, 3, H, W] and caption tokens [N, T], pair by pair."""
+        """Cosine similarity float32 [N] of uint8 images [N, 3, H, W] and caption tokens [N, T], pair by pair."""
         return (self.image_features(nets, images) * self.text_features(nets, text)).sum(dim=1)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Cosine similarities of all pictures (rows) and captions (columns): -1 is black, 1 white. A trained model
+        """Cosine similarities of all images (rows) and captions (columns): -1 is black, 1 white. A trained model
         shows a bright diagonal."""
         images = self.image_features(nets, batch["image"])
         similarity = images @ self.text_features(nets, batch["text"]).T
@@ -186,7 +186,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tenso
     With all weights 1 in one process the total is `open_clip.ClipLoss`.
 
     Args:
-        images: unit vectors [B, E] of this rank's pictures.
+        images: unit vectors [B, E] of this rank's images.
         texts: unit vectors [B, E] of their captions.
         scale: inverse temperature, a scalar.
         tokens: caption tokens [B, T].
@@ -194,7 +194,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tenso
 
     Returns:
         Terms: `loss` in nats; `accuracy_image_to_text` and `accuracy_text_to_image`: share of samples whose best
-        partner has the sample's own caption (equal captions in a batch cannot be told apart, and count as right);
+        partner has the sample's own caption (equal captions in a batch cannot be distinguished, and count as right);
         `logit_scale`.
     """
     pairs = _compare(images, texts, scale, tokens, weight)
@@ -209,13 +209,13 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tenso
 def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, tokens: Tensor, weight: Tensor) -> Losses:
     """SigLIP's pairwise loss (arXiv 2303.15343, Eq. 1 and Algorithm 1) over all ranks, blind to empty slots.
 
-    Each picture and caption of the joint batch are a question of their own: do they belong together?
+    Each image and caption of the joint batch are a question of their own: do they belong together?
 
         -1/n  sum over i, j of  log sigmoid(z_ij (scale * <image_i, text_j> + bias)),  z_ii = 1, others -1
 
-    where i and j run over the n samples that are there: a sum over captions, a mean over pictures. As in the paper, an
+    where i and j run over the n samples that are there: a sum over captions, a mean over images. As in the paper, an
     equal caption of another sample counts as wrong. Every rank must hold the same number of slots; it computes its own
-    pictures' rows, [B, ranks * B]. With all weights 1 in one process the total is `open_clip.SigLipLoss`.
+    images' rows, [B, ranks * B]. With all weights 1 in one process the total is `open_clip.SigLipLoss`.
 
     Args:
         bias: of the logits, a scalar.
@@ -234,7 +234,7 @@ def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, tok
 
 @dataclass(frozen=True)
 class _Pairs:
-    """This rank's B pictures against all captions of the joint batch, and its captions against all pictures."""
+    """This rank's B images against all captions of the joint batch, and its captions against all images."""
 
     image_logits: Tensor  # [B, ranks * B]; -inf where the column is an empty slot
     text_logits: Tensor
@@ -269,7 +269,7 @@ def _compare(images: Tensor, texts: Tensor, scale: Tensor, tokens: Tensor, weigh
 class _CappedScale(torch.autograd.Function):
     """min(scale, cap) that gradient descent can leave only downwards.
 
-    In place of clamping the parameter after each update: under ZeRO the optimizer owns another copy of it. Like the
+    In place of clamping the parameter after each step: under ZeRO the optimizer owns another copy of it. Like the
     clamp, and unlike a plain `minimum`, it lets the scale come back from the cap."""
 
     @staticmethod

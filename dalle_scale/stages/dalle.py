@@ -67,7 +67,7 @@ class Stage(types.Stage):
         text_length: int = Field(default=256, ge=0)  # caption tokens, empty places included; 0 = without captions
         image_vocab: int = Field(default=8192, gt=0)
         grid: int = Field(default=32, gt=0)  # codes on a side
-        image_size: int = Field(default=256, gt=0)  # side in pixels, where pictures are encoded in the step
+        image_size: int = Field(default=256, gt=0)  # side in pixels, where images are encoded in the step
         width: int = Field(gt=0)
         layers: int = Field(gt=0)
         heads: int = Field(gt=0)
@@ -78,7 +78,7 @@ class Stage(types.Stage):
         caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share emptied while training, for guided sampling
         bpe_dropout: float = Field(default=0.1, ge=0, lt=1)
         augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.BatchSpec
-        encode_in_step: bool = False  # read pictures and encode them with the frozen `tokenizer:`, not stored codes
+        encode_in_step: bool = False  # read images and encode them with the frozen `tokenizer:`, not stored codes
 
     config: Config
     upstream: ImageTokenizer | None
@@ -112,7 +112,7 @@ class Stage(types.Stage):
 
     @property
     def inputs(self) -> BatchSpec:
-        """Captions, and either stored codes or the pictures to encode.
+        """Captions, and either stored codes or the images to encode.
 
         Raises:
             UserError: `encode_in_step` without an image tokenizer.
@@ -177,7 +177,7 @@ class Stage(types.Stage):
 
     @torch.no_grad()
     def code_bits(self, nets: Nets, codes: Tensor, text: Tensor | None = None) -> Tensor:
-        """What the codes of pictures cost: -log2 p(codes | caption), fp64 [B], summed over a picture.
+        """Cost of the codes of images: -log2 p(codes | caption), fp64 [B], summed over an image.
 
         Args:
             nets: raw modules, not engines.
@@ -198,7 +198,7 @@ class Stage(types.Stage):
         return torch.arange(c.text_vocab, c.text_vocab + c.text_length, device=device)
 
     def no_captions(self, like: Tensor) -> Tensor:
-        """What stands for the captions of B samples in a model without: int64 [B, 0]. like: any tensor [B, ...]."""
+        """Empty captions of B samples in a model without captions: int64 [B, 0]. like: any tensor [B, ...]."""
         return torch.empty(len(like), 0, dtype=torch.int64, device=like.device)
 
     @torch.inference_mode()
@@ -339,7 +339,7 @@ class Stage(types.Stage):
         return Prior(bits, c.image_vocab, (c.grid,), 0, c.text_length, c.text_vocab, without)
 
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Pictures drawn for the batch's first captions, always from the same seeds; nothing without a tokenizer."""
+        """Images sampled for the batch's first captions, always from the same seeds; nothing without a tokenizer."""
         if self.upstream is None:
             return {}
         weight = batch["weight"][:PREVIEW_SAMPLES]

@@ -1,13 +1,13 @@
-"""Denoising diffusion (arXiv 2006.11239): a UNet that takes the noise off pictures, or off latents of a frozen encoder.
+"""Denoising diffusion (arXiv 2006.11239): a UNet that takes the noise off images, or off latents of a frozen encoder.
 
-Loss: the mean squared error of what the net predicts (L_simple, Eq. 14), of a time drawn evenly from all. With a
+Loss: the mean squared error of what the net predicts (L_simple, Eq. 14), of a time sampled evenly from all. With a
 learned variance, L_simple + 0.001 L_vlb (arXiv 2102.09672, Sec. 3.1): the bound trains the variance alone.
 
-A batch of other trainers draws times in pairs t, T - 1 - t, half of its pictures each, which steadies the loss: early
-and late times cost very differently. Here a sample's loss depends on nothing but its seed and the update, and two
-samples that do not know of each other cannot share a pair. So with `antithetic` each picture takes both times of a
-pair, with other noise: an update of B pictures evaluates 2 B maps. (Pairs across updates would steady only averages
-over updates, by making each update lopsided.)
+A batch of other trainers samples times in pairs t, T - 1 - t, half of its images each, which steadies the loss: early
+and late times cost very differently. Here a sample's loss depends on nothing but its seed and the step, and two
+samples that do not know of each other cannot share a pair. So with `antithetic` each image takes both times of a
+pair, with other noise: a step of B images evaluates 2 B maps. (Pairs across steps would steady only averages
+over steps, by making each step lopsided.)
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from dalle_scale.nn.flops import flops
 from dalle_scale.types import Batch, BatchSpec, ImageTokenizer, Losses, Nets, SampleRequest, StrictModel, UserError
 
 PREVIEW_SAMPLES = 8
-SCALE_SAMPLES = 2048  # pictures whose latents are measured
+SCALE_SAMPLES = 2048  # images whose latents are measured
 BOUND_WEIGHT = 0.001  # lambda of L_hybrid; its L_vlb is in bits per value, as in the paper's code
 _OF_UNET = {"width", "multipliers", "blocks", "attention_sizes", "dropout", "text_vocab", "text_length"}
-_DRAWS = 3  # numbers of noise an update: of the map, of time and caption, of dropout
+_NOISE_STREAMS = 3  # numbers of noise a step: of the map, of time and caption, of dropout
 
 
 class DDPMConfig(StrictModel):
     """The defaults are the paper's for CIFAR-10."""
 
     image_size: int = Field(default=32, ge=2)  # pixels
-    augment: Literal["none", "dvae", "transformer"] = "none"  # dvae: of pictures of just this size, flips alone
+    augment: Literal["none", "dvae", "transformer"] = "none"  # dvae: of images of just this size, flips alone
 
     latent_channels: int = Field(default=0, ge=0)  # of the latents of `tokenizer:`, a VAE's; 0 = pixels
     latent_size: int = Field(default=0, ge=0, validate_default=True)  # their side
@@ -73,17 +73,17 @@ class DDPMConfig(StrictModel):
     schedule: Schedule = Field(default="linear", validate_default=True)
     target: Target = "eps"  # what the net predicts; the loss is the plain squared error of just that
     variance: Variance = "fixed_large"
-    antithetic: bool = False  # each picture at two times, t and T - 1 - t
+    antithetic: bool = False  # each image at two times, t and T - 1 - t
 
     text_length: int = Field(default=0, ge=0)  # caption tokens, empty places included; 0 = no captions
     text_vocab: int = Field(default=0, ge=0, validate_default=True)
     bpe_dropout: float = Field(default=0.0, ge=0, lt=1)
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)  # share emptied while training, for guided sampling
 
-    sampler: Method = "ancestral"  # of `sample_images`, where it is not told
-    sample_steps: int | None = Field(default=None, ge=2)  # None = T
-    preview_steps: int = Field(default=25, ge=2)  # of DDIM, for the log
-    bound_steps: int = Field(default=0, ge=0)  # times above 0 of a picture in `evaluate`; 0 = all, exact
+    sampler: Method = "ancestral"  # of `sample_images`, by default
+    sampling_steps: int | None = Field(default=None, ge=2)  # None = T
+    preview_sampling_steps: int = Field(default=25, ge=2)  # of DDIM, for the log
+    bound_timesteps: int = Field(default=0, ge=0)  # times above 0 of an image in `evaluate`; 0 = all, exact
 
     @property
     def map_shape(self) -> tuple[int, int, int]:
@@ -156,7 +156,7 @@ class Stage(types.Stage):
 
     @property
     def inputs(self) -> BatchSpec:
-        """Pictures, and captions if the model takes them."""
+        """Images, and captions if the model takes them."""
         names = {"image_size", "augment", "text_length", "text_vocab", "bpe_dropout"}
         return BatchSpec(**self.config.model_dump(include=names))
 
@@ -176,7 +176,7 @@ class Stage(types.Stage):
             cast(Tensor, nets["model"].latent_scale).fill_(1 / deviation)
 
     def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
-        """See the module's docstring. Outside of training the noise is that of update 0, so that the losses of two
+        """See the module's docstring. Outside of training the noise is that of step 0, so that the losses of two
         validations differ by the weights alone.
 
         Terms: loss; mse; quarter_1 .. quarter_4, the mse at each quarter of the times, the least noisy first (a sum
@@ -184,11 +184,11 @@ class Stage(types.Stage):
         variance bound (bits per value, without L_T).
         """
         training = nets[net].training
-        number = _DRAWS * step if training else 0
+        number = _NOISE_STREAMS * step if training else 0
         weight, seeds, x0 = batch["weight"], batch["seed"], self.maps(nets[net], batch["image"])
-        draws = uniform_noise(seeds, number + 1, 2)
-        times = (draws[:, 0].double() * len(self.diffusion)).long()
-        text = self._captions(batch, draws[:, 1] < self.config.caption_dropout if training else None)
+        random_numbers = uniform_noise(seeds, number + 1, 2)
+        times = (random_numbers[:, 0].double() * len(self.diffusion)).long()
+        text = self._captions(batch, random_numbers[:, 1] < self.config.caption_dropout if training else None)
         images = None if self.codec else batch["image"]
         if self.config.antithetic:
             times = torch.cat([times, len(self.diffusion) - 1 - times])
@@ -231,8 +231,8 @@ class Stage(types.Stage):
             raise UserError("model.latent_channels: set, but there is no encoder; set tokenizer: <the export of a VAE>")
         return self.codec.encode(images) * cast(Tensor, net.latent_scale)
 
-    def pictures(self, net: nn.Module, maps: Tensor) -> Tensor:
-        """What is diffused -> uint8 [B, 3, S, S]."""
+    def images(self, net: nn.Module, maps: Tensor) -> Tensor:
+        """Map diffused states back to images, uint8 [B, 3, S, S]."""
         return self.codec.decode(maps / cast(Tensor, net.latent_scale)) if self.codec else to_bytes(maps)
 
     def _captions(self, batch: Batch, dropped: Tensor | None = None) -> Tensor | None:
@@ -264,26 +264,26 @@ class Stage(types.Stage):
         return self.diffusion.x0(self.config.target, predicted, x, times), share
 
     @torch.no_grad()
-    def evaluate(self, nets: Nets, batches: Iterable[Batch], bound_steps: int | None = None) -> dict[str, float]:
+    def evaluate(self, nets: Nets, batches: Iterable[Batch], bound_timesteps: int | None = None) -> dict[str, float]:
         """The variational bound (Eq. 5) over all samples of all ranks (a collective), x0 clipped as in the paper.
 
         Args:
             nets: raw modules in eval mode, not engines; the averaged weights, if they are to be compared with others'.
             batches: noise comes from their seeds; without "text" the model sees the empty caption. Batches lie on the
                 model's device.
-            bound_steps: instead of the config's.
+            bound_timesteps: instead of the config's.
 
         Returns:
             Bits per value, upper bounds of -log2 p(x) in the mean. elbo_bits_per_dim is the sum over all T times of
-            rate_bits_per_dim (times above 0, and L_T) and distortion_bits_per_dim (time 0). With `bound_steps` k > 0
-            the first two end in _estimate: time 0 exactly and k of the times above, without bias.
+            rate_bits_per_dim (times above 0, and L_T) and distortion_bits_per_dim (time 0). With `bound_timesteps` k >
+            0 the first two end in _estimate: time 0 exactly and k of the times above, without bias.
 
         Raises:
             UserError: the model is one of latents, or there are no captions and it has never seen an empty one.
         """
         if self.config.latent_channels:
             raise UserError("evaluate: a bound in bits is one of bytes; this model has latents")
-        steps = self.config.bound_steps if bound_steps is None else bound_steps
+        steps = self.config.bound_timesteps if bound_timesteps is None else bound_timesteps
         sums = torch.zeros(3, dtype=torch.float64, device=next(nets["model"].parameters()).device)
         for batch in batches:
             if self.config.text_length and not self.config.caption_dropout and "text" not in batch:
@@ -337,15 +337,15 @@ class Stage(types.Stage):
             text = empty.expand(len(seeds), -1) if text is None else text.to(seeds.device)
             predict = samplers.guided(partial(self.predict, net), text, empty, options.guidance)
         levels, learned = self.diffusion.alphas_cumprod, self.config.variance == "learned"
-        maps = samplers.draw(predict, levels, seeds, self.config.map_shape, options, learned)
-        return self.pictures(net, maps)
+        maps = samplers.sample(predict, levels, seeds, self.config.map_shape, options, learned)
+        return self.images(net, maps)
 
     def _filled(self, options: Options) -> Options:
         """The model's own values where the options leave them open. Raises UserError."""
         c = self.config
         if options.guidance != 1 and not c.caption_dropout:
             raise UserError(f"guidance: {options.guidance}, but this model was trained without caption_dropout")
-        own: dict[str, Any] = {"method": options.method or c.sampler, "steps": options.steps or c.sample_steps}
+        own: dict[str, Any] = {"method": options.method or c.sampler, "steps": options.steps or c.sampling_steps}
         if own["method"] == "ancestral" and options.variance is None:
             own["variance"] = c.variance
         if c.latent_channels and options.clip is None:
@@ -375,14 +375,14 @@ class Stage(types.Stage):
             text = self.empty_caption(x.device).expand(len(x), -1) if c.text_length else None
             return self.predict(net, x, times, text)
 
-        ends = partial(self.maps, net), partial(self.pictures, net)
+        ends = partial(self.maps, net), partial(self.images, net)
         return ddim_space(net, predict, self.diffusion.alphas_cumprod, ends, c.map_shape, c.image_size)
 
     @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """Pictures drawn with few steps, for the batch's first captions, always from the same seeds."""
+        """Images sampled with few steps, for the batch's first captions, always from the same seeds."""
         count = min(PREVIEW_SAMPLES, len(batch["weight"]))
-        options = Options(method="ddim", steps=min(self.config.preview_steps, len(self.diffusion)), clip=True)
+        options = Options(method="ddim", steps=min(self.config.preview_sampling_steps, len(self.diffusion)), clip=True)
         text = batch["text"][:count] if self.config.text_length else None
         return {"samples": self.sample_images(nets, torch.arange(count), text=text, options=options)}
 

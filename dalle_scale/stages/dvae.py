@@ -1,6 +1,6 @@
-"""The discrete VAE of DALL-E: pictures to a grid of codes and back (arXiv 2102.12092, Sec. 2.1 and App. A).
+"""The discrete VAE of DALL-E: images to a grid of codes and back (arXiv 2102.12092, Sec. 2.1 and App. A).
 
-The defaults are the paper's run at 256x256. Everything random about a sample comes from its seed and the update
+The defaults are the paper's run at 256x256. Everything random about a sample comes from its seed and the step
 number, so the loss of a sample does not depend on what it is batched with, nor on rank or world size.
 """
 
@@ -30,7 +30,7 @@ _LOGITS_AT_ONCE = 1 << 27  # values of logits that the tokenizer holds at a time
 
 
 class DVAEConfig(StrictModel):
-    """One dVAE. Lengths of schedules are in updates."""
+    """One dVAE. Lengths of schedules are in steps."""
 
     image_size: int = Field(default=256, ge=2)  # pixels
     downsampling: int = Field(default=8, ge=2, validate_default=True)  # pixels per code along a side
@@ -52,10 +52,10 @@ class DVAEConfig(StrictModel):
 
     beta_start: float = Field(default=0.0, ge=0)  # weight of the KL term, before the division by pixel values
     beta_end: float = Field(default=6.6, ge=0)
-    beta_updates: int = Field(default=5_000, ge=0)
+    beta_steps: int = Field(default=5_000, ge=0)
     tau_start: float = Field(default=1.0, gt=0)  # temperature of the relaxation
     tau_end: float = Field(default=1 / 16, gt=0)
-    tau_updates: int = Field(default=150_000, ge=0)
+    tau_steps: int = Field(default=150_000, ge=0)
 
     # "kmeans" (patch stem only) starts as a k-means tokenizer over patches of training images. Reconstruction
     # quality then comes from k-means first; training the objective above adds to it.
@@ -63,7 +63,7 @@ class DVAEConfig(StrictModel):
     init_samples: int = Field(default=2_000, ge=1)  # training images whose patches are clustered
     init_sharpness: float = Field(default=8.0, gt=0)  # nats from a code to its nearest neighbour
 
-    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_every: int = Field(default=100, ge=1)  # steps between sums of code counts over the ranks
     usage_window_samples: int = Field(default=10_000, ge=1)
 
     @property
@@ -111,13 +111,13 @@ class DVAE(nn.Module):
     def forward(
         self, images: Tensor, tau: float = 0.0, seeds: Tensor | None = None, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss needs.
+        """Outputs that the loss needs.
 
         Args:
             images: uint8 [B, 3, S, S].
             tau: temperature of the relaxation; 0 = hard codes without noise.
             seeds: int64 [B], source of the noise; needed when tau > 0.
-            step: update number, for the noise.
+            step: step number, for the noise.
 
         Returns:
             Decoder maps [B, channels, S, S]; KL to the uniform prior in nats, fp32 [B, h, w]; codes (argmax of the
@@ -148,12 +148,12 @@ class Stage(TokenizerStage):
         return {"model": DVAE(self.config, self.likelihood.channels)}
 
     def beta(self, step: int) -> float:
-        """Weight of the KL term at an update."""
-        return cosine(step, self.config.beta_start, self.config.beta_end, self.config.beta_updates)
+        """Weight of the KL term at a step."""
+        return cosine(step, self.config.beta_start, self.config.beta_end, self.config.beta_steps)
 
     def tau(self, step: int) -> float:
-        """Temperature of the relaxation at an update."""
-        return cosine(step, self.config.tau_start, self.config.tau_end, self.config.tau_updates)
+        """Temperature of the relaxation at a step."""
+        return cosine(step, self.config.tau_start, self.config.tau_end, self.config.tau_steps)
 
     def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """The negative ELB of the paper divided by the number of pixel values.

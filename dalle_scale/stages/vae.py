@@ -1,7 +1,7 @@
-"""The variational autoencoder: pictures to a Gaussian latent and back (arXiv 1312.6114), convolutional.
+"""The variational autoencoder: images to a Gaussian latent and back (arXiv 1312.6114), convolutional.
 
-The objective is the bound of Sec. 2.2 with the closed-form KL and one draw a picture, divided by the number of pixel
-values. Everything random about a sample comes from its seed and the update number, so the loss of a sample does not
+The objective is the bound of Sec. 2.2 with the closed-form KL and one sample an image, divided by the number of pixel
+values. Everything random about a sample comes from its seed and the step number, so the loss of a sample does not
 depend on what it is batched with, nor on rank or world size.
 """
 
@@ -28,11 +28,11 @@ from dalle_scale.nn.likelihoods import Bernoulli, DiscretisedLogistic, Gaussian,
 from dalle_scale.nn.schedules import cosine
 from dalle_scale.types import Batch, BatchSpec, Losses, Nets, SampleRequest, StrictModel, UserError
 
-_PREVIEW_STEPS = 8  # pictures of an interpolation: a row of the log's sheet
+_PREVIEW_STEPS = 8  # images of an interpolation: a row of the log's sheet
 
 
 class VAEConfig(StrictModel):
-    """One VAE. Lengths of schedules are in updates."""
+    """One VAE. Lengths of schedules are in steps."""
 
     image_size: int = Field(default=32, ge=2)  # pixels
     augment: Literal["none", "dvae", "transformer"] = "none"
@@ -51,12 +51,12 @@ class VAEConfig(StrictModel):
     gaussian_ln_std_floor: float | None = -5.75  # learned: smallest ln std, about one level; None = unbounded
 
     beta: float = Field(default=1.0, ge=0)  # weight of the KL (arXiv 1804.03599 names it so); 1 = the bound
-    beta_warmup_updates: int = Field(default=0, ge=0)  # from 0 to beta, half a cosine
+    beta_warmup_steps: int = Field(default=0, ge=0)  # from 0 to beta, half a cosine
     # Free bits (arXiv 1606.04934): a channel of the latent, summed over its positions, costs no less than this.
-    # The maximum is taken for each picture, not of the mean over a minibatch as there: a sample's loss is its own
+    # The maximum is taken for each image, not of the mean over a minibatch as there: a sample's loss is its own
     free_bits_nats: float = Field(default=0.0, ge=0)
 
-    importance_samples: int = Field(default=64, ge=1)  # draws a picture in `evaluate`, K of arXiv 1509.00519
+    importance_samples: int = Field(default=64, ge=1)  # samples an image in `evaluate`, K of arXiv 1509.00519
 
     @property
     def downsampling(self) -> int:
@@ -80,12 +80,12 @@ class VAEConfig(StrictModel):
 
     @property
     def latent_dimensions(self) -> int:
-        """Numbers in a latent."""
+        """Size of a latent."""
         return math.prod(self.latent_shape)
 
     @property
     def values(self) -> int:
-        """Pixel values of a picture."""
+        """Pixel values of an image."""
         return 3 * self.image_size**2
 
     @field_validator("multipliers")
@@ -120,12 +120,12 @@ class VAE(nn.Module):
         self.decoder = Decoder(*shape, maps)
 
     def forward(self, images: Tensor, seeds: Tensor | None = None, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss needs.
+        """Outputs that the loss needs.
 
         Args:
             images: uint8 [B, 3, S, S].
             seeds: int64 [B], source of the noise; None decodes the mean of q(z | x).
-            step: update number, for the noise.
+            step: step number, for the noise.
 
         Returns:
             Decoder maps [B, maps, S, S]; mean and log-variance of q(z | x), fp32 [B, C, side, side].
@@ -161,13 +161,13 @@ class Stage(types.Stage):
         return {"model": VAE(self.config, self.likelihood.channels)}
 
     def beta(self, step: int) -> float:
-        """Weight of the KL term at an update."""
-        return cosine(step, 0.0, self.config.beta, self.config.beta_warmup_updates)
+        """Weight of the KL term at a step."""
+        return cosine(step, 0.0, self.config.beta, self.config.beta_warmup_steps)
 
     def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
-        """(nll + beta * KL with free bits) / pixel values, in nats; nll and KL are sums over a picture.
+        """(nll + beta * KL with free bits) / pixel values, in nats; nll and KL are sums over an image.
 
-        Terms: nll (nats per value), kl (nats per picture, without free bits), mse (of the reconstruction from a draw,
+        Terms: nll (nats per value), kl (nats per image, without free bits), mse (of the reconstruction from a sample,
         0..255 scale), beta; for discrete likelihoods bits_per_dim, the negative bound itself: beta 1 and no free bits.
         """
         images, weight = batch["image"], batch["weight"]
@@ -194,9 +194,9 @@ class Stage(types.Stage):
 
         Returns:
             psnr_db, from the mean squared error over all values of reconstructions from the mean of q(z | x) that are
-            not yet rounded to bytes; kl_nats, per picture; and for discrete likelihoods, as upper bounds of
-            -log2 p(x) per value, elbo_bits_per_dim (mean of K draws) and iwae_bits_per_dim, the tighter bound of the
-            same draws (arXiv 1509.00519, Sec. 3), K = importance_samples.
+            not yet rounded to bytes; kl_nats, per image; and for discrete likelihoods, as upper bounds of
+            -log2 p(x) per value, elbo_bits_per_dim (mean of K samples) and iwae_bits_per_dim, the tighter bound of the
+            same samples (arXiv 1509.00519, Sec. 3), K = importance_samples.
         """
         sums = torch.zeros(5, dtype=torch.float64, device=next(nets["model"].parameters()).device)
         for batch in batches:
@@ -215,21 +215,21 @@ class Stage(types.Stage):
         return result
 
     def _bounds(self, nets: Nets, batch: Batch, posterior: DiagonalGaussian) -> tuple[Tensor, Tensor]:
-        """Lower bounds of log p(x) in nats, fp64 [B] each: ELBO and importance-weighted, from the same K draws."""
-        draws = self.config.importance_samples
-        shape = (len(posterior.mean), draws, self.config.latent_dimensions)
-        noise = normal_noise(batch["seed"], 0, draws * self.config.latent_dimensions).view(shape)
+        """Lower bounds of log p(x) in nats, fp64 [B] each: ELBO and importance-weighted, from the same K samples."""
+        samples_per_image = self.config.importance_samples
+        shape = (len(posterior.mean), samples_per_image, self.config.latent_dimensions)
+        noise = normal_noise(batch["seed"], 0, samples_per_image * self.config.latent_dimensions).view(shape)
         prior = DiagonalGaussian(torch.zeros_like(posterior.mean), torch.zeros_like(posterior.mean))
         target = phi(batch["image"])
         log_p, log_ratio = [], []
-        for index in range(draws):
+        for index in range(samples_per_image):
             z = posterior.at(noise[:, index])
             maps = cast(VAE, nets["model"]).decoder(z)
             log_p.append(-self.likelihood.nll(maps, target).double().sum(dim=(1, 2, 3)))
             log_ratio.append(prior.log_prob(z).double() - posterior.log_prob(z).double())
         likelihoods, ratios = torch.stack(log_p), torch.stack(log_ratio)
         elbo = likelihoods.mean(dim=0) - posterior.kl().double().sum(dim=(1, 2, 3))
-        return elbo, torch.logsumexp(likelihoods + ratios, dim=0) - math.log(draws)
+        return elbo, torch.logsumexp(likelihoods + ratios, dim=0) - math.log(samples_per_image)
 
     def evaluator(self, nets: Nets) -> Evaluator:
         """`evaluate` of these nets; the Bernoulli bound is one of black and white images."""
@@ -249,14 +249,14 @@ class Stage(types.Stage):
 
     @torch.no_grad()
     def sample_images(self, nets: Nets, seeds: Tensor, temperature: float = 1.0) -> Tensor:
-        """Pictures from the prior, uint8 [B, 3, S, S]: the mean of p(x | z), without pixel noise.
+        """Images from the prior, uint8 [B, 3, S, S]: the mean of p(x | z), without pixel noise.
 
-        A picture depends on its seed, not on its batch, but for the rounding of convolutions.
+        An image depends on its seed, not on its batch, but for the rounding of convolutions.
 
         Args:
             nets: raw modules, not engines.
-            seeds: int64 [B], one a picture.
-            temperature: standard deviation of z; 1 = the model's, 0 = the same picture for every seed.
+            seeds: int64 [B], one an image.
+            temperature: standard deviation of z; 1 = the model's, 0 = the same image for every seed.
 
         Raises:
             UserError: negative temperature.
@@ -265,17 +265,17 @@ class Stage(types.Stage):
         model = cast(VAE, nets["model"])
         seeds = seeds.to(next(model.parameters()).device)
         z = temperature * normal_noise(seeds, 0, self.config.latent_dimensions)
-        return self._pictures(model, z.view(-1, *self.config.latent_shape))
+        return self._images(model, z.view(-1, *self.config.latent_shape))
 
     @torch.no_grad()
     def interpolate(self, nets: Nets, images_a: Tensor, images_b: Tensor, steps: int) -> Tensor:
-        """From each picture to another, evenly along the line between the means of their latents.
+        """From each image to another, evenly along the line between the means of their latents.
 
         Args:
             nets: raw modules, not engines.
             images_a: uint8 [B, 3, S, S].
             images_b: uint8 [B, 3, S, S].
-            steps: pictures of a path, both ends (reconstructions) included; 2 or more.
+            steps: images of a path, both ends (reconstructions) included; 2 or more.
 
         Returns:
             uint8 [B, steps, 3, S, S].
@@ -291,13 +291,13 @@ class Stage(types.Stage):
         end, _ = model.encoder(phi(images_b.to(device)))
         along = torch.linspace(0, 1, steps, device=device).view(1, steps, 1, 1, 1)
         path = torch.lerp(start[:, None], end[:, None], along)
-        pictures = self._pictures(model, path.flatten(0, 1))
-        return pictures.view(-1, steps, *pictures.shape[1:])
+        decoded = self._images(model, path.flatten(0, 1))
+        return decoded.view(-1, steps, *decoded.shape[1:])
 
     @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """Originals above their reconstructions [N, 3, 2 S, S]; prior samples, always of the same seeds; and a row of
-        pictures from each original to the next one."""
+        images from each original to the next one."""
         images = batch["image"][:PREVIEW_SAMPLES]
         maps, _, _ = nets["model"](images)
         path = self.interpolate(nets, images, images.roll(-1, dims=0), _PREVIEW_STEPS)
@@ -313,17 +313,17 @@ class Stage(types.Stage):
         return 3 * flops(lambda: self.nets()["model"](torch.empty(1, 3, size, size, dtype=torch.uint8)))
 
     def latents(self, nets: Nets) -> Latents:
-        """The trained net as the encoder below another stage: means of q(z | x) and back to pictures."""
+        """The trained net as the encoder below another stage: means of q(z | x) and back to images."""
         model = cast(VAE, nets["model"])
         return Latents(
             model,
             encode=lambda images: model.encoder(phi(images))[0],
-            decode=lambda z: self._pictures(model, z),
+            decode=lambda z: self._images(model, z),
             shape=self.config.latent_shape,
             image_size=self.config.image_size,
         )
 
-    def _pictures(self, model: VAE, z: Tensor) -> Tensor:
+    def _images(self, model: VAE, z: Tensor) -> Tensor:
         """Latents [N, C, side, side] -> uint8 [N, 3, S, S]."""
         return to_bytes(self.likelihood.mean(model.decoder(z)))
 

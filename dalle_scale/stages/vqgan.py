@@ -1,18 +1,18 @@
-"""VQGAN: an image tokenizer whose pictures are to look right, not only to be close (Esser et al., arXiv 2012.09841).
+"""VQGAN: an image tokenizer whose images are to look right, not only to be close (Esser et al., arXiv 2012.09841).
 
 Two nets take turns: "model" (encoder, quantizer, decoder) and "discriminator". The model lowers
 
     L1 + perceptual + commitment + gan_weight x lambda x gan,   lambda = |grad (L1 + perceptual)| / (|grad gan| + 1e-6)
 
 with both gradients those of the decoder's last convolution (eq. 7), lambda at most 1e4. Here the gradients are the
-global batch's, their norms are averaged over updates, and an update uses the lambda of those before it: so lambda is
+global batch's, their norms are averaged over steps, and a step uses the lambda of those before it: so lambda is
 one number for all ranks and micro-batches, and the loss of a sample does not depend on what it is batched with. The
-first update in which the discriminator counts only measures.
+first step in which the discriminator counts only measures.
 
 A convolution's gradient follows from its input and the gradient of its output. So lambda needs no second pass through
 the decoder and no parameter: it is the same at every ZeRO stage.
 
-The discriminator trains alone (`discriminator_warmup_updates`) before the model hears of it: an untrained one would
+The discriminator trains alone (`discriminator_warmup_steps`) before the model hears of it: an untrained one would
 push at random.
 """
 
@@ -50,7 +50,7 @@ _LAMBDA_EPS = 1e-6
 
 
 class VQGANConfig(StrictModel):
-    """One VQGAN; the architecture's defaults are the paper's f16 model for ImageNet. Starts are in updates."""
+    """One VQGAN; the architecture's defaults are the paper's f16 model for ImageNet. Starts are in steps."""
 
     image_size: int = Field(default=256, ge=2)  # pixels
     augment: Literal["none", "dvae", "transformer"] = "transformer"  # as in types.BatchSpec
@@ -72,12 +72,12 @@ class VQGANConfig(StrictModel):
     gan_weight: float = Field(default=0.8, ge=0)
     adaptive_weight: bool = True  # multiply it by lambda
     adaptive_decay: float = Field(default=0.9, ge=0, lt=1)  # of the averages of both gradient norms; 0 = the last ones
-    discriminator_start: int = Field(default=0, ge=0)  # update in which it begins to train
-    discriminator_warmup_updates: int = Field(default=0, ge=0)  # that it trains before the model hears of it
+    discriminator_start: int = Field(default=0, ge=0)  # step in which it begins to train
+    discriminator_warmup_steps: int = Field(default=0, ge=0)  # that it trains before the model hears of it
     lecam_weight: float = Field(default=0.0, ge=0)
     lecam_decay: float = Field(default=0.99, ge=0, lt=1)
 
-    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_every: int = Field(default=100, ge=1)  # steps between sums of code counts over the ranks
     usage_window_samples: int = Field(default=10_000, ge=1)
 
     @property
@@ -92,8 +92,8 @@ class VQGANConfig(StrictModel):
 
     @property
     def judged_from(self) -> int:
-        """First update in which the discriminator's verdict is part of the model's loss."""
-        return self.discriminator_start + self.discriminator_warmup_updates
+        """First step in which the discriminator's verdict is part of the model's loss."""
+        return self.discriminator_start + self.discriminator_warmup_steps
 
     @model_validator(mode="after")
     def _fits(self) -> VQGANConfig:
@@ -102,8 +102,8 @@ class VQGANConfig(StrictModel):
         if any(width % self.norm_groups for width in self.widths):
             raise ValueError(f"norm_groups {self.norm_groups} must divide the widths {self.widths}")
         if self.image_size < self.discriminator.smallest_pixels:
-            needs = self.discriminator.smallest_pixels
-            raise ValueError(f"discriminator.layers {self.discriminator.layers} need pictures of {needs} pixels")
+            inputs = self.discriminator.smallest_pixels
+            raise ValueError(f"discriminator.layers {self.discriminator.layers} need images of {inputs} pixels")
         if self.perceptual.kind != "none" and self.image_size < SMALLEST_PIXELS:
             raise ValueError(f"perceptual.kind {self.perceptual.kind} needs {SMALLEST_PIXELS} pixels a side")
         return self
@@ -127,7 +127,7 @@ class VQGAN(nn.Module):
     def forward(
         self, images: Tensor, weight: Tensor | None = None, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the loss needs.
+        """Outputs that the loss needs.
 
         Args:
             images: uint8 [B, 3, S, S].
@@ -135,16 +135,16 @@ class VQGAN(nn.Module):
             seeds: int64 [B], randomness of the codebook's restarts.
 
         Returns:
-            Pictures around -1 .. 1 [B, 3, S, S]; what the last convolution made them from, without gradient
+            Images around -1 .. 1 [B, 3, S, S]; what the last convolution made them from, without gradient
             [B, C, S, S]; quantizer's loss fp32 [B]; codes int64 [B, h, h].
         """
         quantized = self.quantizer(self.features(images), weight, seeds)
-        pictures, last = self.decoder(quantized.values)
-        return pictures, last.detach(), quantized.loss, quantized.codes
+        decoded, last = self.decoder(quantized.values)
+        return decoded, last.detach(), quantized.loss, quantized.codes
 
 
 class Discriminator(PatchDiscriminator):
-    """PatchGAN with the averages that the losses need, saved with it: logits of real and of made pictures, gradient
+    """PatchGAN with the averages that the losses need, saved with it: logits of real and of made images, gradient
     norms of likeness (L1 + perceptual) and verdict (gan)."""
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -163,8 +163,8 @@ class Stage(TokenizerStage):
         super().__init__(config, upstream, config.quantizer.vocab, (config.grid,))
         self.config: VQGANConfig = config
         self._lpips: Lpips | None = None  # made when first needed: neither exports nor dry runs need its files
-        self._gradients: list[Tensor] = []  # of this update's micro-batches: [2, 3, C, 3, 3], likeness and verdict
-        self._logits: list[Tensor] = []  # of this update's micro-batches: [2], means over real and made pictures
+        self._gradients: list[Tensor] = []  # of this step's micro-batches: [2, 3, C, 3, 3], likeness and verdict
+        self._logits: list[Tensor] = []  # of this step's micro-batches: [2], means over real and made images
 
     def nets(self) -> Nets:
         return {"model": VQGAN(self.config), "discriminator": Discriminator(self.config)}
@@ -175,7 +175,7 @@ class Stage(TokenizerStage):
     def loss(self, net: str, nets: Nets, batch: Batch, step: int) -> Losses:
         """Terms of "model": rec (L1 where pixels span -1 .. 1), perceptual, commitment (x beta, and the codebook loss
         where it has one); from `judged_from` on gan, lambda. Of "discriminator": disc, lecam, and the mean logits of
-        real and made pictures."""
+        real and made images."""
         return self._model_loss(nets, batch, step) if net == "model" else self._discriminator_loss(nets, batch)
 
     def _model_loss(self, nets: Nets, batch: Batch, step: int) -> Losses:
@@ -184,7 +184,7 @@ class Stage(TokenizerStage):
         made, target = made.float(), to_pixels(images)
         judged = step >= config.judged_from
         measuring = judged and config.adaptive_weight and made.requires_grad
-        # What is measured needs the gradients at the pictures, and no pass through an engine but its own backward
+        # What is measured needs the gradients at the images, and no pass through an engine but its own backward
         shown = made.detach().requires_grad_() if measuring else made
 
         terms = {"rec": (shown - target).abs().mean(dim=(1, 2, 3)), "commitment": commitment}
@@ -258,8 +258,8 @@ class Stage(TokenizerStage):
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products of both turns, once the discriminator counts. In forward passes: 3 for the
-        model's training and 1 to show its pictures to the discriminator; of the discriminator 2 for the model's turn
-        and 6 for the two pictures of its own; of the perceptual features 2, and 1 back."""
+        model's training and 1 to show its images to the discriminator; of the discriminator 2 for the model's turn
+        and 6 for the two images of its own; of the perceptual features 2, and 1 back."""
         config = self.config
         shape = (1, 3, config.image_size, config.image_size)
         total = 4 * flops(lambda: VQGAN(config)(torch.empty(shape, dtype=torch.uint8)))
@@ -285,7 +285,7 @@ class Stage(TokenizerStage):
         return distance
 
     def _lambda(self, nets: Nets) -> Tensor:
-        """The factor of this update, a scalar; 1 without `adaptive_weight`."""
+        """The factor of this step, a scalar; 1 without `adaptive_weight`."""
         if not self.config.adaptive_weight:
             return torch.ones((), device=dist.device())
         likeness, verdict = _average(nets, "gradient_norms").value()

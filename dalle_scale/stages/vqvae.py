@@ -1,4 +1,4 @@
-"""VQ-VAE: pictures to a square of codes and back (van den Oord et al., arXiv 1711.00937).
+"""VQ-VAE: images to a square of codes and back (van den Oord et al., arXiv 1711.00937).
 
 The defaults are the paper's CIFAR-10 network (Sec. 4.1) with one code a position (the paper has 8x8x10 latents there)
 of 64 channels (the paper does not say). The prior over the codes is another stage. Nothing is random but the choice of
@@ -42,7 +42,7 @@ class VQVAEConfig(StrictModel):
     likelihood: Literal["mse", "gaussian"] = "mse"
     gaussian_std: float = Field(default=0.1, gt=0)
 
-    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_every: int = Field(default=100, ge=1)  # steps between sums of code counts over the ranks
     usage_window_samples: int = Field(default=10_000, ge=1)
 
     @property

@@ -1,6 +1,6 @@
-"""VQ-VAE-2: pictures to a pyramid of codes and back (Razavi et al., arXiv 1906.00446, Sec. 3.1 and App. A).
+"""VQ-VAE-2: images to a pyramid of codes and back (Razavi et al., arXiv 1906.00446, Sec. 3.1 and App. A).
 
-The defaults are the paper's ImageNet 256 autoencoder: 32x32 codes on top, 64x64 at the bottom; three levels on pictures
+The defaults are the paper's ImageNet 256 autoencoder: 32x32 codes on top, 64x64 at the bottom; three levels on images
 of 1024 pixels are its FFHQ autoencoder. Levels are counted from the top, the coarsest, which is quantized first: what
 it stands for is decoded and shown to the next finer level before that is quantized. The priors over the codes are
 another stage. Nothing is random but the choice of vectors from which unused codes restart, which comes from the
@@ -40,7 +40,7 @@ class VQVAE2Config(StrictModel):
     dim: int = Field(default=64, ge=1)  # channels of the features that are quantized
     quantizer: QuantizerConfig = QuantizerConfig()  # of each level; the codebooks are its own
 
-    usage_every: int = Field(default=100, ge=1)  # updates between sums of code counts over the ranks
+    usage_every: int = Field(default=100, ge=1)  # steps between sums of code counts over the ranks
     usage_window_samples: int = Field(default=10_000, ge=1)
 
     @property
@@ -98,7 +98,7 @@ class VQVAE2(nn.Module):
         return self.decoder(maps), [quantized.codes for quantized in levels], loss
 
     def hidden(self, images: Tensor) -> list[Tensor]:
-        """What the encoders make of uint8 images [B, 3, S, S]: [B, width, side, side] for each level, top first."""
+        """Encoder outputs of uint8 images [B, 3, S, S]: [B, width, side, side] for each level, top first."""
         x, hidden = to_pixels(images), []
         for encoder in reversed(self.encoders):
             x = encoder(x)
@@ -106,7 +106,7 @@ class VQVAE2(nn.Module):
         return hidden[::-1]
 
     def features(self, level: int, hidden: Sequence[Tensor], maps: Tensor | None) -> Tensor:
-        """What is quantized at a level, [B, dim, side, side], given the maps of those above (None at the top)."""
+        """Vectors to quantize at a level, [B, dim, side, side], given the maps of those above (None at the top)."""
         x = hidden[level]
         if maps is not None:
             x = torch.cat([self.contexts[level - 1](maps), x], dim=1)

@@ -1,7 +1,7 @@
 """The priors of VQ-VAE-2: an autoregressive model of the codes of one level (arXiv 1906.00446, Sec. 3.2).
 
-A picture is a square of codes at each level, coarsest ("top") first. One run trains the prior of one level given all
-levels above it, p(level | levels above); the product over the levels is the prior of pictures. Drawing goes from the
+An image is a square of codes at each level, coarsest ("top") first. One run trains the prior of one level given all
+levels above it, p(level | levels above); the product over the levels is the prior of images. Sampling goes from the
 top down, each level by its own export. With a single grid this is the prior of a VQ-VAE.
 
 Captions may stand in for the paper's class labels: the mean over the tokens of an MLP of token and place, added to the
@@ -77,7 +77,7 @@ class Stage(types.Stage):
 
         @property
         def first_code(self) -> int:
-            """Where this level begins among the codes of all levels."""
+            """Index of this level's first code among the codes of all levels."""
             return sum(grid**2 for grid in self.upper_grids)
 
         @field_validator("grids")
@@ -162,7 +162,7 @@ class Stage(types.Stage):
 
     @torch.no_grad()
     def code_bits(self, nets: Nets, codes: Tensor, text: Tensor | None = None) -> Tensor:
-        """What the codes of this level cost: -log2 p(level | levels above, caption), fp64 [B], summed over a picture.
+        """Cost of the codes of this level: -log2 p(level | levels above, caption), fp64 [B], summed over an image.
 
         Args:
             nets: raw modules in eval mode, not engines.
@@ -183,14 +183,14 @@ class Stage(types.Stage):
         *,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Draw the codes of this level for B pictures, int64 [B, grid * grid].
+        """Sample the codes of this level for B images, int64 [B, grid * grid].
 
-        A picture depends on its seed and condition, not on its batch, but for the rounding of matrix products. Levels
+        An image depends on its seed and condition, not on its batch, but for the rounding of matrix products. Levels
         may share their seeds: `noise` is another at each.
 
         Args:
             nets: raw modules, not engines.
-            seeds: int64 [B], one a picture.
+            seeds: int64 [B], one an image.
             upper: codes of the levels above, coarsest first, int64 [B, sum of their grids squared]; None for the top.
             text: int64 [B, T], where the model takes captions.
             temperature: of the softmax; > 0.
@@ -240,23 +240,23 @@ class Stage(types.Stage):
         return Prior(bits, c.vocab, c.grids, c.level, c.text_length, c.text_vocab, not c.text_length)
 
     def noise(self, seeds: Tensor, row: int) -> Tensor:
-        """Gumbel noise that draws the codes of a row, fp32 [B, grid, vocab]: a function of seed, level and row."""
+        """Gumbel noise that samples the codes of a row, fp32 [B, grid, vocab]: a function of seed, level and row."""
         c = self.config
         rows_above = sum(c.upper_grids) + row  # of all levels
         return gumbel_noise(seeds, rows_above, c.grid * c.vocab).view(-1, c.grid, c.vocab)
 
     @torch.no_grad()
     def preview(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
-        """The batch's first pictures above what becomes of them when this level is drawn anew, always from the same
+        """The batch's first images above what becomes of them when this level is sampled anew, always from the same
         seeds. For the finest level only, and nothing without an image tokenizer."""
         if self.upstream is None or self.config.level != len(self.config.grids) - 1:
             return {}
         codes = batch["codes"][:PREVIEW_SAMPLES]
         upper, _ = self.levels(codes)
         text = batch["text"][:PREVIEW_SAMPLES] if self.config.text_length else None
-        drawn = self.sample(nets, torch.arange(len(codes), device=codes.device), upper, text)
-        pictures = self.upstream.decode(drawn if upper is None else torch.cat([upper, drawn], dim=1))
-        return {"samples": torch.cat([self.upstream.decode(codes), pictures], dim=2)}
+        sampled = self.sample(nets, torch.arange(len(codes), device=codes.device), upper, text)
+        images = self.upstream.decode(sampled if upper is None else torch.cat([upper, sampled], dim=1))
+        return {"samples": torch.cat([self.upstream.decode(codes), images], dim=2)}
 
     def flops_per_sample(self) -> float:
         """Convolutions and matrix products, forward and backward (counted as twice the forward). The zeros that make a

@@ -17,14 +17,14 @@ def faults():
     return faults
 
 
-CONTENT = {f"{number:05d}": (b"picture %d" % number, b"caption %d" % number) for number in range(10)}
+CONTENT = {f"{number:05d}": (b"image %d" % number, b"caption %d" % number) for number in range(10)}
 
 
-def row(picture: int | None, caption: int | None, key: str = "x", damaged: bool = False) -> dict:
+def row(image: int | None, caption: int | None, key: str = "x", damaged: bool = False) -> dict:
     """What a reader reports of one delivery."""
-    data = None if picture is None else CONTENT[f"{picture:05d}"][0] + b"!" * damaged
+    data = None if image is None else CONTENT[f"{image:05d}"][0] + b"!" * damaged
     text = None if caption is None else CONTENT[f"{caption:05d}"][1].decode()
-    return {"key": key, "picture": None if data is None else hashlib.sha256(data).hexdigest(), "caption": text}
+    return {"key": key, "image": None if data is None else hashlib.sha256(data).hexdigest(), "caption": text}
 
 
 def test_every_sample_is_counted_once(faults):

@@ -68,7 +68,7 @@ def visible_pairs() -> int:
 
 
 def test_step_holds_what_the_plan_says(tmp_path: Path) -> None:
-    """Two micro-batches of two samples of 20 tokens and 64 codes an update; three layers of width 32."""
+    """Two micro-batches of two samples of 20 tokens and 64 codes a step; three layers of width 32."""
     result = measured("step", tmp_path / "step.json")
     memory, model_tokens = result["memory"], 2 * 2 * (20 + 64)
     assert memory["measured_lasting_bytes"] == pytest.approx(memory["lasting_bytes"], rel=0.05)
@@ -84,7 +84,7 @@ def test_step_holds_what_the_plan_says(tmp_path: Path) -> None:
 
 
 def test_states_are_compared_on_the_same_batches(tmp_path: Path) -> None:
-    result = measured("states", tmp_path / "states.json", "--updates=30")
+    result = measured("states", tmp_path / "states.json", "--steps=30")
     assert tuple(result["cases"]) == KINDS
     reference = result["cases"][KINDS[0]]
     for row in result["cases"].values():
@@ -93,8 +93,8 @@ def test_states_are_compared_on_the_same_batches(tmp_path: Path) -> None:
         assert row["by_fp32_states"] == pytest.approx(row["held_out_nats"] / reference["held_out_nats"], abs=1e-5)
         assert row["by_fp32_states"] == pytest.approx(1, abs=2e-3)
     assert result["cases"][KINDS[2]]["log"]["log2_scale_min"] > 0
-    with Image.open(tmp_path / "states.png") as picture:
-        assert np.unique(np.asarray(picture.convert("L"))).size > 10
+    with Image.open(tmp_path / "states.png") as image:
+        assert np.unique(np.asarray(image.convert("L"))).size > 10
 
 
 def test_training_beside_peers(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_sampling_draws_all_candidates_and_writes_nothing_by_itself(options: tup
     result = json.loads(done.stdout)
     assert (result["candidates"], result["different_candidates"], result["drawn_at_a_time"]) == (7, 7, at_a_time)
     assert result["seconds"] == pytest.approx(result["seconds_drawing"] + result["seconds_decoding"], abs=0.002)
-    # keys and values of width 32 and 2 bytes: a row and a state more; the whole picture; 2 rows, and a window of 13
+    # keys and values of width 32 and 2 bytes: a row and a state more; the whole image; 2 rows, and a window of 13
     slots = (8 + 1) + 64 + (2 * 8 + 2 * 5 + 3)
     assert result["memory_a_candidate"]["cache_bytes"] == slots * 2 * 32 * 2
     assert set(RESULTS.iterdir()) == before
@@ -128,7 +128,7 @@ def test_sampling_draws_all_candidates_and_writes_nothing_by_itself(options: tup
 def test_autoencoders_beside_peers(tmp_path: Path) -> None:
     result = measured("autoencoders", tmp_path / "autoencoders.json")
     dvae, diffusion = result["dvae"]["sides"], result["diffusion"]["sides"]
-    assert dvae["ours"]["pictures_per_second"] > 0 and dvae["paper's stem"]["ours_times_as_fast"] > 0
+    assert dvae["ours"]["images_per_second"] > 0 and dvae["paper's stem"]["ours_times_as_fast"] > 0
     assert "seconds" in dvae["dalle-pytorch"] or "not installed" in dvae["dalle-pytorch"]["not_measured"]
     assert diffusion["ours"]["parameters"] == diffusion["diffusers"]["parameters"]
     assert diffusion["diffusers"]["ours_times_as_fast"] > 0
@@ -209,8 +209,8 @@ def test_the_full_sizes_are_ones_that_the_program_takes(modules: Any) -> None:
     ("options", "message"),
     [
         (("step", "--device=cpu"), "--device: cpu takes days for models of this size; add --toy"),
-        (("step", "--toy", "--device=cpu", "--updates=3"), "--updates: not of 'step'"),
-        (("states", "--toy", "--device=cpu", "--updates=0"), "--updates: 0 is below 1"),
+        (("step", "--toy", "--device=cpu", "--steps=3"), "--steps: not of 'step'"),
+        (("states", "--toy", "--device=cpu", "--steps=0"), "--steps: 0 is below 1"),
         (("sampling", "--toy", "--device=cpu", "--out=nowhere/x.json"), "--out: nowhere is no folder"),
         (("step",), "--device: cuda, but PyTorch finds no GPU here"),
     ],

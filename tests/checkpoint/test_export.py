@@ -42,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_what_is_told_of_the_weights(tmp_path: Path) -> None:
     state, config = Stage(Stage.Config()).nets()["model"].state_dict(), Stage.Config()
-    trained = {"update": 3, "updates": 5, "weights": {"model": "ema 0.9"}}
+    trained = {"step": 3, "steps": 5, "weights": {"model": "ema 0.9"}}
     export.save(tmp_path / "known", NAME, config, {"model": state}, trained=trained)
     save(tmp_path / "unknown")
     assert export.load(tmp_path / "known").trained == trained and export.load(tmp_path / "unknown").trained == {}

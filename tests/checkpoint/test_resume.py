@@ -22,7 +22,7 @@ class Counter:
     """The smallest thing that can be saved."""
 
     def __init__(self, config: RunConfig, value: int = 0) -> None:
-        self.schedule = Schedule(config.optim["model"].schedule, config.updates)
+        self.schedule = Schedule(config.optim["model"].schedule, config.steps)
         self.value = value
 
     def save(self, folder: Path) -> None:
@@ -37,8 +37,8 @@ def make(run: Path, **changes: Any) -> RunConfig:
     tree: dict[str, Any] = {
         "stage": "dvae",
         "run": str(run),
-        "updates": 100,
-        "batch_samples": 8,
+        "steps": 100,
+        "global_batch_size": 8,
         "model": {"vocab": 64, "multipliers": [1, 2]},
         "data": {"train": "x"},
         "optim": {"model": {"lr": 0.1, "schedule": {"kind": "plateau"}}},
@@ -53,23 +53,23 @@ def make(run: Path, **changes: Any) -> RunConfig:
     return parse(RunConfig, tree, "test")
 
 
-def save(run: Path, update: int, keep: int = 2, **changes: Any) -> Counter:
+def save(run: Path, step: int, keep: int = 2, **changes: Any) -> Counter:
     config = make(run, **changes)
-    part = Counter(config, value=update * 10)
-    part.schedule.halvings = update
-    resume.save(run, update, config, {"model": part}, {"next_batch": update}, keep)
+    part = Counter(config, value=step * 10)
+    part.schedule.halvings = step
+    resume.save(run, step, config, {"model": part}, {"next_batch": step}, keep)
     return part
 
 
-def updates(run: Path) -> list[int]:
-    return [checkpoint.update for checkpoint in resume.committed(run)]
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in resume.committed(run)]
 
 
 def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 7)
     found = resume.find(tmp_path, "auto")
     assert found is not None
-    assert (found.update, found.world_size, found.stream) == (7, 1, {"next_batch": 7})
+    assert (found.step, found.world_size, found.stream) == (7, 1, {"next_batch": 7})
     config = make(tmp_path)
     resume.check(found, config, world_size=1)
     part = Counter(config)
@@ -78,9 +78,9 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    for update in (1, 2, 10, 9_999_999_999):
-        save(tmp_path, update, keep=2)
-    assert updates(tmp_path) == [10, 9_999_999_999]
+    for step in (1, 2, 10, 9_999_999_999):
+        save(tmp_path, step, keep=2)
+    assert steps(tmp_path) == [10, 9_999_999_999]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
@@ -91,7 +91,7 @@ def test_the_update_is_read_from_inside(tmp_path: Path) -> None:
     (folder / "00000005").rename(folder / "best")
     (folder / "00000006").rename(folder / "00000001")
     found = resume.find(tmp_path, "auto")
-    assert found is not None and found.update == 6 and updates(tmp_path) == [5, 6]
+    assert found is not None and found.step == 6 and steps(tmp_path) == [5, 6]
 
 
 def test_uncommitted_folders_do_not_exist(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_uncommitted_folders_do_not_exist(tmp_path: Path) -> None:
     save(tmp_path, 6)
     (tmp_path / "checkpoints" / "00000006" / "COMMIT").unlink()
     found = resume.find(tmp_path, "auto")
-    assert found is not None and found.update == 5
+    assert found is not None and found.step == 5
     assert resume.find(tmp_path / "other", "auto") is None
 
 
@@ -115,11 +115,11 @@ def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytes
         patch.setattr(*((Counter, "save") if step == "part" else (io, step)), full)
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 6, keep=1)
-    assert updates(tmp_path) == [5]
+    assert steps(tmp_path) == [5]
     found = resume.find(tmp_path, "auto")
-    assert found is not None and found.update == 5
+    assert found is not None and found.step == 5
     save(tmp_path, 6, keep=1)
-    assert updates(tmp_path) == [6]
+    assert steps(tmp_path) == [6]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000006"]
 
 
@@ -164,7 +164,7 @@ def test_damage_is_told(tmp_path: Path, damage: Any, message: str) -> None:
 def test_resume_no_does_not_touch_a_run(tmp_path: Path) -> None:
     assert resume.find(tmp_path, "no") is None
     save(tmp_path, 5)
-    with pytest.raises(UserError, match="holds a run with 5 updates; take another run="):
+    with pytest.raises(UserError, match="holds a run with 5 steps; take another run="):
         resume.find(tmp_path, "no")
 
 
@@ -173,8 +173,8 @@ def test_resume_from_a_folder(tmp_path: Path) -> None:
     save(tmp_path / "a", 6)
     folder = str(tmp_path / "a" / "checkpoints" / "00000005")
     found = resume.find(tmp_path / "b", folder)
-    assert found is not None and found.update == 5
-    with pytest.raises(UserError, match="goes on to update 6; take another run="):
+    assert found is not None and found.step == 5
+    with pytest.raises(UserError, match="continues to step 6; take another run="):
         resume.find(tmp_path / "a", folder)
     with pytest.raises(UserError, match="not a committed checkpoint"):
         resume.find(tmp_path / "b", str(tmp_path / "a"))
@@ -189,11 +189,11 @@ def test_resume_from_a_folder(tmp_path: Path) -> None:
         ({"stage": "dalle"}, "stage='dvae', this run has 'dalle'"),
         ({"optim__model__lr": 0.2}, "optim.model.lr=0.1, this run has 0.2"),
         ({"optim__model__schedule__kind": "cosine"}, "optim.model.schedule.kind='plateau'"),
-        ({"batch_samples": 16}, "batch_samples=8"),
+        ({"global_batch_size": 16}, "global_batch_size=8"),
         ({"seed": 1}, "seed=0"),
         ({"engine__dtype": "bf16"}, "engine.dtype='fp32'"),
         ({"data__text_tokenizer": "y"}, "data.text_tokenizer"),
-        ({"updates": 4}, "has 5 updates, more than updates=4"),
+        ({"steps": 4}, "has 5 steps, more than steps=4"),
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -207,10 +207,10 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], told: s
 @pytest.mark.parametrize(
     "changes",
     [
-        {"updates": 200},
+        {"steps": 200},
         {"log__every": 1},
         {"data__train": "moved"},
-        {"engine__micro_batch_samples": 2},
+        {"engine__micro_batch_size": 2},
         {"engine__zero": 3},
     ],
 )
@@ -223,12 +223,12 @@ def test_what_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("saved", "wanted", "told"),
     [
-        ({"zero": 1}, {"zero": 2, "machines": 2}, None),
-        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "machines": 4}, None),  # as many ranks in each
-        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "machines": 2}, "by 1 processes in .* engine.zero=1 and 2;"),
+        ({"zero": 1}, {"zero": 2, "nodes": 2}, None),
+        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "nodes": 4}, None),  # as many ranks in each
+        ({"zero": 1, "compression_rank": 2}, {"zero": 1, "nodes": 2}, "by 1 processes in .* engine.zero=1 and 2;"),
         (
             {"zero": 1, "compression_rank": 2},
-            {"zero": 3, "machines": 4},
+            {"zero": 3, "nodes": 4},
             "saved at engine.zero=1 .* engine.zero=3 and 1",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Logs of the ranks, and the end of a job whose rank dies: named, quick, and to be gone on from."""
+"""Logs of the ranks, and the end of a job whose rank dies: named, quick, and to be resumed from."""
 
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ def test_a_finished_rank_and_another_process_of_its_number_are_no_deaths(tmp_pat
     gone = subprocess.Popen(["true"])
     gone.wait()
     log._neighbours = [rank_log.Peer(1, "here", gone.pid, started=1)]
-    assert [death.how for death in log._deaths()] == ["is gone; the launcher has its exit code"]
+    assert [death.how for death in log._failures()] == ["is gone; the launcher has its exit code"]
     for code in (0, 2):
         (tmp_path / "rank_00001.log").write_text(f"words\n{rank_log._last_line(gone.pid, code)}\nlate words of C\n")
-        assert [death.exit_code for death in log._deaths()] == [code] * (code > 0)
+        assert [death.exit_code for death in log._failures()] == [code] * (code > 0)
     log._neighbours = [rank_log.Peer(2, "here", os.getpid(), started=1)]
-    assert len(log._deaths()) == 1
+    assert len(log._failures()) == 1
 
 
 def test_training_ends_and_goes_on(toy_data: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tree = toy_run(toy_data, run, updates=1_000_000, log={"every": 1, "save_every": 5})
+    tree = toy_run(toy_data, run, steps=1_000_000, log={"every": 1, "save_every": 5})
     line = command(ROOT / "launch" / "train.py", str(write_config(tmp_path / "c.yaml", tree)), processes=2)
     options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(line, **options)
@@ -117,7 +117,7 @@ def test_training_ends_and_goes_on(toy_data: dict[str, str], tmp_path: Path) -> 
     assert f"pid {pid}) was killed by signal 9" in output or (f"pid {pid}) is gone" in output and "= -9" in output)
     assert f"the end of {run}/logs/rank_00001.log:\n" in output and "Traceback" not in output
 
-    saved = resume.committed(run)[-1].update
-    done = subprocess.run([*line, f"updates={saved + 2}"], **options, timeout=HANG_SECONDS)
-    assert done.returncode == 0 and f"goes on from {run}/checkpoints/{saved:08d}" in done.stdout, done.stdout[-3000:]
-    assert metrics(run)[-1]["update"] == saved + 2 and log_of(run, 1).count("rank 1 of 2: ") == 2
+    saved = resume.committed(run)[-1].step
+    done = subprocess.run([*line, f"steps={saved + 2}"], **options, timeout=HANG_SECONDS)
+    assert done.returncode == 0 and f"resumes from {run}/checkpoints/{saved:08d}" in done.stdout, done.stdout[-3000:]
+    assert metrics(run)[-1]["step"] == saved + 2 and log_of(run, 1).count("rank 1 of 2: ") == 2

@@ -1,4 +1,4 @@
-"""The plan against what real tensors take, closed forms, the paper's sizes; what mends; what is refused."""
+"""The plan against what real tensors take, closed forms, the paper's sizes; what fixes; what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dalle_scale.types import Batch, UserError
 
 TINY = ROOT / "configs" / "tiny"
 STAGES = ("dalle", "dvae")
-CLUSTER = {"machines": 1, "gpus": 1, "memory_gib": 1.0, "flops": 1e12, "intra_gbps": 80.0, "inter_gbps": 8.0}
+CLUSTER = {"nodes": 1, "gpus": 1, "memory_gib": 1.0, "flops": 1e12, "intra_gbps": 80.0, "inter_gbps": 8.0}
 
 
 def tiny(stage: str, *overrides: str) -> RunConfig:
@@ -98,7 +98,7 @@ def test_activations_are_those_of_a_real_forward(
     own = {t.data_ptr() for t in [*nets["model"].parameters(), *nets["model"].buffers(), *batch.values()]}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or t, lambda t: t):
-        stage.loss("model", nets, batch, config.updates - 1)
+        stage.loss("model", nets, batch, config.steps - 1)
     with torch.device("meta"):
         shapes = stage.nets()
     found = activation_memory.activations(config, shapes, 2)
@@ -106,19 +106,19 @@ def test_activations_are_those_of_a_real_forward(
     copied = 8192 if stage_name == "dvae" else 0
     assert found["saved"] - size(t for t in saved if t.untyped_storage().data_ptr() not in own) in (0, copied)
     # kernels of convolutions take memory of their own, how much is up to the processor; cached masks come once
-    peak = peak_of_a_real_update(config)
+    peak = peak_of_a_real_step(config)
     assert 0.92 * found["peak"] < peak < (1.6 if stage_name == "dvae" else 1.08) * found["peak"]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in shapes["model"].parameters())
 
 
-def peak_of_a_real_update(config: RunConfig) -> int:
+def peak_of_a_real_step(config: RunConfig) -> int:
     """The most that the CPU's allocator held on to during forward and backward, by PyTorch's profiler."""
     stage, nets, batch = real(config)
     for parameter in nets["model"].parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    stage.loss("model", nets, batch, config.updates - 1).total.backward()  # fills caches
+    stage.loss("model", nets, batch, config.steps - 1).total.backward()  # fills caches
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stage.loss("model", nets, batch, config.updates - 1).total.backward()
+        stage.loss("model", nets, batch, config.steps - 1).total.backward()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
@@ -162,8 +162,8 @@ def linear(shape: tuple[int, int]) -> nn.Module:
 
 
 def toy(**engine: Any) -> RunConfig:
-    tree = {"stage": "x", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
-    tree |= {"engine": {"dtype": "bf16", "micro_batch_samples": 1, **engine}, "optim": {"model": {"lr": 0.1}}}
+    tree = {"stage": "x", "run": "x", "steps": 1, "global_batch_size": 8, "data": {"train": "x"}}
+    tree |= {"engine": {"dtype": "bf16", "micro_batch_size": 1, **engine}, "optim": {"model": {"lr": 0.1}}}
     return configs.parse(RunConfig, tree, "test")
 
 
@@ -200,42 +200,42 @@ def test_zero_3_gathers_twice_what_is_used_again_far_away() -> None:
     ],
 )
 def test_bytes_between_machines(zero: int, rank: int, want: float) -> None:
-    """100 x 200 on two machines of four ranks, by rows at ZeRO 3: r (m + n) bf16 numbers instead of m n."""
-    config = toy(zero=zero, machines=2, compression_rank=rank)
-    assert plan.between_machines_bytes(config, linear((200, 100)), "model", world_size=8) == pytest.approx(want)
+    """100 x 200 on two nodes of four ranks, by rows at ZeRO 3: r (m + n) bf16 numbers instead of m n."""
+    config = toy(zero=zero, nodes=2, compression_rank=rank)
+    assert plan.between_nodes_bytes(config, linear((200, 100)), "model", world_size=8) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(("size", "rank", "saved"), [("3b", 512, 0.83), ("6b", 640, 0.85), ("12b", 896, 0.86)])
 def test_the_papers_ranks_save_what_the_paper_says(size: str, rank: int, saved: float) -> None:
-    """Table 1, of matrices alone, in machines of 8 GPUs; and its formula 1 - 5 r / (8 d) of App. E.2."""
-    overrides = ["engine.zero=3", "engine.machines=2", f"engine.compression_rank={rank // 8}"]
+    """Table 1, of matrices alone, in nodes of 8 GPUs; and its formula 1 - 5 r / (8 d) of App. E.2."""
+    overrides = ["engine.zero=3", "engine.nodes=2", f"engine.compression_rank={rank // 8}"]
     config = configs.load(ROOT / f"configs/dalle/paper_{size}.yaml", overrides)
     with torch.device("meta"):
         net = activation_memory.open_stage(config).nets()["model"]
     exact = config.model_copy(update={"engine": config.engine.model_copy(update={"compression_rank": 0})})
     groups = [group for group in optim.param_groups(net, config.optim["model"]) if group["role"] == "matrix"]
     matrices_bytes = 2 * sum(parameter.numel() for group in groups for parameter in group["params"])
-    whole, less = (plan.between_machines_bytes(each, net, "model", world_size=16) for each in (exact, config))
+    whole, less = (plan.between_nodes_bytes(each, net, "model", world_size=16) for each in (exact, config))
     share = (whole - less) * 8 / matrices_bytes
     assert share == pytest.approx(1 - 5 * rank / (8 * config.model["width"]), abs=1e-9)
     assert round(share, 2) == saved
 
 
 def test_memory_of_compression() -> None:
-    """100 x 200 on two machines of four ranks at ZeRO 3: of 25 x 200 an error and a Q in fp32 last; P twice and the
+    """100 x 200 on two nodes of four ranks at ZeRO 3: of 25 x 200 an error and a Q in fp32 last; P twice and the
     other factor in fp32, and that in bf16 as it is and made flat, are there for a step."""
-    config = toy(zero=3, machines=2, compression_rank=5)
+    config = toy(zero=3, nodes=2, compression_rank=5)
     kept, factors = plan._compression(config, linear((200, 100)), "model", world_size=8)
     assert kept == 4 * (25 * 200 + 5 * 200)
     assert factors == 4 * 5 * (2 * 25 + 200) + 2 * 2 * 5 * 200
 
 
 def test_links() -> None:
-    """One ring through all GPUs leaves a machine once; one from every GPU leaves it as often as there are GPUs."""
-    machines = cluster(machines=2, gpus=4)
-    sent, seconds = plan._links(4e9, 0.0, ranks=8, cluster=machines)
+    """One ring through all GPUs leaves a node once; one from every GPU leaves it as often as there are GPUs."""
+    nodes = cluster(nodes=2, gpus=4)
+    sent, seconds = plan._links(4e9, 0.0, ranks=8, cluster=nodes)
     assert sent == {"rank": 4e9, "intra_machine": 3e9, "inter_machine": 1e9} and seconds == 4.0  # 4 GB at 1 GB/s
-    sent, seconds = plan._links(4e9, 1e9, ranks=4, cluster=machines)
+    sent, seconds = plan._links(4e9, 1e9, ranks=4, cluster=nodes)
     assert sent == {"rank": 5e9, "intra_machine": 4e9, "inter_machine": 1e9} and seconds == pytest.approx(4.4)
 
 
@@ -244,7 +244,7 @@ def test_time() -> None:
     found = planned(config, gpus=2, flops=1e9, utilisation=0.5)
     row = found["zero"][1]
     seconds = row["step_seconds"]
-    assert seconds["compute"] == pytest.approx(found["flops"]["update"] * 4 / 3 / 1e9)
+    assert seconds["compute"] == pytest.approx(found["flops"]["step"] * 4 / 3 / 1e9)
     assert seconds["communication"] == pytest.approx(row["sent_bytes"]["rank"] / 10e9)
     assert seconds["in_turn"] == seconds["compute"] + seconds["communication"] > seconds["overlapped"]
     assert row["days"]["in_turn"] == pytest.approx(seconds["in_turn"] * 6 / 86_400)
@@ -253,7 +253,7 @@ def test_time() -> None:
 @pytest.mark.parametrize("path", sorted(TINY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_stage_can_be_planned(path: Path) -> None:
     found = planned(configs.load(path), gpus=2)
-    assert found["fits"] and not found["mend"]
+    assert found["fits"] and not found["fix"]
     assert all(row["memory_bytes"]["activations"] > 0 and row["step_seconds"]["compute"] > 0 for row in found["zero"])
     assert (
         found["activation_bytes"]["with_checkpointing"]["saved"]
@@ -264,14 +264,14 @@ def test_every_stage_can_be_planned(path: Path) -> None:
 def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The named settings fit, without any of them the rest does not, and the less room the more of them."""
     monkeypatch.setattr(ds_config, "BUCKET_ELEMENTS", 1000)
-    base = ["batch_samples=16", "engine.zero=0", "engine.dtype=bf16"]
+    base = ["global_batch_size=16", "engine.zero=0", "engine.dtype=bf16"]
     config = tiny("dalle", *base)
     with torch.device("meta"):
         weigh = plan._Scales(activation_memory.open_stage(config).nets(), cluster(gpus=4))
     need, lengths = weigh.memory(config)["peak"], []
     for share in (0.99, 0.6, 0.35, 0.25):
         weigh.cluster = cluster(gpus=4, memory_gib=share * need / plan.USABLE_SHARE / 2**30)
-        found = plan.mend(config, weigh)
+        found = plan.fix(config, weigh)
         assert found and weigh.fits(weigh.memory(tiny("dalle", *base, *found)))
         for left_out in found:
             rest = [override for override in found if override != left_out]
@@ -282,14 +282,14 @@ def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_mends_what_is_too_large() -> None:
     found = planned(tiny("dalle", "model.layers=1"), memory_gib=1e-5)
-    assert not found["fits"] and not found["mend"] and "take more ranks" in plan_page.notes(found)[-1]
-    assert plan_page.notes({**found, "mend": ["engine.zero=3"]})[-1].endswith("fits with engine.zero=3")
+    assert not found["fits"] and not found["fix"] and "take more ranks" in plan_page.notes(found)[-1]
+    assert plan_page.notes({**found, "fix": ["engine.zero=3"]})[-1].endswith("fits with engine.zero=3")
 
 
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),
     [
-        ({"machines": 0}, [], "cluster: machines = 0"),
+        ({"nodes": 0}, [], "cluster: nodes = 0"),
         ({"memory_gib": -1.0}, [], "cluster: memory_gib = -1.0"),
         ({"utilisation": 1.5}, [], "cluster: utilisation = 1.5"),
         ({"gpus": 3}, [], "does not divide by the world size 3"),
@@ -318,6 +318,6 @@ def test_the_program(tmp_path: Path) -> None:
     assert (tmp_path / "plan" / "plan.md").read_text() == plan_page.markdown(numbers)
     page = (tmp_path / "plan" / "plan.html").read_text()
     assert page == render(plan_page.page(numbers)) and page.count("<svg") == 2 and "http" not in page
-    wrong = run("--machines=0")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: cluster: machines = 0")
+    wrong = run("--nodes=0")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: cluster: nodes = 0")
     assert wrong.stderr.count("\n") == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from support.processes import ROOT, TESTS, environment, run_until
-from support.sources import build, build_shards, content, picture, write_files
+from support.sources import build, build_shards, content, image_file, write_files
 
 from dalle_scale.curation import build as engine
 from dalle_scale.curation import chunks, workers
@@ -31,15 +31,15 @@ OPTIONS = ["--size=16", "--valid-share=0.3", "--samples-per-shard=8", "--dedupe=
 
 
 def files(number: int) -> dict[str, bytes]:
-    """One input row: mostly a picture of its own; some repeat others, are small, damaged or have no caption."""
-    data = picture(number, height=48, width=40, kind="JPEG" if number % 2 else "PNG")
+    """One input row: mostly an image of its own; some repeat others, are small, damaged or have no caption."""
+    data = image_file(number, height=48, width=40, kind="JPEG" if number % 2 else "PNG")
     if number % 11 == 3:  # the same pixels; the same bytes too where the kind is the same
-        data = picture(number - 3, height=48, width=40, kind="JPEG" if number % 4 > 1 else "PNG")
+        data = image_file(number - 3, height=48, width=40, kind="JPEG" if number % 4 > 1 else "PNG")
     if number % 13 == 4 or 32 <= number < 40:  # the latter are a whole chunk
-        data = picture(number, height=10)
+        data = image_file(number, height=10)
     if number % 17 == 5:
         data = data[:300]
-    caption = {} if number % 19 == 6 else {f"{number:03d}.txt": f"picture {number}".encode()}
+    caption = {} if number % 19 == 6 else {f"{number:03d}.txt": f"image {number}".encode()}
     return {f"{number:03d}.{'jpg' if number % 2 else 'png'}": data} | caption
 
 
@@ -77,7 +77,7 @@ def test_each_row_is_kept_or_has_one_reason(source, tmp_path):
         assert keys == sorted(keys) == [row["key"] for row in kept if row["split"] == split], "in the order of the rows"
         for sample, key in enumerate(keys):
             number = int(key.split("-")[0])
-            assert reader.read(sample, "txt") == f"picture {number}".encode()
+            assert reader.read(sample, "txt") == f"image {number}".encode()
             seen.append(number)
     assert sorted(seen) == [row["row"] for row in kept] and len(kept) > 40
     for number, row in enumerate(rows):
@@ -85,7 +85,7 @@ def test_each_row_is_kept_or_has_one_reason(source, tmp_path):
         status = row["status"].split(":")[0]
         if not caption:
             assert status == "no caption"
-        elif number % 17 == 5 and data != picture(number, height=10):
+        elif number % 17 == 5 and data != image_file(number, height=10):
             assert status == "cannot decode"
         elif number % 13 == 4 or 32 <= number < 40:
             assert status == "too small" and row["sha256"] == hashlib.sha256(data).digest()
@@ -134,8 +134,8 @@ def killed():
 
 def test_killed_again_and_again_it_writes_the_same_files(source, done, killed, tmp_path):
     """One worker, killed after random times, until it gets to the end."""
-    draw, kills, patience_seconds = random.Random(0), 0, 0.01
-    while killed(arguments(source, tmp_path / "out", 1), seconds=draw.uniform(0, patience_seconds)):
+    rng, kills, patience_seconds = random.Random(0), 0, 0.01
+    while killed(arguments(source, tmp_path / "out", 1), seconds=rng.uniform(0, patience_seconds)):
         kills += 1
         patience_seconds *= 1.15
     assert kills >= 3 and content(tmp_path / "out") == done
@@ -191,7 +191,7 @@ def test_killed_with_workers_it_writes_the_same_files(number, folder, chunks_don
 
 @dataclass(frozen=True)
 class KilledOnce:
-    """Reads pictures; the first time that it comes to row 20, its process dies."""
+    """Reads images; the first time that it comes to row 20, its process dies."""
 
     mark: Path
 
@@ -220,7 +220,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(source, done, tmp_path):
 
 
 class Fatal(bytes):
-    """A picture that ends the process whose decoder looks at it."""
+    """An image that ends the process whose decoder looks at it."""
 
     def startswith(self, *unused):
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -231,7 +231,7 @@ def fetch_fatal(rows):
         yield row, Fatal(data) if row.number in (20, 21, 34) else data
 
 
-def test_pictures_that_end_their_process_are_left_out(source, tmp_path, capsys):
+def test_images_that_end_their_process_are_left_out(source, tmp_path, capsys):
     expected = run(source, tmp_path / "expected", replace(RECIPE, dedupe="none"))
     rows = run(source, tmp_path / "out", replace(RECIPE, dedupe="none"), fetch=fetch_fatal, num_workers=2)
     for number, row in enumerate(rows):
@@ -251,7 +251,7 @@ def test_another_fetch_reads_ahead_and_gives_reasons(source, tmp_path):
         for row in batch:
             yield row, "the server is asleep" if row.number % 7 == 1 else row.read()
 
-    recipe = replace(RECIPE, filters=Filters(min_caption_characters=len("picture 10")), dedupe="none")
+    recipe = replace(RECIPE, filters=Filters(min_caption_characters=len("image 10")), dedupe="none")
     rows = run(source, tmp_path / "out", recipe, fetch=fetch)
     assert asked == [row["row"] for row in rows if row["row"] >= 10 and not row["status"].startswith("no caption")]
     assert all(rows[number]["status"] == "the server is asleep" for number in asked if number % 7 == 1)
@@ -267,7 +267,7 @@ def test_another_fetch_reads_ahead_and_gives_reasons(source, tmp_path):
 
 
 def test_shards_are_numbered_without_gaps(tmp_path):
-    names = {f"{number:02d}": picture(number, height=4 if 4 <= number < 12 else 20) for number in range(20)}
+    names = {f"{number:02d}": image_file(number, height=4 if 4 <= number < 12 else 20) for number in range(20)}
     rows = {f"{name}.png": data for name, data in names.items()} | {f"{name}.txt": b"x" for name in names}
     out = tmp_path / "out"
     build(write_files(tmp_path / "in", rows), "--out", out, "--min-side=10", "--samples-per-shard=4")
@@ -275,7 +275,7 @@ def test_shards_are_numbered_without_gaps(tmp_path):
     assert [shard.url for shard in manifest.shards] == [f"shard-{number:06d}.tar" for number in range(3)]
     kept = [number for number in range(20) if not 4 <= number < 12]
     reader = Reader(manifest)
-    assert [reader.read(sample, "png") for sample in range(12)] == [picture(number, height=20) for number in kept]
+    assert [reader.read(sample, "png") for sample in range(12)] == [image_file(number, height=20) for number in kept]
 
 
 def test_nothing_left_is_one_line_and_the_reasons_are_there(tmp_path):

@@ -24,17 +24,17 @@ def in_row_order(hashes: list[int], rows: list[int], near_bits: int) -> list[tup
 
 
 @st.composite
-def clusters(draw):
+def clusters(rng):
     """Hashes around a few centres, at distances about the limit; shuffled row numbers with gaps."""
-    centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
+    centres = rng(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
     flips = st.lists(st.integers(0, 63), max_size=9)
-    members = draw(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=60))
+    members = rng(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=60))
     hashes = []
     for value, places in members:
         for place in places:
             value ^= 1 << place
         hashes.append(value)
-    rows = draw(st.lists(st.integers(0, 499), unique=True, min_size=len(hashes), max_size=len(hashes)))
+    rows = rng(st.lists(st.integers(0, 499), unique=True, min_size=len(hashes), max_size=len(hashes)))
     return hashes, rows
 
 
@@ -57,12 +57,12 @@ def test_near_is_what_comparing_all_rows_gives(tmp_path_factory, drawn, near_bit
 @pytest.mark.parametrize("blocks", range(5, 9))
 def test_every_pair_is_found_at_any_number_of_blocks(blocks, tmp_path, monkeypatch):
     """The number of blocks depends on how many hashes there are; here each is tried on the same ones."""
-    draw = np.random.default_rng(blocks)
+    rng = np.random.default_rng(blocks)
     hashes, rows = [], []
     for pair in range(150):  # each pair alone, 4 bits apart at random places
-        value = int(draw.integers(0, 2**64, dtype=np.uint64))
+        value = int(rng.integers(0, 2**64, dtype=np.uint64))
         flipped = value
-        for place in draw.choice(64, 4, replace=False):
+        for place in rng.choice(64, 4, replace=False):
             flipped ^= 1 << int(place)
         hashes += [value, flipped]
         rows += [2 * pair, 2 * pair + 1]

@@ -137,15 +137,15 @@ def test_any_text_is_a_url_or_has_a_reason(text):
 
 
 def test_noise_from_the_server_is_one_reason_a_row(web):
-    draw = random.Random(0)
+    rng = random.Random(0)
     sound = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Robots-Tag: x: y\r\nRetry-After: 0\r\n\r\nabcde"
     chunked = b"HTTP/1.1 301 Moved\r\nLocation: /ok/1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     paths = []
     for _ in range(300):
-        data = bytearray(draw.choice([sound, chunked, b"HTTP/1.1 200 \r\n\r\n", b""]))
-        for _ in range(draw.randrange(6)):
-            at = draw.randrange(len(data) + 1)
-            data[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(4))
+        data = bytearray(rng.choice([sound, chunked, b"HTTP/1.1 200 \r\n\r\n", b""]))
+        for _ in range(rng.randrange(6)):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
         paths.append(f"/noise/{data.hex()}")
     results = run([web.url(path) for path in paths], replace(HASTY, read_seconds=2, total_seconds=3))
     assert b"abcde" in results and len({str(result) for result in results}) > 5
@@ -276,7 +276,7 @@ def test_a_slow_caller_holds_the_bodies_back(web):
         assert len(next(stream).body) == size
         most = taken + 5 + 1 + 4  # what was taken, the buffer, one that crosses its limit, the connections
         while len(web.visits) < taken + 5:
-            time.sleep(0.01)  # it goes on without the caller
+            time.sleep(0.01)  # it continues without the caller
         time.sleep(0.2)
         assert len(web.visits) <= most
     assert len(list(stream)) == 57

@@ -1,4 +1,4 @@
-"""fetch keeps out of where it must not go: private addresses however spelled, opted-out pictures, bad certificates."""
+"""fetch keeps out of where it must not go: private addresses however spelled, opted-out images, bad certificates."""
 
 import ipaddress
 import os
@@ -36,9 +36,9 @@ PUBLIC = ["1.0.0.0/24", "8.0.0.0/8", "93.184.0.0/16", "151.101.0.0/16", "2001:48
 
 
 @st.composite
-def addresses(draw, networks):
-    network = ipaddress.ip_network(draw(st.sampled_from(networks)))
-    return network[draw(st.integers(0, network.num_addresses - 1))]
+def addresses(rng, networks):
+    network = ipaddress.ip_network(rng(st.sampled_from(networks)))
+    return network[rng(st.integers(0, network.num_addresses - 1))]
 
 
 def disguises(address: ipaddress.IPv4Address) -> list[str]:

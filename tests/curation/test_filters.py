@@ -7,7 +7,7 @@ from dalle_scale.data.reader import BadSample
 
 BOILERPLATE = """
 photographed on 12 May 2007 | Photographed on May 12, 2007 | photo taken on 2007-05-12 | Taken on 12/05/2007 at 10:15
-IMG_1234.JPG | IMG_1234 | DSC01234 | DSCN0123.jpg | image 12 | Untitled | untitled image | P1010023 | picture | May 2007
+IMG_1234.JPG | IMG_1234 | DSC01234 | DSCN0123.jpg | image 12 | Untitled | untitled image | P1010023 | image | May 2007
 20150704_123456.jpg | 2015-07-04 12.34.56 | Photo 3 of 12 | uploaded on 3rd of June 2011 | 12.05.2007 | no title
 Screenshot 2019-03-01 at 12.30.11 | Photographed on Sunday, 4 July 1999 at 3:45 PM | Photograph taken in July 1999
 image001.png | Date: 12-May-07 | stock photo | Photographed 12th May '07 | File:IMG 2034.jpg | dated 1 Jan. 2001
@@ -16,7 +16,7 @@ Photo posted Dec 24 2012 | 0012 | https://example.com/a/b?c=1
 """
 CONTENT = """
 a red barn photographed on 12 May 2007 | Paris, 14 July 2008 | a photo of a polar bear | a photo of a cat
-vintage camera | birthday party, June 2010 | two dogs | Boeing 747 | a picture of the day | BMW M3 2007 | may flowers
+vintage camera | birthday party, June 2010 | two dogs | Boeing 747 | an image of the day | BMW M3 2007 | may flowers
 march of the penguins | a man in a suit | image of a horse | Route 66 | apollo 11 launch 1969 | 1950s diner
 A stock photo of a woman | the second world war | photographer at work | 3D render of a chair | 12 eggs in a box
 a red circle | MS Dhoni | the Titanic in 1912 | 日本の寺院

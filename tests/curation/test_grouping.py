@@ -20,7 +20,7 @@ from support.damage import (
 )
 from support.foreign import grouped, index, read_ledger, read_samples, write_tars
 
-from dalle_scale.curation.webdataset_import import scan, settle, to_rows
+from dalle_scale.curation.webdataset_import import finalize, scan, to_rows
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import BadSample, Reader
 from dalle_scale.types import UserError
@@ -59,7 +59,7 @@ class Watched:
         size_bytes, sha256, found, rows = scan(io.BytesIO(damaged))
         assert (size_bytes, sha256) == (len(damaged), hashlib.sha256(damaged).hexdigest())
         fates = {}
-        for sample in settle(found, ()):
+        for sample in finalize(found, ()):
             fates[sample.key] = sample.reason or "kept"
             assert sample.reason == "" or len(to_rows(sample)) == 1
             for offset, length, _ in sample.members.values() if not sample.reason else ():
@@ -192,13 +192,13 @@ def test_an_extension_that_is_not_plain_leaves_the_rest(tmp_path):
     ]
 
 
-def test_a_caption_never_goes_to_the_picture_of_another_shard(tmp_path):
+def test_a_caption_never_goes_to_the_image_of_another_shard(tmp_path):
     files = make_files(3)
     first, second = cut_inside_text(files)
     folder = write_tars(tmp_path, {"a.tar": first, "b.tar": second})
     index(folder, "--out", folder)
     found = read_samples(folder)
-    assert found["00002"] == {"txt": b"not the text of that picture"}, "its picture is in the damaged tar, without text"
+    assert found["00002"] == {"txt": b"not the text of that image"}, "its image is in the damaged tar, without text"
     assert found["00000"] == grouped(files)["00000"] and set(found) == {"00000", "00001", "00002"}
     reasons = {(row["shard"], row["key"]): row["reason"] for row in read_ledger(folder)}
     assert reasons["a.tar", "00002"] == "cut off: 'txt'"
@@ -207,7 +207,7 @@ def test_a_caption_never_goes_to_the_picture_of_another_shard(tmp_path):
     paths = [str(folder / name) for name in ("a.tar", "b.tar")]
     theirs = webdataset.WebDataset(paths, shardshuffle=False, handler=lambda error: True)
     pairs = {sample["__key__"]: sample.get("txt") for sample in theirs if "jpg" in sample}
-    assert pairs["00002"] == b"not the text of that picture"
+    assert pairs["00002"] == b"not the text of that image"
 
 
 def test_keys_of_several_tars(tmp_path):

@@ -13,11 +13,11 @@ from dalle_scale.data.reader import BadSample
 
 
 def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture with structure at every scale."""
-    draw = np.random.default_rng(seed)
+    """An image with structure at every scale."""
+    rng = np.random.default_rng(seed)
     sheet = np.zeros((height, width, 3))
     for octave in range(1, 8):
-        noise = draw.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8)
+        noise = rng.integers(0, 256, (2**octave, 2**octave, 3), dtype=np.uint8)
         sheet += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / 1.6**octave
     return np.clip((sheet - sheet.mean()) / sheet.std() * 50 + 128, 0, 255).astype(np.uint8)
 
@@ -48,35 +48,35 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
     monkeypatch.setattr(image_prepare, "square", square)
     for side, decoded in {127: 127, 128: 64, 255: 128, 256: 64, 300: 75, 512: 64, 600: 75}.items():
         pixels = scene(side, side + 40)
-        picture = image_prepare.prepare(jpeg(pixels), 32, any_size)
+        image_file = image_prepare.prepare(jpeg(pixels), 32, any_size)
         assert sides.pop() == decoded and decoded >= 64
-        difference = decode(picture.data).astype(int) - transforms.square(decode(jpeg(pixels)), 32)
+        difference = decode(image_file.data).astype(int) - transforms.square(decode(jpeg(pixels)), 32)
         assert np.abs(difference).mean() < 5
-        assert (picture.width, picture.height, picture.kind) == (side + 40, side, "jpg")
+        assert (image_file.width, image_file.height, image_file.kind) == (side + 40, side, "jpg")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(orientation):
+def test_images_are_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = scene(160, 240)
     data = jpeg(pixels, exif=exif)
-    picture = image_prepare.prepare(data, 32, any_size)
-    assert (picture.width, picture.height) == ((240, 160) if orientation < 5 else (160, 240))
+    image_file = image_prepare.prepare(data, 32, any_size)
+    assert (image_file.width, image_file.height) == ((240, 160) if orientation < 5 else (160, 240))
     assert decode(data, factor=2).shape == ((80, 120, 3) if orientation < 5 else (120, 80, 3)), "as large ones are read"
     upright = transforms.square(decode(data), 32).astype(int)
-    assert np.abs(decode(picture.data) - upright).mean() < 5
-    assert np.abs(decode(picture.data)[::-1] - upright).mean() > 10, "this scene is not symmetric"
+    assert np.abs(decode(image_file.data) - upright).mean() < 5
+    assert np.abs(decode(image_file.data)[::-1] - upright).mean() > 10, "this scene is not symmetric"
 
 
 def test_damage_is_found_at_any_scale():
     """Cut off or with a byte changed, a file is refused when it is decoded small if and only if it is in full."""
     data = jpeg(scene(300, 300), quality=70)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     damaged = [data[:length] for length in range(2, len(data), len(data) // 40)]
-    for place in draw.integers(600, len(data) - 2, 120):
+    for place in rng.integers(600, len(data) - 2, 120):
         flipped = bytearray(data)
-        flipped[place] ^= 1 << int(draw.integers(8))
+        flipped[place] ^= 1 << int(rng.integers(8))
         damaged.append(bytes(flipped))
     refused = 0
     for file in damaged:
@@ -96,8 +96,8 @@ def test_files_stay_as_they_are_where_they_can():
     small, other = scene(32, 32), scene(40, 32)
     for file, kind in ((jpeg(small), "jpg"), (png(small), "png")):
         for size in (None, 32):
-            picture = image_prepare.prepare(file, size, any_size)
-            assert (picture.data, picture.kind) == (file, kind)
+            image_file = image_prepare.prepare(file, size, any_size)
+            assert (image_file.data, image_file.kind) == (file, kind)
     assert np.array_equal(decode(image_prepare.prepare(png(other), 32, any_size).data), other[4:36])
 
 
@@ -131,7 +131,7 @@ def test_hash_is_a_cosine_transform():
         assert image_prepare.perceptual_hash(pixels).bit_count() == 32
 
 
-def test_hash_survives_recompression_and_resizing_and_tells_pictures_apart():
+def test_hash_survives_recompression_and_resizing_and_tells_images_apart():
     hashes = []
     for seed in range(12):
         pixels = scene(240, 320, seed)

@@ -71,14 +71,14 @@ def test_a_source_can_be_entered_at_any_row(make, tmp_path, monkeypatch):
     assert len({row[2] for row in rows}) == 50 and rows[3][2].endswith("3") and rows[48][2].endswith("48")
     if make is csv_table:
         assert rows[4][2] == 'says "4",\r\non two lines'
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for start, stop in [
         (0, 1),
         (7, 9),
         (49, 51),
         (99, 100),
         (50, 50),
-        *np.sort(draw.integers(0, 101, (40, 2))).tolist(),
+        *np.sort(rng.integers(0, 101, (40, 2))).tolist(),
     ]:
         assert told(start, stop) == rows[start:stop]
 

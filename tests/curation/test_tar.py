@@ -1,4 +1,5 @@
-"""The tar reader agrees with tarfile and GNU tar on sound archives and stops where others go on with damaged ones."""
+"""The tar reader agrees with tarfile and GNU tar on sound archives and stops where others continue with damaged
+ones."""
 
 import gzip
 import io

@@ -11,7 +11,7 @@ from dalle_scale.curation.toy.world import Scene, Thing
 
 
 def scenes(count: int, seed: int) -> tuple[list[Scene], np.ndarray]:
-    """Scenes of one and two objects, seen and held out, and their pictures."""
+    """Scenes of one and two objects, seen and held out, and their images."""
     rng = random.Random(seed)
     chosen = [world.sample_scene(rng, 1 + index % 2, index % 4 > 1) for index in range(count)]
     return chosen, np.stack([world.render(scene, rng) for scene in chosen])
@@ -22,12 +22,12 @@ def share_right(chosen: list[Scene], images: np.ndarray) -> float:
     return np.mean([judge.same(scene, judge.read(image)) for scene, image in zip(chosen, images, strict=True)])
 
 
-def test_judge_is_right_on_true_pictures():
+def test_judge_is_right_on_true_images():
     chosen, images = scenes(2000, seed=0)
     assert share_right(chosen, images) >= 0.995
 
 
-def test_judge_is_right_on_noisy_pictures():
+def test_judge_is_right_on_noisy_images():
     chosen, images = scenes(500, seed=1)
     noise = np.random.default_rng(0).normal(0, 16, images.shape)
     assert share_right(chosen, np.clip(images + noise, 0, 255).astype(np.uint8)) >= 0.995
@@ -78,7 +78,7 @@ def test_every_pair_of_a_held_out_triple_occurs_in_training():
         assert {tuple(triple[i] for i in kept) for triple in world.HELD_OUT} <= pairs
 
 
-def test_every_patch_of_a_held_out_picture_occurs_in_training():
+def test_every_patch_of_a_held_out_image_occurs_in_training():
     def patches(image: np.ndarray) -> set[bytes]:
         return {patch.tobytes() for patch in image.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 48)}
 

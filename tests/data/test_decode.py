@@ -10,15 +10,15 @@ from dalle_scale.data.decode import decode, extension
 from dalle_scale.data.reader import BadSample
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
 @pytest.fixture
 def pixels() -> np.ndarray:
-    """A picture without symmetry, smooth enough for JPEG."""
+    """An image without symmetry, smooth enough for JPEG."""
     y, x = np.mgrid[0:24, 0:40]
     return np.stack([6 * x, 10 * y, 255 - 3 * (x + y)], axis=2).astype(np.uint8)
 
@@ -40,7 +40,7 @@ def test_jpeg_agrees_with_pillow(pixels):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(pixels, kind, orientation):
-    undo = {  # how a camera that wrote this tag would have stored the upright picture (EXIF 2.3, tag 0x0112)
+    undo = {  # how a camera that wrote this tag would have stored the upright image (EXIF 2.3, tag 0x0112)
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
         3: lambda a: a[::-1, ::-1],
@@ -99,7 +99,7 @@ def test_cut_files_are_refused(pixels, kind):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_is_not_decoded_before_its_size_is_known():
+def test_a_image_is_not_decoded_before_its_size_is_known():
     bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG")
     assert len(bomb) < 30_000
     with pytest.raises(BadSample, match="too many pixels: 12000 x 12000"):
@@ -111,6 +111,6 @@ def test_a_picture_is_not_decoded_before_its_size_is_known():
 def test_formats_off_the_list_are_refused(pixels):
     tiff = encoded(Image.fromarray(pixels), "TIFF")
     assert extension(tiff) == ""
-    for data in (tiff, b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
+    for data in (tiff, b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         with pytest.raises(BadSample, match="cannot decode"):
             decode(data)

@@ -15,7 +15,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.deliver import BATCH_SAMPLES, digest, merged, open_ranks
+from support.deliver import BATCH_SIZE, digest, merged, open_ranks
 from support.processes import HANG_SECONDS, environment
 
 from dalle_scale.curation.shard_writer import ShardWriter
@@ -24,25 +24,25 @@ from dalle_scale.data.manifest import Manifest
 
 SAMPLES = 997  # prime
 BAD = {3: "txt", 100: "png", 101: "codes", 555: "png", 996: "txt"}
-EPOCH = -(-SAMPLES // BATCH_SAMPLES)  # batches
+EPOCH = -(-SAMPLES // BATCH_SIZE)  # batches
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> tuple[str, str]:
     """Folder of a data set in shards of uneven sizes with five bad samples; text tokenizer."""
     folder = tmp_path_factory.mktemp("once")
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with ShardWriter(folder / "train", samples_per_shard=71, info={"vocab": 50, "grids": [3]}) as writer:
         for index in range(SAMPLES):
             file = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(file, "PNG")
-            members = {"png": file.getvalue(), "txt": f"picture number {index}".encode()}
-            members["codes"] = codes.pack(draw.integers(0, 50, 9))
+            Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(file, "PNG")
+            members = {"png": file.getvalue(), "txt": f"image number {index}".encode()}
+            members["codes"] = codes.pack(rng.integers(0, 50, 9))
             if index in BAD:
                 members[BAD[index]] = b"\xff"
             writer.add(f"{index:04d}", members)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"picture number {index}" for index in range(300)),
+        sentence_iterator=(f"image number {index}" for index in range(300)),
         model_prefix=str(folder / "bpe"),
         model_type="bpe",
         vocab_size=300,
@@ -57,14 +57,14 @@ def data(tmp_path_factory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def reference(data) -> list[str]:
     """Digests of two and a half epochs, from one rank without workers."""
-    [stream] = open_ranks(*data, world_size=1, workers=0, micro=BATCH_SAMPLES)
+    [stream] = open_ranks(*data, world_size=1, workers=0, micro=BATCH_SIZE)
     return [digest(merged([parts])) for parts in stream.batches(0, 2 * EPOCH + 3)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
 def test_delivered_and_ledger_are_the_manifest(data, reference, tmp_path, world_size, workers):
-    micro, path = BATCH_SAMPLES // world_size, tmp_path / "ledger.jsonl"
+    micro, path = BATCH_SIZE // world_size, tmp_path / "ledger.jsonl"
     ranks = open_ranks(*data, world_size, workers, micro, path, threads=2 if workers == 1 else 1)
     iterators = [rank.batches(0, EPOCH) for rank in ranks]
     batches = [merged(list(parts)) for parts in zip(*iterators, strict=True)]
@@ -86,7 +86,7 @@ def test_changing_the_topology_at_any_batch_changes_nothing(data, reference, cut
     borders = sorted({0, *cuts, 2 * EPOCH + 3})
     found = []
     for start, stop, world_size, parts in zip(borders, borders[1:], topologies, split, strict=False):
-        share = BATCH_SAMPLES // world_size
+        share = BATCH_SIZE // world_size
         ranks = open_ranks(*data, world_size, 0, share // parts if share % parts == 0 else share)
         iterators = [rank.batches(start, stop) for rank in ranks]
         found += [digest(merged(list(steps))) for steps in zip(*iterators, strict=True)]
@@ -112,7 +112,7 @@ def test_after_kill_9_every_batch_is_what_it_was(data, reference, tmp_path):
 
 def test_state_is_small_and_says_where(data):
     manifest = Manifest.open(data[0])
-    [stream] = open_ranks(*data, world_size=1, workers=0, micro=BATCH_SAMPLES)
+    [stream] = open_ranks(*data, world_size=1, workers=0, micro=BATCH_SIZE)
     state = stream.state(2 * EPOCH + 1)
     assert len(json.dumps(state).encode()) <= 1024
     assert (state["manifest_digest"], state["epoch"], state["next_batch"]) == (manifest.digest, 2, 2 * EPOCH + 1)

@@ -49,9 +49,9 @@ def source(sizes=SIZES, digest: str = "d", window_shards: int = 2) -> Source:
 
 
 def plan(world_size: int, rank: int, micro: int, *sources: Source, **changes) -> Plan:
-    values = {"seed": 3, "batch_samples": 24, "train": True} | changes
+    values = {"seed": 3, "global_batch_size": 24, "train": True} | changes
     values.setdefault("weights", (1.0,) * max(1, len(sources)))
-    return Plan(sources or (source(),), micro_batch_samples=micro, rank=rank, world_size=world_size, **values)
+    return Plan(sources or (source(),), micro_batch_size=micro, rank=rank, world_size=world_size, **values)
 
 
 def epoch_of(one: Plan, number: int = 0) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_an_epoch_holds_every_sample_once_at_any_world_size():
 )
 def test_every_window_is_shuffled_within_itself(sizes, window_shards, batch, seed):
     one = source(sizes, window_shards=window_shards)
-    ids = epoch_of(plan(1, 0, batch, one, batch_samples=batch, seed=seed))
+    ids = epoch_of(plan(1, 0, batch, one, global_batch_size=batch, seed=seed))
     assert np.array_equal(np.sort(ids), np.arange(sum(sizes)))
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     place, windows = 0, -(-len(sizes) // window_shards)
@@ -103,17 +103,17 @@ def test_every_window_is_shuffled_within_itself(sizes, window_shards, batch, see
 def test_shards_change_their_turn_and_mix_inside_a_window():
     one = source((100,) * 12, window_shards=3)
     ids = epoch_of(plan(1, 0, 24, one))
-    turns = [sorted(one.shards_of_window(3, epoch, 0)) for epoch in range(20)]
-    assert len({tuple(turn) for turn in turns}) > 10
+    nets_to_update = [sorted(one.shards_of_window(3, epoch, 0)) for epoch in range(20)]
+    assert len({tuple(turn) for turn in nets_to_update}) > 10
     shards = ids[:300] // 100
     assert 0.2 < np.mean(shards[1:] == shards[:-1]) < 0.46, "a third, if three shards are mixed"
 
 
 def test_order_across_blocks_and_batches_is_one_permutation():
     one = source((4_000, 5_000, 1_000), window_shards=8)
-    ids = epoch_of(plan(1, 0, 1000, one, batch_samples=1000))
+    ids = epoch_of(plan(1, 0, 1000, one, global_batch_size=1000))
     assert np.array_equal(np.sort(ids), np.arange(10_000))
-    assert np.array_equal(epoch_of(plan(1, 0, 8, one, batch_samples=8)), ids)
+    assert np.array_equal(epoch_of(plan(1, 0, 8, one, global_batch_size=8)), ids)
 
 
 def test_order_depends_on_digest_and_seed():
@@ -180,10 +180,10 @@ def test_a_mixture_goes_through_each_data_set_in_its_own_order(world_size, micro
 
 def test_mixture_draws_no_pattern_and_belongs_to_weights_and_parts():
     sources = (source((5000,), "a"), source((5000,), "b"))
-    one = plan(1, 0, 1024, *sources, batch_samples=1024)
+    one = plan(1, 0, 1024, *sources, global_batch_size=1024)
     owners = np.concatenate([one.slots(number).source for number in range(8)])
     assert 0.45 < np.mean(owners[1:] == owners[:-1]) < 0.55
-    other = plan(1, 0, 1024, *sources, batch_samples=1024, weights=(1, 2))
+    other = plan(1, 0, 1024, *sources, global_batch_size=1024, weights=(1, 2))
     assert len({one.digest, other.digest, plan(1, 0, 24, sources[0]).digest}) == 3
     seeds = one.seeds(one.slots(0))
     assert len(np.unique(seeds)) == 1024, "the same number in two data sets has two seeds"

@@ -19,7 +19,7 @@ from dalle_scale.data import codes
 from dalle_scale.data.ledger import read as read_ledger
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.pipeline import Stream, open_stream
-from dalle_scale.data.pool import Careful
+from dalle_scale.data.pool import RetryMode
 from dalle_scale.data.rows import RowReader
 from dalle_scale.types import Batch, BatchSpec, UserError
 
@@ -37,12 +37,12 @@ PLAIN = BatchSpec(image_size=SIZE, text_length=40, text_vocab=TEXT_VOCAB, num_co
 
 
 def sample(index: int) -> dict[str, bytes]:
-    """Picture, caption and codes that all say `index`."""
+    """Image, caption and codes that all say `index`."""
     file = io.BytesIO()
     pixels = np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
     values = np.random.default_rng(index).integers(0, VOCAB, GRID**2)
-    return {"png": file.getvalue(), "txt": f"picture number {index}".encode(), "codes": codes.pack(values)}
+    return {"png": file.getvalue(), "txt": f"image number {index}".encode(), "codes": codes.pack(values)}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def bpe(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("text") / "bpe"
     rng = random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"picture number {rng.randrange(1000)}" for _ in range(300)),
+        sentence_iterator=(f"image number {rng.randrange(1000)}" for _ in range(300)),
         model_prefix=str(path),
         model_type="bpe",
         vocab_size=TEXT_VOCAB,
@@ -78,8 +78,8 @@ def stream(folder: Path, bpe: str | None, inputs: BatchSpec = INPUTS, **changes)
         workers=changes.pop("workers", 0),
         max_bad_share=changes.pop("max_bad_share", 1.0),
     )
-    options = {"seed": 1, "batch_samples": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
-    options.setdefault("micro_batch_samples", options["batch_samples"] // options["world_size"])
+    options = {"seed": 1, "global_batch_size": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
+    options.setdefault("micro_batch_size", options["global_batch_size"] // options["world_size"])
     return open_stream(config, str(folder), inputs, **options)
 
 
@@ -121,8 +121,8 @@ def test_batches_hold_what_was_written(folder, bpe):
                 assert not batch["image"][row].any() and not batch["text"][row].any() and not batch["codes"][row].any()
                 continue
             written = sample(index)
-            picture = np.asarray(Image.open(io.BytesIO(written["png"])))
-            assert np.array_equal(batch["image"][row].permute(1, 2, 0).numpy(), picture)
+            image = np.asarray(Image.open(io.BytesIO(written["png"])))
+            assert np.array_equal(batch["image"][row].permute(1, 2, 0).numpy(), image)
             assert np.array_equal(batch["codes"][row].numpy(), np.frombuffer(written["codes"], "<u2"))
             pieces = reference.encode(written["txt"].decode())
             assert batch["text"][row].tolist() == pieces + list(range(TEXT_VOCAB + len(pieces), TEXT_VOCAB + 40))
@@ -132,7 +132,7 @@ def test_batches_hold_what_was_written(folder, bpe):
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 6), (2, 3), (3, 4), (4, 1), (12, 1)])
 def test_same_batches_at_any_world_size(folder, bpe, world_size, micro):
     ranks = [
-        stream(folder, bpe, world_size=world_size, rank=rank, micro_batch_samples=micro) for rank in range(world_size)
+        stream(folder, bpe, world_size=world_size, rank=rank, micro_batch_size=micro) for rank in range(world_size)
     ]
     assert_same(whole(ranks, 3, 7), whole([stream(folder, bpe)], 3, 7))
 
@@ -185,7 +185,7 @@ def test_state_is_small_and_belongs_to_data_seed_and_batch(folder, bpe):
     state = json.loads(json.dumps(one.state(next_batch=11)))
     assert len(json.dumps(state)) < 1024 and (state["epoch"], state["next_batch"]) == (2, 11)
     stream(folder, bpe, world_size=2).check(state)
-    for other in (stream(folder, bpe, seed=2), stream(folder, bpe, batch_samples=24)):
+    for other in (stream(folder, bpe, seed=2), stream(folder, bpe, global_batch_size=24)):
         with pytest.raises(UserError, match="the checkpoint was written with"):
             other.check(state)
     with pytest.raises(UserError, match="manifest_digest"):
@@ -221,7 +221,9 @@ def damaged(tmp_path) -> tuple[Path, dict[str, str]]:
 def test_bad_samples_keep_their_slot_and_fill_the_ledger(damaged, bpe, tmp_path):
     folder, expected = damaged
     ledger = tmp_path / "run" / "ledger.jsonl"
-    ranks = [stream(folder, bpe, PLAIN, batch_samples=16, world_size=2, rank=rank, ledger=ledger) for rank in range(2)]
+    ranks = [
+        stream(folder, bpe, PLAIN, global_batch_size=16, world_size=2, rank=rank, ledger=ledger) for rank in range(2)
+    ]
     batches = whole(ranks, 0, 8)
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert {row["key"] for row in rows} == expected.keys() and len(rows) == len(expected)
@@ -249,8 +251,8 @@ def test_too_many_bad_samples_stop_the_run(damaged, bpe, workers):
     folder, expected = damaged
     share = (len(expected) - 0.5) / 120
     with pytest.raises(UserError, match=r"7 of 1\d\d samples cannot be read.*max_bad_share"):
-        list(stream(folder, bpe, PLAIN, max_bad_share=share, workers=workers, batch_samples=60).batches(0, 9))
-    list(stream(folder, bpe, PLAIN, max_bad_share=0.08, batch_samples=60).batches(0, 4))
+        list(stream(folder, bpe, PLAIN, max_bad_share=share, workers=workers, global_batch_size=60).batches(0, 9))
+    list(stream(folder, bpe, PLAIN, max_bad_share=0.08, global_batch_size=60).batches(0, 4))
 
 
 def test_cut_captions_are_said_once(folder, bpe, capsys):
@@ -259,7 +261,7 @@ def test_cut_captions_are_said_once(folder, bpe, capsys):
     assert cut > 10
     list(stream(folder, bpe, BatchSpec(text_length=3, text_vocab=TEXT_VOCAB)).batches(0, 12))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and f"{cut} of {SAMPLES} samples" in lines[0] and "cut to the text length" in lines[0]
+    assert len(lines) == 1 and f"{cut} of {SAMPLES} samples" in lines[0] and "truncated to the text length" in lines[0]
     list(stream(folder, bpe, PLAIN).batches(0, 12))
     assert capsys.readouterr().out == ""
 
@@ -276,7 +278,7 @@ def test_no_descriptor_is_left_open(folder, bpe):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (BatchSpec(num_codes=16, code_vocab=VOCAB), "pictures are 3 x 3 codes, the model takes 16"),
+        (BatchSpec(num_codes=16, code_vocab=VOCAB), "images are 3 x 3 codes, the model takes 16"),
         (BatchSpec(num_codes=9, code_vocab=VOCAB - 1), "vocabulary of 50, the model has room for 49"),
         (BatchSpec(text_length=4, text_vocab=TEXT_VOCAB - 1), "300 tokens, the model has room for 299"),
     ],
@@ -308,8 +310,8 @@ def mixture(folder: Path, other: Path, bpe: str, **changes) -> Stream:
     """Three parts of `folder` and one of `other`."""
     parts = (SourceConfig(path=str(folder), weight=3), SourceConfig(path=str(other), weight=1))
     config = DataConfig(train=parts, text_tokenizer=bpe, workers=changes.pop("workers", 0))
-    options = {"seed": 1, "batch_samples": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
-    options.setdefault("micro_batch_samples", options["batch_samples"] // options["world_size"])
+    options = {"seed": 1, "global_batch_size": 12, "rank": 0, "world_size": 1, "train": True, "ledger": None} | changes
+    options.setdefault("micro_batch_size", options["global_batch_size"] // options["world_size"])
     return open_stream(config, config.train, PLAIN, **options)
 
 
@@ -342,7 +344,7 @@ def test_a_mixture_holds_its_shares_and_each_set_once_a_round(folder, other, bpe
 
 @pytest.mark.parametrize(("world_size", "micro", "workers"), [(2, 3, 0), (3, 4, 0), (4, 1, 0), (2, 6, 1)])
 def test_a_mixture_is_the_same_at_any_topology(folder, other, bpe, world_size, micro, workers):
-    options = {"world_size": world_size, "micro_batch_samples": micro, "workers": workers}
+    options = {"world_size": world_size, "micro_batch_size": micro, "workers": workers}
     ranks = [mixture(folder, other, bpe, rank=rank, **options) for rank in range(world_size)]
     assert_same(whole(ranks, 5, 11), whole([mixture(folder, other, bpe)], 0, 11)[5:])
     state = ranks[0].state(5)
@@ -353,8 +355,8 @@ def test_a_mixture_is_the_same_at_any_topology(folder, other, bpe, world_size, m
 
 def test_mixtures_that_cannot_be_are_refused(folder, other, bpe, tmp_path):
     def opening(*parts: SourceConfig) -> None:
-        open_stream(DataConfig(train=parts, text_tokenizer=bpe), parts, PLAIN, seed=1, batch_samples=12,
-                    micro_batch_samples=12, rank=0, world_size=1, train=True, ledger=None)  # fmt: skip
+        open_stream(DataConfig(train=parts, text_tokenizer=bpe), parts, PLAIN, seed=1, global_batch_size=12,
+                    micro_batch_size=12, rank=0, world_size=1, train=True, ledger=None)  # fmt: skip
 
     with pytest.raises(UserError, match="empty list"):
         opening()
@@ -383,14 +385,14 @@ class DeadlyRows:
     def __init__(self, rows: RowReader, sample: int) -> None:
         self.plan, self.rows, self.sample = rows.plan, rows, sample
 
-    def read(self, number: int, careful: Careful | None = None):
+    def read(self, number: int, retry_mode: RetryMode | None = None):
         samples = self.plan.slots(number).sample.tolist()
         row = samples.index(self.sample) if self.sample in samples else -1
-        if row >= 0 and (careful is None or row not in careful.skip):
-            if careful:
-                careful.at_row(row)
+        if row >= 0 and (retry_mode is None or row not in retry_mode.skip):
+            if retry_mode:
+                retry_mode.at_row(row)
             os.kill(os.getpid(), signal.SIGSEGV)
-        return self.rows.read(number, careful)
+        return self.rows.read(number, retry_mode)
 
 
 def test_a_batch_that_somebody_holds_is_never_written_over(folder, bpe):

@@ -13,23 +13,23 @@ from dalle_scale.types import UserError
 ROWS = 4
 
 
-class Numbers:
+class IntArray:
     """Batch n is [n * ROWS ...]; `trouble` says what happens at which (batch, row), the first so many times."""
 
     def __init__(self, folder, trouble=None):
         self.folder = folder
         self.trouble = trouble or {}
 
-    def read(self, number, careful):
+    def read(self, number, retry_mode):
         values = []
         if number in self.trouble:
             os._exit(3)
         for row in range(ROWS):
-            if careful:
-                if row in careful.skip:
-                    values.append(careful.skip[row])
+            if retry_mode:
+                if row in retry_mode.skip:
+                    values.append(retry_mode.skip[row])
                     continue
-                careful.at_row(row)
+                retry_mode.at_row(row)
             kind, times = self.trouble.get((number, row), ("", 0))
             if kind and self.met(number, row) <= times:
                 self.act(kind)
@@ -66,7 +66,7 @@ def values(results):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_batches_come_in_order(tmp_path, workers):
-    results = run(Numbers(tmp_path), workers, 3, 15)
+    results = run(IntArray(tmp_path), workers, 3, 15)
     assert [number for number, _, _ in results] == list(range(3, 15))
     assert values(results) == list(range(3 * ROWS, 15 * ROWS))
     assert len({process for _, _, process in results}) == workers
@@ -74,14 +74,14 @@ def test_batches_come_in_order(tmp_path, workers):
 
 @pytest.mark.parametrize("kind", ["die", "exit"])
 def test_a_dead_process_is_replaced_and_nothing_is_lost(tmp_path, kind):
-    reader = Numbers(tmp_path, {(2, 1): (kind, 1), (5, 0): (kind, 1), (11, 3): (kind, 1)})
+    reader = IntArray(tmp_path, {(2, 1): (kind, 1), (5, 0): (kind, 1), (11, 3): (kind, 1)})
     assert values(run(reader)) == list(range(12 * ROWS))
 
 
 def test_what_was_sent_arrives_though_its_process_has_died_since(tmp_path):
     """Batch 3 ends every process that reads it, right after batch 2 was sent and before anybody took it."""
     trouble = {(3, row): ("die", 99) for row in range(ROWS)}
-    with Pool(Numbers(tmp_path, trouble), 1, preload=(pool.__name__,)) as processes:
+    with Pool(IntArray(tmp_path, trouble), 1, preload=(pool.__name__,)) as processes:
         results = []
         for result in processes.batches(0, 6):
             results.append(result)
@@ -91,7 +91,7 @@ def test_what_was_sent_arrives_though_its_process_has_died_since(tmp_path):
 
 
 def test_processes_killed_from_outside_change_nothing(tmp_path):
-    with Pool(Numbers(tmp_path), 2, preload=(pool.__name__,)) as processes:
+    with Pool(IntArray(tmp_path), 2, preload=(pool.__name__,)) as processes:
         results = []
         for result in processes.batches(0, 40):
             results.append(result)
@@ -101,7 +101,7 @@ def test_processes_killed_from_outside_change_nothing(tmp_path):
 
 
 def test_a_sample_that_ends_processes_again_and_again_is_left_out(tmp_path):
-    results = run(Numbers(tmp_path, {(4, 2): ("die", 99), (6, 1): ("exit", 99)}))
+    results = run(IntArray(tmp_path, {(4, 2): ("die", 99), (6, 1): ("exit", 99)}))
     expected = list(range(12 * ROWS))
     expected[4 * ROWS + 2] = "ended the process that read it: signal 9"
     expected[6 * ROWS + 1] = "ended the process that read it: exit code 3"
@@ -111,28 +111,28 @@ def test_a_sample_that_ends_processes_again_and_again_is_left_out(tmp_path):
 def test_a_hanging_process_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "PATIENCE_SECONDS", 4.0)  # a busy machine takes a second or two to start a process
     monkeypatch.setattr(pool, "_TICK_SECONDS", 0.2)
-    assert values(run(Numbers(tmp_path, {(3, 0): ("hang", 1)}))) == list(range(12 * ROWS))
+    assert values(run(IntArray(tmp_path, {(3, 0): ("hang", 1)}))) == list(range(12 * ROWS))
 
 
 def test_what_cannot_be_mended_is_one_error(tmp_path):
     with pytest.raises(UserError, match=r"^this is wrong; do that$"):
-        run(Numbers(tmp_path, {(1, 0): ("user", 99)}))
+        run(IntArray(tmp_path, {(1, 0): ("user", 99)}))
     with pytest.raises(AssertionError, match="a bug"):
-        run(Numbers(tmp_path, {(1, 0): ("fail", 99)}))
+        run(IntArray(tmp_path, {(1, 0): ("fail", 99)}))
     with pytest.raises(UserError, match=r"data\.workers: .* died 6 times in a row \(exit code 3\)"):
-        run(Numbers(tmp_path, {7: "ends before its first row"}))
+        run(IntArray(tmp_path, {7: "ends before its first row"}))
 
 
 def test_many_fatal_samples_are_all_left_out(tmp_path):
     fatal = {(number, row): ("exit", 99) for number in (1, 2) for row in range(ROWS)}
-    left = [value for value in values(run(Numbers(tmp_path, fatal), stop=4)) if isinstance(value, int)]
+    left = [value for value in values(run(IntArray(tmp_path, fatal), stop=4)) if isinstance(value, int)]
     assert left == [*range(ROWS), *range(3 * ROWS, 4 * ROWS)]
 
 
 def test_nothing_stays_behind(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with Pool(Numbers(tmp_path), 2, preload=(pool.__name__,)) as processes:
+        with Pool(IntArray(tmp_path), 2, preload=(pool.__name__,)) as processes:
             running = [worker.process.pid for worker in processes._workers]
             next(processes.batches(0, 1000))
         assert not any(os.path.exists(f"/proc/{pid}") for pid in running)

@@ -40,10 +40,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def local(tmp_path_factory):
     """240 samples of codes in 24 shards of 10."""
     folder = tmp_path_factory.mktemp("remote") / "local"
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with ShardWriter(folder, samples_per_shard=10, info={"vocab": 50, "grids": [3]}) as writer:
         for index in range(SAMPLES):
-            writer.add(f"{index:04d}", {codes.MEMBER: codes.pack(draw.integers(0, 50, 9))})
+            writer.add(f"{index:04d}", {codes.MEMBER: codes.pack(rng.integers(0, 50, 9))})
     return folder
 
 
@@ -74,7 +74,7 @@ def stream(folder, cache=None, workers=0, cache_gib=1.0, window_shards=4):
     config = DataConfig(
         train=str(folder), workers=workers, cache=cache and str(cache), cache_gib=cache_gib, window_shards=window_shards
     )
-    return open_stream(config, str(folder), INPUTS, seed=1, batch_samples=16, micro_batch_samples=16, rank=0,
+    return open_stream(config, str(folder), INPUTS, seed=1, global_batch_size=16, micro_batch_size=16, rank=0,
                        world_size=1, train=True, ledger=None)  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_with_one_line(remote, tmp_path
     folder, _, served = remote
     (served / "shard-000003.tar").unlink()
     with pytest.raises(
-        UserError, match=r"cannot fetch a shard: http://.*/shard-000003\.tar: .*; the same command goes"
+        UserError, match=r"cannot fetch a shard: http://.*/shard-000003\.tar: .*; the same command continues"
     ):
         batches(stream(folder, tmp_path / "cache"))
 

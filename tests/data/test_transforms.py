@@ -89,7 +89,7 @@ def test_listing_2_stays_near_the_centre_and_never_flips():
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
-def test_a_picture_of_the_training_size_is_not_resampled(augment):
+def test_a_image_of_the_training_size_is_not_resampled(augment):
     pixels = noise(32, 32)
     results = [transform(pixels, 32, augment, seed) for seed in range(20)]
     same = [np.array_equal(result, pixels) for result in results]
@@ -99,7 +99,7 @@ def test_a_picture_of_the_training_size_is_not_resampled(augment):
 
 
 @pytest.mark.parametrize("augment", ["none", "dvae", "transformer"])
-def test_small_pictures_are_enlarged_whole(augment):
+def test_small_images_are_enlarged_whole(augment):
     out = transform(np.full((5, 7, 3), 9, np.uint8), 32, augment, 1)
     assert out.shape == (32, 32, 3) and np.all(out == 9)
     assert transform(noise(1, 1), 4, augment, 1).shape == (4, 4, 3)

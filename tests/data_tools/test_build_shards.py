@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.programs import load_program
-from support.sources import build, build_shards, content, ledger, picture, samples, write_files, write_tar
+from support.sources import build, build_shards, content, image_file, ledger, samples, write_files, write_tar
 
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
@@ -24,7 +24,7 @@ from dalle_scale.types import UserError
 CAPTIONS = {f"{kind}_{index}": f"a {kind} number {index}" for kind in ("cat", "dog") for index in range(6)}
 
 
-IMAGES = {name: picture(seed, kind="JPEG" if seed % 2 else "PNG") for seed, name in enumerate(CAPTIONS)}
+IMAGES = {name: image_file(seed, kind="JPEG" if seed % 2 else "PNG") for seed, name in enumerate(CAPTIONS)}
 FILES = {name: f"{name}.{'jpg' if seed % 2 else 'png'}" for seed, name in enumerate(CAPTIONS)}
 
 
@@ -32,7 +32,7 @@ EXPECTED = {CAPTIONS[name]: (IMAGES[name], "jpg" if seed % 2 else "png") for see
 
 
 def with_texts() -> dict[str, bytes]:
-    """Picture and caption side by side."""
+    """Image and caption side by side."""
     pairs = ({FILES[name]: IMAGES[name], f"{name}.txt": CAPTIONS[name].encode()} for name in CAPTIONS)
     return {name: data for pair in pairs for name, data in pair.items()}
 
@@ -101,14 +101,14 @@ def test_every_kind_of_source_gives_the_same_samples(kind, tmp_path):
 
 def test_class_folders_and_template(tmp_path):
     tar = write_tar(
-        tmp_path / "in.tar", {f"{'polar_bear' if i % 2 else 'cat'}/{i:04d}.png": picture(i) for i in range(6)}
+        tmp_path / "in.tar", {f"{'polar_bear' if i % 2 else 'cat'}/{i:04d}.png": image_file(i) for i in range(6)}
     )
     build(tar, "--out", tmp_path / "out", "--caption-template", "a photo of a {folder}")
     manifest = Manifest.open(tmp_path / "out" / "train")
     reader = Reader(manifest)
     for index in range(6):
         number = int(manifest.key(index).split("_")[-1][:4])
-        assert reader.read(index, "png") == picture(number)
+        assert reader.read(index, "png") == image_file(number)
         assert reader.read(index, "txt").decode() == f"a photo of a {'polar bear' if number % 2 else 'cat'}"
 
 
@@ -139,19 +139,24 @@ def test_every_row_is_kept_or_has_a_reason(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = io.BytesIO()
-    Image.open(io.BytesIO(picture(1))).save(turned, "JPEG", exif=exif)
-    good = {"good.png": picture(0), "turned.jpg": turned.getvalue(), "same.png": picture(2), "same.jpg": picture(3)}
+    Image.open(io.BytesIO(image_file(1))).save(turned, "JPEG", exif=exif)
+    good = {
+        "good.png": image_file(0),
+        "turned.jpg": turned.getvalue(),
+        "same.png": image_file(2),
+        "same.jpg": image_file(3),
+    }
     bad = {
-        "cut.png": (picture(1)[:-40], "cannot decode"),
+        "cut.png": (image_file(1)[:-40], "cannot decode"),
         "text.jpg": (b"<html>not found</html>", "unknown image format"),
-        "scan.tiff": (picture(1, kind="TIFF"), "unknown image format"),
-        "thin.png": (picture(1, height=5), "too small: 16 x 5"),
-        "mute.png": (picture(1), "no caption"),
-        "blank.png": (picture(1), "empty caption"),
-        "latin.png": (picture(1), "caption is not UTF-8"),
+        "scan.tiff": (image_file(1, kind="TIFF"), "unknown image format"),
+        "thin.png": (image_file(1, height=5), "too small: 16 x 5"),
+        "mute.png": (image_file(1), "no caption"),
+        "blank.png": (image_file(1), "empty caption"),
+        "latin.png": (image_file(1), "caption is not UTF-8"),
     }
     texts = {f"{name.split('.')[0]}.txt": f"caption {name}".encode() for name in good | bad if name != "mute.png"}
-    texts |= {"blank.txt": b" \n", "latin.txt": b"caf\xe9", "orphan.txt": b"no picture here"}
+    texts |= {"blank.txt": b" \n", "latin.txt": b"caf\xe9", "orphan.txt": b"no image here"}
     files = good | {name: data for name, (data, _) in bad.items()} | texts
     expected = {name: reason for name, (_, reason) in bad.items()} | {"orphan.txt": "no image"}
     for kind, source in [
@@ -178,8 +183,8 @@ def test_resizing_is_upright_square_and_lossless_for_png(tmp_path):
     assert Manifest.open(tmp_path / "out" / "train").info["size"] == 4
 
 
-def test_several_captions_of_one_picture_stay_on_one_side(tmp_path):
-    write_files(tmp_path, {f"{index}.png": picture(index) for index in range(8)})
+def test_several_captions_of_one_image_stay_on_one_side(tmp_path):
+    write_files(tmp_path, {f"{index}.png": image_file(index) for index in range(8)})
     rows = [{"path": f"{index}.png", "caption": f"{index} told {way}"} for way in range(5) for index in range(8)]
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build(tmp_path / "table.jsonl", "--out", tmp_path / "out", "--valid-share", 0.5)
@@ -194,16 +199,16 @@ def test_several_captions_of_one_picture_stay_on_one_side(tmp_path):
 def test_all_captions_of_a_captions_file_are_kept(tmp_path):
     rows = [{"file": "A.PNG", "caption": f"way {way}"} for way in range(3)] + [{"file": "gone.png", "caption": "x"}]
     lines = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
-    write_files(tmp_path / "in", {"A.PNG": picture(0), "A.txt": b"not this", "captions.jsonl": lines})
+    write_files(tmp_path / "in", {"A.PNG": image_file(0), "A.txt": b"not this", "captions.jsonl": lines})
     build(tmp_path / "in", "--out", tmp_path / "out")
-    assert samples(tmp_path / "out" / "train") == {f"way {way}": (picture(0), "png") for way in range(3)}
+    assert samples(tmp_path / "out" / "train") == {f"way {way}": (image_file(0), "png") for way in range(3)}
     assert ledger(tmp_path / "out") == {"gone.png": "no image"}
 
 
 def test_hostile_names_and_links_do_not_leave_the_folder(tmp_path):
     names = ["../../up.png", "/abs.png", "a b/c.d.png", "ключ.png", "a.b.png", "a_b.png"]
     path = tmp_path / "in.tar"
-    write_tar(path, {name: picture(index) for index, name in enumerate(names)})
+    write_tar(path, {name: image_file(index) for index, name in enumerate(names)})
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -212,19 +217,19 @@ def test_hostile_names_and_links_do_not_leave_the_folder(tmp_path):
     manifest = Manifest.open(tmp_path / "deep" / "out" / "train")
     assert manifest.num_samples == len(names)
     reader = Reader(manifest)
-    assert [reader.read(index, "png") for index in range(6)] == [picture(index) for index in range(6)]
+    assert [reader.read(index, "png") for index in range(6)] == [image_file(index) for index in range(6)]
     assert ledger(tmp_path / "deep" / "out") == {"link.png": "not a regular file"}
     assert {path.name for path in tmp_path.iterdir()} == {"in.tar", "deep"}
 
 
 def test_names_that_are_not_utf_8_are_kept(tmp_path):
-    folder = write_files(tmp_path / "in", {"good.png": picture(0), "good.txt": b"good"})
+    folder = write_files(tmp_path / "in", {"good.png": image_file(0), "good.txt": b"good"})
     odd = os.fsencode(folder) + b"/caf\xe9"
-    for ending, data in ((b".png", picture(1)), (b".txt", b"odd")):
+    for ending, data in ((b".png", image_file(1)), (b".txt", b"odd")):
         with open(odd + ending, "wb") as file:
             file.write(data)
     build(folder, "--out", tmp_path / "out")
-    assert samples(tmp_path / "out" / "train") == {"good": (picture(0), "png"), "odd": (picture(1), "png")}
+    assert samples(tmp_path / "out" / "train") == {"good": (image_file(0), "png"), "odd": (image_file(1), "png")}
 
 
 def test_filters_of_the_command_line(tmp_path):
@@ -239,7 +244,9 @@ def test_filters_of_the_command_line(tmp_path):
         {"path": "a.png", "caption": "a red fox in the snow", "NSFW": "UNLIKELY"},
         {"path": "b.png", "caption": "the same red fox, again", "pwatermark": 0.1, "NSFW": "UNLIKELY"},
     ]
-    write_files(tmp_path, {"a.png": picture(0), "b.png": picture(0), "wide.png": picture(1, height=8, width=20)})
+    write_files(
+        tmp_path, {"a.png": image_file(0), "b.png": image_file(0), "wide.png": image_file(1, height=8, width=20)}
+    )
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--preset=dalle", "--max-watermark=0.5", "--max-nsfw=0.4", "--dedupe=exact"]
     build(tmp_path / "table.jsonl", "--out", tmp_path / "out", *options)

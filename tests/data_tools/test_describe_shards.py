@@ -23,7 +23,7 @@ from support.programs import load_program
 
 from dalle_scale.curation import statistics
 from dalle_scale.curation.shard_writer import ShardWriter
-from dalle_scale.curation.statistics import Distribution, Repeats, picture_header
+from dalle_scale.curation.statistics import Distribution, Repeats, image_header
 from dalle_scale.data import codes
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
@@ -37,7 +37,7 @@ SAMPLES, VOCAB, GRID = 180, 50, 4
 NOT_UTF_8, EMPTY, CUT, NO_FORMAT, WRONG_CODES, FLIPPED = 11, (20, 21), 30, 40, 50, 75
 
 
-def picture(seed: int, width: int, height: int, kind: str, orientation: int = 1) -> bytes:
+def image_file(seed: int, width: int, height: int, kind: str, orientation: int = 1) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -48,15 +48,15 @@ def picture(seed: int, width: int, height: int, kind: str, orientation: int = 1)
 
 
 def make(number: int) -> dict[str, bytes]:
-    """The members of one sample: five formats, turned pictures, captions that repeat, among them bad ones."""
-    draw = random.Random(number)
+    """The members of one sample: five formats, turned images, captions that repeat, among them bad ones."""
+    rng = random.Random(number)
     kind = list(KINDS)[number % 5]
     turned = kind == "jpg" and number % 2 == 0
-    image = picture(number, draw.randint(3, 70), draw.randint(3, 70), kind, 6 if turned else 1)
+    image = image_file(number, rng.randint(3, 70), rng.randint(3, 70), kind, 6 if turned else 1)
     caption = f"Caption number {number} of a cat's day" if number % 3 else f"a dog of kind {number % 7}"
     text = b"\xff\xfe" if number == NOT_UTF_8 else b" \n" if number in EMPTY else caption.encode()
     if number in (CUT, NO_FORMAT):
-        image = b"\xff\xd8\xff and no more" if number == CUT else b"no picture at all"
+        image = b"\xff\xd8\xff and no more" if number == CUT else b"no image at all"
     values = np.random.default_rng(number).integers(0, VOCAB - 5, GRID * GRID)
     packed = codes.pack(values)[: 6 if number == WRONG_CODES else None]
     return {kind: image, "txt": text, "codes": packed}
@@ -64,7 +64,7 @@ def make(number: int) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("describe") / "pictures"
+    folder = tmp_path_factory.mktemp("describe") / "images"
     with ShardWriter(folder, 50, info={"kind": "images", "vocab": VOCAB, "grids": [GRID]}) as writer:
         for number in range(SAMPLES):
             writer.add(f"{number:05d}", make(number))
@@ -85,7 +85,7 @@ def numbers(data_set, tmp_path_factory) -> dict:
     return describe(data_set, tmp_path_factory.mktemp("out") / "page.html")
 
 
-GOOD_PICTURES = [number for number in range(SAMPLES) if number not in (CUT, NO_FORMAT, FLIPPED)]
+GOOD_IMAGES = [number for number in range(SAMPLES) if number not in (CUT, NO_FORMAT, FLIPPED)]
 GOOD_CAPTIONS = [number for number in range(SAMPLES) if number != NOT_UTF_8 and number not in EMPTY]
 
 
@@ -94,7 +94,7 @@ def test_every_sample_is_readable_or_has_one_reason(numbers):
     assert numbers["unreadable"] == {
         "the caption is not UTF-8": 1,
         "cannot decode": 1,
-        "unknown picture format": 1,
+        "unknown image format": 1,
         "# codes instead of #": 1,
         "checksum of 'jpg' is wrong": 1,
     }
@@ -105,17 +105,17 @@ def test_every_sample_is_readable_or_has_one_reason(numbers):
     assert found[f"{WRONG_CODES:05d}"][1] == "3 codes instead of 16"
 
 
-def test_pictures_are_counted_as_decoding_them_shows(numbers):
-    pictures = [next(data for kind, data in make(number).items() if kind in KINDS) for number in GOOD_PICTURES]
-    shapes = [decode(data).shape for data in pictures]
-    found = numbers["pictures"]
-    assert found["formats"] == Counter(list(KINDS)[number % 5] for number in GOOD_PICTURES)
+def test_images_are_counted_as_decoding_them_shows(numbers):
+    images = [next(data for kind, data in make(number).items() if kind in KINDS) for number in GOOD_IMAGES]
+    shapes = [decode(data).shape for data in images]
+    found = numbers["images"]
+    assert found["formats"] == Counter(list(KINDS)[number % 5] for number in GOOD_IMAGES)
     expected = {
         "width": [shape[1] for shape in shapes],
         "height": [shape[0] for shape in shapes],
         "aspect_ratio": [shape[1] / shape[0] for shape in shapes],
         "megapixels": [shape[1] * shape[0] / 1e6 for shape in shapes],
-        "bytes_per_pixel": [len(d) / (s[0] * s[1]) for d, s in zip(pictures, shapes, strict=True)],
+        "bytes_per_pixel": [len(d) / (s[0] * s[1]) for d, s in zip(images, shapes, strict=True)],
     }
     for name, values in expected.items():
         assert found[name]["count"] == len(values) == sum(count for *_, count in found[name]["bins"])
@@ -193,7 +193,7 @@ def test_languages_are_told(tmp_path):
             writer.add(str(number), {"txt": (german if number < 3 else english).encode()})
     found = describe(tmp_path / "set", tmp_path / "page.html")
     assert found["captions"]["languages"] == {"en": 9, "de": 3}
-    assert "pictures" not in found and "codes" not in found
+    assert "images" not in found and "codes" not in found
 
 
 # ---- the page ----
@@ -204,7 +204,7 @@ def test_page_stands_alone_and_its_plots_are_well_formed(data_set, numbers, tmp_
     page = (tmp_path / "page.html").read_text()
     assert not re.search(r"https?:|<script|<link|url\(|@import|<img|<iframe", page)
     plots = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(plots) == 1 + 5 + 2 + 2 + 1  # formats, pictures, captions, languages and words, codes
+    assert len(plots) == 1 + 5 + 2 + 2 + 1  # formats, images, captions, languages and words, codes
     for plot in plots:
         tree = ElementTree.fromstring(plot)
         bars = [node for node in tree.iter("rect") if node.get("class") == "bar"]
@@ -212,7 +212,7 @@ def test_page_stands_alone_and_its_plots_are_well_formed(data_set, numbers, tmp_
         assert all(float(bar.get("height")) >= 0 and float(bar.get("width")) > 0 for bar in bars)
     width = ElementTree.fromstring(plots[1])
     counts = [int(re.search(r": ([\d,]+) samples", title.text)[1].replace(",", "")) for title in width.iter("title")]
-    assert counts == [count for *_, count in numbers["pictures"]["width"]["bins"]]
+    assert counts == [count for *_, count in numbers["images"]["width"]["bins"]]
     heights = [float(node.get("height")) for node in width.iter("rect") if node.get("class") == "bar"]
     assert np.corrcoef(counts, heights)[0, 1] > 0.9999
     assert f"{SAMPLES}</b><span>samples" in page and "5</b><span>samples cannot be read" in page
@@ -230,7 +230,7 @@ def test_text_of_the_data_is_escaped(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is not rendered")
 def test_a_browser_draws_the_bars(data_set, tmp_path):
     describe(data_set, tmp_path / "page.html")
-    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
+    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-step"
     options = [f"--{flag}" for flag in [*flags.split(), "disable-sync", "window-size=1400,2600", "hide-scrollbars"]]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
     address = (tmp_path / "page.html").as_uri()
@@ -251,22 +251,22 @@ def test_a_browser_draws_the_bars(data_set, tmp_path):
     orientation=st.integers(1, 8),
 )
 def test_header_says_what_decoding_shows(width, height, kind, orientation):
-    data = picture(0, width, height, kind, orientation if kind in ("jpg", "png", "webp") else 1)
+    data = image_file(0, width, height, kind, orientation if kind in ("jpg", "png", "webp") else 1)
     shape = decode(data).shape
-    assert picture_header(data) == (kind, shape[1], shape[0])
+    assert image_header(data) == (kind, shape[1], shape[0])
 
 
 def test_nothing_but_the_header_is_looked_at():
     for kind in ("jpg", "png", "bmp"):
-        data = picture(0, 64, 48, kind)
+        data = image_file(0, 64, 48, kind)
         half = data[: len(data) // 2]
         with pytest.raises(BadSample):
             decode(half)
-        assert picture_header(half) == (kind, 64, 48)
+        assert image_header(half) == (kind, 64, 48)
     file = io.BytesIO()
     Image.new("1", (12_000, 6_000)).save(file, "PNG")
     with pytest.raises(BadSample, match="too many pixels: 12000 x 6000"):
-        picture_header(file.getvalue())
+        image_header(file.getvalue())
 
 
 @settings(max_examples=80, deadline=None)

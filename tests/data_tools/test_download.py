@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.processes import ROOT, run_until
 from support.programs import load_program
-from support.sources import content, ledger, picture, samples
+from support.sources import content, image_file, ledger, samples
 from support.web import Web
 
 from dalle_scale.data.manifest import Manifest
@@ -40,8 +40,8 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def web():
     with Web() as server:
-        server.files = {f"{n}.png": picture(n, kind="JPEG" if n % 2 else "PNG") for n in range(40)}
-        server.files |= {"page": b"<html>", "cut": picture(0)[:-30], "small": picture(0, height=6, width=5)}
+        server.files = {f"{n}.png": image_file(n, kind="JPEG" if n % 2 else "PNG") for n in range(40)}
+        server.files |= {"page": b"<html>", "cut": image_file(0)[:-30], "small": image_file(0, height=6, width=5)}
         yield server
 
 
@@ -192,7 +192,7 @@ def test_what_failed_is_fetched_when_it_is_there(tmp_path):
     paths = [f"/{kind}/{n}.png" for n in range(6) for kind in ("ok", "after/1/503", "after-reset/2", "after/9/404")]
     options = ["--allow-private", "--retries=0", "--size=8", "--samples-per-shard=5", "--workers=1"]
     with Web() as web:
-        web.files = {path.split("/", 2)[2]: picture(seed) for seed, path in enumerate(paths)}
+        web.files = {path.split("/", 2)[2]: image_file(seed) for seed, path in enumerate(paths)}
         rows = [{"url": web.url(path), "caption": path} for path in paths]
         table = write_list(rows, tmp_path / "list.csv")
         run(table, "--out", tmp_path / "first", *options)

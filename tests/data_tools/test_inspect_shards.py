@@ -1,4 +1,4 @@
-"""inspect_shards.py: the sheet shows each sample's picture, caption and place, or why it cannot be read."""
+"""inspect_shards.py: the sheet shows each sample's image, caption and place, or why it cannot be read."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support.exports import save_tokenizer
 from support.programs import load_program
-from support.sources import picture
+from support.sources import image_file
 
 from dalle_scale.checkpoint.export import open_tokenizer
 from dalle_scale.curation.shard_writer import ShardWriter
@@ -32,11 +32,11 @@ def caption_of(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory) -> Path:
-    """40 pictures of 16 x 12 in shards of 10."""
-    folder = tmp_path_factory.mktemp("inspect") / "pictures"
+    """40 images of 16 x 12 in shards of 10."""
+    folder = tmp_path_factory.mktemp("inspect") / "images"
     with ShardWriter(folder, 10) as writer:
         for number in range(40):
-            image = b"\x89PNG\r\n\x1a\n and no more" if number == DAMAGED else picture(number)
+            image = b"\x89PNG\r\n\x1a\n and no more" if number == DAMAGED else image_file(number)
             writer.add(f"{number:02d}", {"png": image, "txt": caption_of(number)})
     entry = Manifest.open(folder).entry(FLIPPED, "png")
     with (folder / "shard-000001.tar").open("r+b") as file:
@@ -46,7 +46,7 @@ def data_set(tmp_path_factory) -> Path:
 
 
 def inspect(folder: Path, out: Path, *options: str) -> list[tuple[str, list[np.ndarray], list[str]]]:
-    """Caption, pictures and notes of every card of the page."""
+    """Caption, images and notes of every card of the page."""
     inspect_shards.main([str(folder), f"--out={out}", *options])
     assert Image.open(f"{out}.png").size > (100, 100)
     cards = []
@@ -62,13 +62,13 @@ def key_of(card) -> str:
     return card[2][0].split(" ")[0]
 
 
-def test_every_sample_is_shown_with_its_own_picture(data_set, tmp_path):
+def test_every_sample_is_shown_with_its_own_image(data_set, tmp_path):
     cards = inspect(data_set, tmp_path / "sheet", "--count=100")
     assert [key_of(card) for card in cards] == [f"{number:02d}" for number in range(40)]
     for number, (caption, [pixels], [note]) in enumerate(cards):
         assert f"shard-{number // 10:06d}" in note
         if number not in (DAMAGED, FLIPPED):
-            data = picture(number)
+            data = image_file(number)
             assert np.array_equal(pixels, decode(data))
             assert f"16 x 12 · {len(data):,} bytes" in note
         if number not in (NOT_UTF_8, EMPTY):
@@ -83,9 +83,9 @@ def test_what_cannot_be_read_is_shown_with_its_reason(data_set, tmp_path, capsys
     assert flipped[2] == ["13 · shard-000001 · cannot be read: checksum of 'png' is wrong"]
     assert re.search(r"cannot be read: cannot decode: \w+", damaged[2][0]) and damaged[0] == "a damaged one"
     assert np.array_equal(flipped[1][0], damaged[1][0]), "one placeholder for all"
-    assert not np.array_equal(flipped[1][0], decode(picture(FLIPPED)))
+    assert not np.array_equal(flipped[1][0], decode(image_file(FLIPPED)))
     assert not_utf_8[0] == "(caption cannot be read: it is not UTF-8)"
-    assert np.array_equal(not_utf_8[1][0], decode(picture(NOT_UTF_8)))
+    assert np.array_equal(not_utf_8[1][0], decode(image_file(NOT_UTF_8)))
     assert empty[0] == "(empty caption)"
     assert "4 samples, 3 of them cannot be read" in capsys.readouterr().out
 
@@ -118,9 +118,9 @@ def test_matching_captions_are_all_found(data_set, tmp_path):
         inspect(data_set, tmp_path / "sheet", "--match=zebra")
 
 
-def test_large_pictures_are_shrunk_whole(tmp_path):
+def test_large_images_are_shrunk_whole(tmp_path):
     with ShardWriter(tmp_path / "set") as writer:
-        writer.add("a", {"png": picture(0, 300, 600), "txt": b"word " * 1000})
+        writer.add("a", {"png": image_file(0, 300, 600), "txt": b"word " * 1000})
     [(caption, [pixels], [note])] = inspect(tmp_path / "set", tmp_path / "sheet")
     assert pixels.shape == (128, 256, 3) and "600 x 300" in note
     assert len(caption) < 500 and caption.endswith("… (4,999 characters)")
@@ -137,7 +137,7 @@ def coded(tmp_path_factory) -> Path:
     with ShardWriter(folder / "codes", info={"kind": "codes", "vocab": 64, "grids": [8]}) as writer:
         for number in range(12):
             packed = codes.pack(np.random.default_rng(number).integers(0, 64, 64 - (number == 5)))
-            writer.add(f"{number:02d}", {"codes": packed, "png": picture(number), "txt": b"caption"})
+            writer.add(f"{number:02d}", {"codes": packed, "png": image_file(number), "txt": b"caption"})
     return folder
 
 
@@ -146,7 +146,7 @@ def test_codes_are_shown_as_the_tokenizer_decodes_them(coded, tmp_path):
     tokenizer = open_tokenizer(coded / "tokenizer")
     assert len(cards) == 12
     for number, (_, [original, decoded], [_, note]) in enumerate(cards):
-        assert np.array_equal(original, decode(picture(number)))
+        assert np.array_equal(original, decode(image_file(number)))
         if number == 5:
             assert note.endswith("cannot be read: 63 codes instead of 64")
             continue

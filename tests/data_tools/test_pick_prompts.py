@@ -1,4 +1,4 @@
-"""pick_prompts.py: distinct captions with their own pictures, the same on every run."""
+"""pick_prompts.py: distinct captions with their own images, the same on every run."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.programs import load_program
-from support.sources import picture
+from support.sources import image_file
 
 from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.types import UserError
@@ -17,10 +17,10 @@ pick_prompts = load_program("pick_prompts")
 
 @pytest.fixture
 def shards(tmp_path):
-    """30 pictures of 16 x 12 with ten captions; number 7 is damaged."""
+    """30 images of 16 x 12 with ten captions; number 7 is damaged."""
     with ShardWriter(tmp_path / "shards") as writer:
         for index in range(30):
-            data = b"\x89PNG\r\n\x1a\n and no more" if index == 7 else picture(index)
+            data = b"\x89PNG\r\n\x1a\n and no more" if index == 7 else image_file(index)
             writer.add(f"{index:02d}", {"png": data, "txt": f"caption {index % 10}".encode()})
     return tmp_path / "shards"
 
@@ -30,12 +30,12 @@ def run(shards, out, *options: str) -> list[dict]:
     return [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
 
 
-def test_captions_are_distinct_and_pictures_their_own(shards, tmp_path):
+def test_captions_are_distinct_and_images_their_own(shards, tmp_path):
     rows = run(shards, tmp_path / "a", "--count=64")
     assert sorted(row["prompt"] for row in rows) == [f"caption {index}" for index in range(10)]
     for row in rows:
         assert row["prompt"] == f"caption {int(row['key']) % 10}" and row["key"] != "07"
-        written = np.asarray(Image.open(io.BytesIO(picture(int(row["key"])))))
+        written = np.asarray(Image.open(io.BytesIO(image_file(int(row["key"])))))
         assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / row["truth"])), written)
 
 
@@ -52,5 +52,5 @@ def test_wrong_input_is_one_line(shards, tmp_path):
         run(shards, tmp_path / "a", "--count=0")
     with ShardWriter(tmp_path / "codes") as writer:
         writer.add("a", {"codes": b"12"})
-    with pytest.raises(UserError, match="need pictures and captions"):
+    with pytest.raises(UserError, match="need images and captions"):
         run(tmp_path / "codes", tmp_path / "a")

@@ -43,9 +43,9 @@ def verify(folder: Path) -> tuple[int, dict, list[tuple]]:
 
 def members(number: int) -> dict[str, bytes]:
     """The members of a sound sample."""
-    (_, picture), (_, text) = make_files(1, first=number)
+    (_, image_file), (_, text) = make_files(1, first=number)
     values = np.random.default_rng(number).integers(0, 64, 9)
-    return {"jpg": picture, "txt": text, "codes": codes.pack(values)}
+    return {"jpg": image_file, "txt": text, "codes": codes.pack(values)}
 
 
 def write_set(folder: Path, change: Callable[[dict[str, dict[str, bytes]]], None] = lambda content: None) -> Path:
@@ -124,7 +124,7 @@ ALL = [f"key-{number}" for number in range(4)]
 SHARD, OTHER = "shard-000000.tar", "shard-000001.tar"
 FILE_FAULTS: dict[str, tuple[Change, set[tuple]]] = {
     "a missing shard": (lambda folder: (folder / SHARD).unlink(), {("shard missing", SHARD, None)}),
-    "a flipped bit of a picture": (
+    "a flipped bit of an image": (
         first_shard(flip_content("key-1.jpg")),
         {("shard digest", SHARD, None), ("member checksum", SHARD, "key-1")},
     ),
@@ -149,7 +149,7 @@ FILE_FAULTS: dict[str, tuple[Change, set[tuple]]] = {
         first_shard(append),
         {("shard digest", SHARD, None), ("header disagrees", SHARD, None)},
     ),
-    "a shard that goes on": (
+    "a shard that continues": (
         first_shard(lambda tar: tar + b"x"),
         {("shard size", SHARD, None), ("tar damaged", SHARD, None)},
     ),
@@ -238,13 +238,13 @@ def change_member(key: str, name: str, content: bytes | None) -> Callable[[dict]
 @pytest.mark.parametrize(
     ("name", "content", "fault", "reason"),
     [
-        ("jpg", make_files(1)[0][1][:300], "picture", "cannot decode"),
-        ("jpg", b"no picture", "picture", "cannot decode"),
+        ("jpg", make_files(1)[0][1][:300], "image", "cannot decode"),
+        ("jpg", b"no image", "image", "cannot decode"),
         ("txt", b"caf\xe9", "caption not UTF-8", "not UTF-8"),
         ("txt", b" \n", "caption empty", "empty"),
         ("codes", codes.pack(np.arange(8)), "codes", "8 codes instead of 9"),
         ("codes", codes.pack(np.arange(9) + 60), "codes", "code 68 is not below 64"),
-        ("jpg", None, "member missing", "no picture"),
+        ("jpg", None, "member missing", "no image"),
         ("txt", None, "member missing", "no 'txt'"),
         ("codes", None, "member missing", "no 'codes'"),
     ],

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from dalle_scale.engine import adam16
 from dalle_scale.engine.adam16 import AdamW16
 
-SHORT = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.96), 1e-6, 0.1
 
 
@@ -55,7 +55,7 @@ def test_fp32_is_torchs() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
@@ -107,9 +107,9 @@ def test_bytes_a_parameter(dtype: torch.dtype, states: Any, rounding: Any, want:
     assert sum(one.untyped_storage().nbytes() for one in kept) == want * 1000
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_only_nearest_rounding_stalls(dtype: torch.dtype) -> None:
-    """100 updates of a twentieth of the distance between neighbours: five neighbours further, or nowhere."""
+    """100 steps of a twentieth of the distance between neighbours: five neighbours further, or nowhere."""
     spacing = torch.finfo(dtype).eps
     travelled = {}
     for rounding in ("stochastic", "compensated", "nearest"):
@@ -124,7 +124,7 @@ def test_only_nearest_rounding_stalls(dtype: torch.dtype) -> None:
     assert travelled["stochastic"] == pytest.approx(5, abs=5 * math.sqrt(5 / 2000))  # five standard errors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_variance_is_clipped_before_it_is_used_and_stored(dtype: torch.dtype) -> None:
     """A gradient of 100 would make it 0.04 * 100^2 = 400. It is 5, and decays from there."""
     tensor = nn.Parameter(torch.zeros(1, dtype=dtype))
@@ -147,7 +147,7 @@ def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("states", ["paper", "bf16", "fp32"])
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_resume_is_exact(dtype: torch.dtype, states: str, rounding: str) -> None:
@@ -165,7 +165,7 @@ def test_resume_is_exact(dtype: torch.dtype, states: str, rounding: str) -> None
     assert_same_bits(advance(second, resumed, 3, 6), advance(first, optimizer, 3, 6))
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_every_code_survives_a_checkpoint(dtype: torch.dtype) -> None:
     """Also those that are NaN in the dtype of the tensor that holds them."""
     codes = torch.arange(1 << 16).to(torch.int16)
@@ -179,7 +179,7 @@ def test_every_code_survives_a_checkpoint(dtype: torch.dtype) -> None:
     assert torch.equal(optimizers[1].state[tensors[1]]["mean"].view(torch.int16), codes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("divisor", [2.0**10, 2.0**-6])
 def test_scaled_gradients_are_divided_in_fp32(dtype: torch.dtype, divisor: float) -> None:
     """By a power of two: the bits of weights and states of an unscaled run. A divisor is that of its own group."""
@@ -258,8 +258,8 @@ def mlp(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), *hidden, nn.Linear(64, 8))
 
 
-def final_loss(dtype: torch.dtype, updates: int = 120, **settings: Any) -> float:
-    """Mean loss of the last 50 updates of a student of a fixed net: matrices in `dtype`, gains and biases in fp32,
+def final_loss(dtype: torch.dtype, steps: int = 120, **settings: Any) -> float:
+    """Mean loss of the last 50 steps of a student of a fixed net: matrices in `dtype`, gains and biases in fp32,
     computation in fp32, because 16-bit products are slow on CPUs; the learning rate falls to 0 as a cosine."""
     net, teacher = mlp(0), mlp(1)
     for parameter in net.parameters():
@@ -267,8 +267,8 @@ def final_loss(dtype: torch.dtype, updates: int = 120, **settings: Any) -> float
             parameter.data = parameter.data.to(dtype)
     optimizer = AdamW16(net.parameters(), lr=0.0, weight_decay=0.045, **settings)
     generator, losses = torch.Generator().manual_seed(5), []
-    for step in range(updates):
-        optimizer.param_groups[0]["lr"] = 0.0015 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / updates))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.0015 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps))
         inputs = torch.randn(64, 16, generator=generator)
         with torch.no_grad():
             want = teacher(inputs)

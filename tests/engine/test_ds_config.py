@@ -13,7 +13,7 @@ from dalle_scale.types import UserError
 
 
 def make(engine: dict[str, Any] | None = None, **optim: Any) -> RunConfig:
-    tree = {"stage": "x", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
+    tree = {"stage": "x", "run": "x", "steps": 1, "global_batch_size": 8, "data": {"train": "x"}}
     return parse(
         RunConfig,
         {**tree, "engine": {"dtype": "fp32", **(engine or {})}, "optim": {"model": {"lr": 0.1, **optim}}},
@@ -23,7 +23,7 @@ def make(engine: dict[str, Any] | None = None, **optim: Any) -> RunConfig:
 
 def test_golden() -> None:
     """No default of the library trains the model: a key that appears or changes must appear or change here."""
-    assert ds_config.derive(make({"micro_batch_samples": 2}), "model", world_size=2) == {
+    assert ds_config.derive(make({"micro_batch_size": 2}), "model", world_size=2) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
@@ -88,7 +88,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (make({"dtype": "fp16", "zero": 1}), CPU, "engine.dtype: fp16 needs a GPU"),
         (make({"dtype": "fp16"}), GPU, r"fp16 needs engine\.zero=1, 2 or 3"),
         (make({"zero": 1}, kind="muon"), CPU, r"optim\.model\.kind: muon needs whole matrices, ZeRO 1 cuts them"),
-        (make({"micro_batch_samples": 3}), CPU, "micro-batch 3 x world size 2"),
+        (make({"micro_batch_size": 3}), CPU, "micro-batch 3 x world size 2"),
     ],
 )
 def test_refused(config: RunConfig, device: torch.device, message: str) -> None:
@@ -111,16 +111,16 @@ def test_one_optim_entry_a_net() -> None:
 
 def test_several_machines() -> None:
     """DeepSpeed sees one of them."""
-    engine = {"machines": 2, "zero": 3, "micro_batch_samples": 1}
+    engine = {"nodes": 2, "zero": 3, "micro_batch_size": 1}
     derived = ds_config.derive(make(engine), "model", world_size=4)
     batch = [derived[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu")]
     assert [*batch, derived["gradient_accumulation_steps"]] == [4, 1, 2]
     cpu = torch.device("cpu")
     ds_config.check(make(engine), 4, cpu)
     for changes, message in (
-        ({"machines": 3}, "engine.machines: 3, but 4 processes do not divide among them"),
+        ({"nodes": 3}, "engine.nodes: 3, but 4 processes do not divide among them"),
         ({"zero": 0}, "need engine.zero=1, 2 or 3 inside a machine"),
-        ({"zero": 0, "machines": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a machine"),
+        ({"zero": 0, "nodes": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a machine"),
         ({"dtype": "fp16", "compression_rank": 4}, "goes with engine.dtype=fp16 only where optim kind is adamw16"),
     ):
         with pytest.raises(UserError, match=message):

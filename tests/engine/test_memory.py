@@ -15,7 +15,7 @@ from dalle_scale.models.transformer.model import Transformer
 
 def make(kind: str = "adamw", ema_decay: float = 0.9, **engine: Any) -> RunConfig:
     section = {"lr": 0.1, "kind": kind, "ema_decay": ema_decay}
-    tree = {"stage": "toy", "run": "x", "updates": 1, "batch_samples": 8, "data": {"train": "x"}}
+    tree = {"stage": "toy", "run": "x", "steps": 1, "global_batch_size": 8, "data": {"train": "x"}}
     return parse(RunConfig, {**tree, "engine": {"dtype": "fp32", **engine}, "optim": {"model": section}}, "test")
 
 
@@ -76,5 +76,5 @@ def test_matrices_alone_are_16_bits_in_a_net_of_branches() -> None:
 def test_report_tells_everything() -> None:
     config = make(zero=2)
     text = memory.report(config, {"model": torch.nn.Linear(999, 1000, device="meta")}, 2.5e6, world_size=4)
-    assert "zero: 2" in text and "2.500e+06 a sample, 2.000e+07 an update" in text
+    assert "zero: 2" in text and "2.500e+06 a sample, 2.000e+07 a step" in text
     assert "1,000,000 parameters" in text and "each of 4 ranks at ZeRO 2" in text

@@ -53,18 +53,21 @@ def test_learning_rate_and_decay_of_each_role() -> None:
 
 def test_adamw_is_torchs() -> None:
     torch.manual_seed(0)
-    net, twin = nn.Linear(5, 3), nn.Linear(5, 3)
-    twin.load_state_dict(net.state_dict())
+    net, evaluation_copy = nn.Linear(5, 3), nn.Linear(5, 3)
+    evaluation_copy.load_state_dict(net.state_dict())
     ours = optim.build(net, config(betas=(0.8, 0.9), eps=1e-6))
-    groups = [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0.0}]
+    groups = [
+        {"params": [evaluation_copy.weight], "weight_decay": 0.1},
+        {"params": [evaluation_copy.bias], "weight_decay": 0.0},
+    ]
     theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-6)
     for step in range(5):
-        for module, optimizer in ((net, ours), (twin, theirs)):
+        for module, optimizer in ((net, ours), (evaluation_copy, theirs)):
             optimizer.zero_grad()
             module(torch.linspace(-1, 1, 5) + step).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(net.weight, twin.weight, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(net.bias, twin.bias, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(net.weight, evaluation_copy.weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(net.bias, evaluation_copy.bias, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 12), (12, 4), (1, 5), (5, 1)])
@@ -95,7 +98,7 @@ def test_orthogonalise_of_nothing_is_nothing() -> None:
 
 
 def test_muon_is_torchs() -> None:
-    """torch.optim.Muon iterates in bf16, which keeps 8 bits: the updates agree to a few per cent, their directions to
+    """torch.optim.Muon iterates in bf16, which keeps 8 bits: the steps agree to a few per cent, their directions to
     one in a thousand. Momentum, decay and learning rates of both are the same numbers."""
     shapes = [(8, 8), (16, 8), (8, 16), (8, 8)]
     torch.manual_seed(2)
@@ -135,17 +138,17 @@ def test_muon_of_a_transposed_matrix_is_that_of_the_matrix() -> None:
 
 def test_muon_treats_the_rest_as_adamw() -> None:
     torch.manual_seed(3)
-    net, twin = Net(8, 16), Net(8, 16)
-    twin.load_state_dict(net.state_dict())
-    muon, adamw = optim.build(net, config(kind="muon")), optim.build(twin, config())
+    net, evaluation_copy = Net(8, 16), Net(8, 16)
+    evaluation_copy.load_state_dict(net.state_dict())
+    muon, adamw = optim.build(net, config(kind="muon")), optim.build(evaluation_copy, config())
     for step in range(3):
-        for index, (mine, theirs) in enumerate(zip(net.parameters(), twin.parameters(), strict=True)):
+        for index, (mine, theirs) in enumerate(zip(net.parameters(), evaluation_copy.parameters(), strict=True)):
             generator = torch.Generator().manual_seed(100 * step + index)
             mine.grad = torch.randn(mine.shape, generator=generator)
             theirs.grad = mine.grad.clone()
         muon.step()
         adamw.step()
-    for name, theirs in twin.named_parameters():
+    for name, theirs in evaluation_copy.named_parameters():
         assert torch.equal(net.get_parameter(name), theirs) == (name not in MATRICES), name
 
 

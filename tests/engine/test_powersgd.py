@@ -109,7 +109,7 @@ def test_replicas_agree_to_the_bit_and_the_best_directions_are_kept() -> None:
 
 
 def test_what_is_left_out_comes_later() -> None:
-    """The sum of what was sent and of the mean error is the sum of all means: nothing is lost over many updates."""
+    """The sum of what was sent and of the mean error is the sum of all means: nothing is lost over many steps."""
     compressors = [PowerSGD(1, seed=3) for _ in range(2)]
     sketches, sent, total = None, torch.zeros(8, 12), torch.zeros(8, 12)
     for update in range(20):

@@ -21,7 +21,7 @@ def scaling(dynamic: bool = True, clip_norm: float = 0.0) -> Scaling:
 
 
 def update(one: Scaling, gradients: list[Tensor], groups: list[dict] | None = None) -> bool:
-    """One update whose gradients have not yet been multiplied by the scales."""
+    """One step whose gradients have not yet been multiplied by the scales."""
     groups = GROUPS if groups is None else groups
     scaled = [gradient * one.of(group) for gradient, group in zip(gradients, groups, strict=True)]
     finite = one.finite(iter(zip(scaled, groups, strict=True)))

@@ -13,15 +13,15 @@ from dalle_scale.engine.schedule import Schedule
 
 
 def test_constant_with_warmup() -> None:
-    schedule = Schedule(ScheduleConfig(warmup_updates=4), updates=100)
-    assert [schedule.factor(update) for update in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert Schedule(ScheduleConfig(), updates=100).factor(0) == 1.0
+    schedule = Schedule(ScheduleConfig(warmup_steps=4), steps=100)
+    assert [schedule.factor(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert Schedule(ScheduleConfig(), steps=100).factor(0) == 1.0
 
 
-@pytest.mark.parametrize(("decay_updates", "end"), [(None, 110), (60, 60)])
-def test_cosine(decay_updates: int | None, end: int) -> None:
-    config = ScheduleConfig(kind="cosine", warmup_updates=10, decay_updates=decay_updates, final_factor=0.1)
-    schedule = Schedule(config, updates=110)
+@pytest.mark.parametrize(("decay_steps", "end"), [(None, 110), (60, 60)])
+def test_cosine(decay_steps: int | None, end: int) -> None:
+    config = ScheduleConfig(kind="cosine", warmup_steps=10, decay_steps=decay_steps, final_factor=0.1)
+    schedule = Schedule(config, steps=110)
     assert schedule.factor(4) == 0.5
     assert schedule.factor(10) == 1.0
     assert schedule.factor((10 + end) // 2) == pytest.approx(0.55)
@@ -31,16 +31,16 @@ def test_cosine(decay_updates: int | None, end: int) -> None:
 
 
 def test_the_paper_s_step_size() -> None:
-    """dVAE: 1e-4 to 1.25e-6 over 1,200,000 updates, then held (arXiv 2102.12092, App. A)."""
-    config = ScheduleConfig(kind="cosine", decay_updates=1_200_000, final_factor=0.0125)
-    schedule = Schedule(config, updates=3_000_000)
+    """dVAE: 1e-4 to 1.25e-6 over 1,200,000 steps, then held (arXiv 2102.12092, App. A)."""
+    config = ScheduleConfig(kind="cosine", decay_steps=1_200_000, final_factor=0.0125)
+    schedule = Schedule(config, steps=3_000_000)
     assert 1e-4 * schedule.factor(0) == pytest.approx(1e-4)
     assert 1e-4 * schedule.factor(2_000_000) == pytest.approx(1.25e-6)
 
 
 def plateau(**settings: float) -> Schedule:
-    values = {"plateau_window_updates": 3, "plateau_margin": 0.1, "plateau_halvings": 2, **settings}
-    return Schedule(ScheduleConfig(kind="plateau", **values), updates=100)
+    values = {"plateau_window_steps": 3, "plateau_margin": 0.1, "plateau_halvings": 2, **settings}
+    return Schedule(ScheduleConfig(kind="plateau", **values), steps=100)
 
 
 def observe(schedule: Schedule, *window_means: float) -> list[float]:
@@ -86,7 +86,7 @@ def test_state_goes_on_in_the_middle_of_a_window() -> None:
 
 
 def test_other_kinds_ignore_losses() -> None:
-    schedule = Schedule(ScheduleConfig(), updates=10)
+    schedule = Schedule(ScheduleConfig(), steps=10)
     for _ in range(20_000):
         schedule.observe(torch.tensor(1.0))
     assert schedule.factor(5) == 1.0 and schedule.state()["seen"] == 0

@@ -1,4 +1,4 @@
-"""VQGAN's two players at ZeRO 0 to 3 with 1 and 2 processes: see vqgan_checks.py; and resumed through the launcher."""
+"""VQGAN's two nets at ZeRO 0 to 3 with 1 and 2 processes: see vqgan_checks.py; and resumed through the launcher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_engines(results: dict[str, str], check: str, zero: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `zero<n>` of the tiny config and `zero<n>_resumed`, which went on from their third update."""
+    """Runs `zero<n>` of the tiny config and `zero<n>_resumed`, which continued from their third step."""
     folder = tmp_path_factory.mktemp("vqgan_runs")
     for split, count in (("train", 30), ("valid", 13)):
         write_images(folder / "shards" / split, count, size=16, seed=count)

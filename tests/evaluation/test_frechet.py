@@ -11,7 +11,7 @@ import torch
 from dalle_scale.evaluation.metrics import distribution
 
 
-def draw(count: int, dimensions: int, seed: int = 0, mix: float = 0.5) -> torch.Tensor:
+def rng(count: int, dimensions: int, seed: int = 0, mix: float = 0.5) -> torch.Tensor:
     """Correlated vectors float32 [count, dimensions] whose mean is not zero."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, dimensions, generator=generator)
@@ -33,7 +33,7 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("batch", [1, 7, 500])
 def test_streamed_moments_are_those_of_the_whole(batch):
-    features = draw(500, 6)
+    features = rng(500, 6)
     found = moments(features, batch)
     assert found.count == 500
     np.testing.assert_allclose(found.mean, features.double().numpy().mean(axis=0), rtol=1e-13)
@@ -42,30 +42,30 @@ def test_streamed_moments_are_those_of_the_whole(batch):
 
 def test_moments_far_from_zero():
     """Where sums of squares have no digits left: 1e8 squared is 1e16, the variance 1."""
-    features = draw(400, 3).double()
+    features = rng(400, 3).double()
     near, far = moments(features, 50), moments(features + 1e8, 50)
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-6, atol=1e-6)
 
 
 def test_moments_of_fp32_features_are_summed_in_float64():
     """50,000 features, where fp32 sums stand still."""
-    features = draw(50_000, 2) + 300
+    features = rng(50_000, 2) + 300
     found = moments(features, 100)
     np.testing.assert_allclose(found.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-10)
 
 
 def test_empty_batches_change_nothing():
-    features = draw(20, 3)
+    features = rng(20, 3)
     found = moments(features, 5)
     found.add(features[:0])
     assert torch.equal(found.mean, moments(features, 5).mean) and found.count == 20
 
 
 def test_same_set_has_distance_zero():
-    features = draw(300, 40)
+    features = rng(300, 40)
     scale = float(moments(features, 64).covariance.trace())
     assert abs(distance(features, features)) < 1e-12 * scale
-    assert abs(distance(features, features.flip(0))) < 1e-12 * scale, "the order of the pictures does not matter"
+    assert abs(distance(features, features.flip(0))) < 1e-12 * scale, "the order of the images does not matter"
 
 
 def test_nearly_singular_covariances_cost_no_digits():
@@ -101,7 +101,7 @@ def test_closed_form_in_two_dimensions():
 
 
 def test_distance_against_eigenvalues_of_the_product():
-    first, second = draw(400, 12), draw(300, 12, seed=1)
+    first, second = rng(400, 12), rng(300, 12, seed=1)
     x, y = first.double().numpy(), second.double().numpy()
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     trace = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
@@ -117,7 +117,7 @@ def test_no_covariance_is_no_distance():
 
 
 def test_kernel_distance_against_loops():
-    first, second = draw(9, 4), draw(7, 4, seed=1)
+    first, second = rng(9, 4), rng(7, 4, seed=1)
     got = list(distribution.kernel_distances(first, second, subset=5, subsets=3, seed=11))
     random = np.random.RandomState(11)
     for value in got:
@@ -134,7 +134,7 @@ def test_kernel_distance_against_loops():
 
 def test_kernel_distance_is_unbiased_and_sees_a_shift():
     """Two samples of one distribution: 0 within the error of the mean; the biased estimate would be far above."""
-    first, second = torch.split(draw(8000, 8, mix=0.1), 4000)
+    first, second = torch.split(rng(8000, 8, mix=0.1), 4000)
     values = np.array(list(distribution.kernel_distances(first, second, subset=20, subsets=300, seed=0)))
     error = values.std() / math.sqrt(len(values))
     assert abs(values.mean()) < 4 * error
@@ -153,7 +153,7 @@ def test_inception_score_in_closed_form():
 
 
 def test_inception_score_against_numpy():
-    logits = draw(103, 7)
+    logits = rng(103, 7)
     shuffled = logits.double().numpy()[np.random.RandomState(5).permutation(103)]
     p = np.exp(shuffled) / np.exp(shuffled).sum(axis=1, keepdims=True)
     expected = []
@@ -164,7 +164,7 @@ def test_inception_score_against_numpy():
 
 
 def test_precision_and_recall_against_loops():
-    samples, real = draw(60, 3, mix=0.2) + 0.7, draw(50, 3, seed=4, mix=0.2)
+    samples, real = rng(60, 3, mix=0.2) + 0.7, rng(50, 3, seed=4, mix=0.2)
     for points, centres in ((samples, real), (real, samples)):
         x, c = points.double().numpy(), centres.double().numpy()
         radii = [sorted(np.linalg.norm(a - b) for j, b in enumerate(c) if j != i)[2] for i, a in enumerate(c)]
@@ -176,12 +176,10 @@ def test_precision_and_recall_against_loops():
 
 def test_precision_and_recall_at_the_ends(monkeypatch):
     monkeypatch.setattr(distribution, "_ROWS", 16)  # several parts
-    features = draw(100, 40)
+    features = rng(100, 40)
     radii = distribution.neighbour_radii(features, 3)
     assert distribution.covered_share(features, features, radii) == 1
     assert distribution.covered_share(features + 1000, features, radii) == 0
-    few = features[:5].repeat(
-        20, 1
-    )  # a generator that knows five pictures: precise, and recalls hardly more than these
+    few = features[:5].repeat(20, 1)  # a generator that knows five images: precise, and recalls hardly more than these
     assert distribution.covered_share(few, features, radii) == 1
     assert distribution.covered_share(features, few, distribution.neighbour_radii(few, 3)) <= 0.05

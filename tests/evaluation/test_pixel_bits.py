@@ -135,7 +135,7 @@ def test_long_tails_take_the_other_family():
     assert got.family == "logistic" and got.scale == pytest.approx(6, rel=0.11) and str(got).startswith("logistic ")
 
 
-def test_pictures_that_come_back_exactly_cost_all_but_nothing():
+def test_images_that_come_back_exactly_cost_all_but_nothing():
     decoded, _ = noisy(0.0)
     got = cheapest(count_pairs(decoded, decoded))
     assert got.scale == SCALES[0] and 7 < got.bits < 7 + 2e-4 * decoded.numel()

@@ -1,4 +1,4 @@
-"""What codes cost: against the drawing path of the same nets, code by code, and summed over all codes there can be."""
+"""What codes cost: against the sampling path of the same nets, code by code, and summed over all codes there can be."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def all_codes(vocab: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def drawn_bits(folder: Path, codes: Tensor, text: Tensor | None, upper: Tensor | None = None) -> Tensor:
-    """-log2 of the probability with which the net would draw the codes [B, N] one after the other, fp64 [B]."""
+    """-log2 of the probability with which the net would sample the codes [B, N] one after the other, fp64 [B]."""
     model = export.load(folder).nets["model"]
     transformer = hasattr(model, "image_head")
     if transformer:

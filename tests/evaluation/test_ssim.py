@@ -32,11 +32,11 @@ def brute_force(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def pair(noise: int, height: int = 17, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth pictures and the same with noise, uint8 [3, 3, H, W]."""
-    draw = torch.Generator().manual_seed(noise)
-    coarse = torch.rand(3, 3, 4, 4, generator=draw) * 255
+    """Smooth images and the same with noise, uint8 [3, 3, H, W]."""
+    rng = torch.Generator().manual_seed(noise)
+    coarse = torch.rand(3, 3, 4, 4, generator=rng) * 255
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    other = smooth + noise * torch.randn(smooth.shape, generator=draw)
+    other = smooth + noise * torch.randn(smooth.shape, generator=rng)
     return smooth.round().to(torch.uint8), other.round().clamp(0, 255).to(torch.uint8)
 
 

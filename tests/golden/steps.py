@@ -12,12 +12,12 @@ from typing import NamedTuple
 RUNS = "runs/tiny"
 DATA, TEXT = f"{RUNS}/shards", f"{RUNS}/text.model"
 STEPS = 20
-OVERRIDES = (f"updates={STEPS}", "log.every=1", f"log.preview_every={STEPS}", f"log.valid_every={STEPS // 2}")
+OVERRIDES = (f"steps={STEPS}", "log.every=1", f"log.preview_every={STEPS}", f"log.valid_every={STEPS // 2}")
 TOKENIZERS = ("dvae", "vqvae", "vqvae2", "vqgan")
 STAGES = (*TOKENIZERS, "vae", "ddpm", "clip")  # without those that train on codes
 ZERO = ("dalle", "vqgan")
 PAPER_CLUSTER = (
-    *("--machines", "128", "--gpus", "8", "--memory-gib", "16", "--flops", "125e12"),
+    *("--nodes", "128", "--gpus", "8", "--memory-gib", "16", "--flops", "125e12"),
     *("--intra-gbps", "1200", "--inter-gbps", "100"),
 )
 

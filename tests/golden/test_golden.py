@@ -1,7 +1,7 @@
 """Every tiny config trains to the losses of before, and a record tells where two differ.
 
-losses.json is of one machine. Where another rounds otherwise, what is computed before the first update differs by
-rounding alone. Later losses differ by what Adam makes of it, whose first updates turn the sign of a small gradient into
+losses.json is of one machine. Where another rounds otherwise, what is computed before the first step differs by
+rounding alone. Later losses differ by what Adam makes of it, whose first steps turn the sign of a small gradient into
 a whole step: on one processor by 7e-4 at most between SSE4.2 and AVX-512. Which code is the nearest may be up to
 rounding too, so statistics of codes are left out, and stages over codes train on codes that no network has made.
 
@@ -33,7 +33,7 @@ STATISTICS = ("codes_used", "perplexity")
 
 
 def losses(work: Path) -> dict[str, list[dict[str, float]]]:
-    """What each tiny config logs, by update."""
+    """What each tiny config logs, by step."""
     golden.run(work, [*data_steps(), *(alone(stage) for stage in STAGES)])
     for name, (vocab, grids) in CODES.items():
         for split, samples in (("train", 96), ("valid", 24)):
@@ -42,12 +42,12 @@ def losses(work: Path) -> dict[str, list[dict[str, float]]]:
     found = {}
     for path in sorted(work.glob("runs/tiny/*/metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found[path.parent.name] = [{key: row[key] for key in row if is_loss(key) or key == "update"} for row in rows]
+        found[path.parent.name] = [{key: row[key] for key in row if is_loss(key) or key == "step"} for row in rows]
     return found
 
 
 def alone(stage: str, run: str = "", *overrides: str) -> Step:
-    """A training without the launcher, which takes as long as all its updates."""
+    """A training without the launcher, which takes as long as all its steps."""
     return training(golden.ROOT, stage, run, *overrides, ranks=0)
 
 
@@ -60,7 +60,7 @@ def write_codes(folder: Path, samples: int, vocab: int, grids: list[int]) -> Non
     with ShardWriter(folder, samples_per_shard=64, info={"kind": "codes", "vocab": vocab, "grids": grids}) as writer:
         for index in range(samples):
             drawn = np.random.default_rng(index).integers(0, vocab, codes.count(grids))
-            writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"a picture of {index} things".encode()})
+            writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"an image of {index} things".encode()})
 
 
 def test_losses(tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_losses(tmp_path: Path) -> None:
     for stage, rows in expected.items():
         assert [row.keys() for row in found[stage]] == [row.keys() for row in rows], stage
         for row, want in zip(found[stage], rows, strict=True):
-            if stage == "vqgan" and want["update"] > 1:
+            if stage == "vqgan" and want["step"] > 1:
                 assert all(map(math.isfinite, row.values()))  # two nets that chase each other carry any jump further
                 continue
-            close = {"rel": 1e-4, "abs": 1e-6} if want["update"] == 1 else {"rel": 3e-3, "abs": 5e-4}
-            assert row == pytest.approx(want, **close), f"{stage}, update {want['update']}"
+            close = {"rel": 1e-4, "abs": 1e-6} if want["step"] == 1 else {"rel": 3e-3, "abs": 5e-4}
+            assert row == pytest.approx(want, **close), f"{stage}, step {want['step']}"
 
 
 RECORD: golden.Record = {

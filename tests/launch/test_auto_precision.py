@@ -46,12 +46,12 @@ def train(runs: list[list[Any]], folder: Path, where: dict[str, str]) -> str:
 
 
 def test_a_run_keeps_what_auto_became(toy_data: dict[str, str], tmp_path: Path) -> None:
-    """Begun where bf16 wins, it goes on where fp32 would, as a run that never stopped; and the other way round."""
+    """Begun where bf16 wins, it continues where fp32 would, as a run that never stopped; and the other way round."""
     config = write_config(tmp_path / "c.yaml", toy_run(toy_data, tmp_path / "x", engine={"zero": 1}))
     fast, slow = machine(tmp_path / "fast", 3.0), machine(tmp_path / "slow", 1.2)
     folders = {name: tmp_path / name for name in ("auto", "bf16", "fp32", "slow_auto")}
     auto, whole = [config, f"run={folders['auto']}"], [config, "engine.dtype=bf16", f"run={folders['bf16']}"]
-    told = train([[*auto, "updates=4"], whole], tmp_path, fast)
+    told = train([[*auto, "steps=4"], whole], tmp_path, fast)
     assert told.count("engine.dtype: auto is bf16 here: 300 GFLOP/s, fp32 100 (3.00 x)") == 1
     [checkpoint] = resume.committed(folders["auto"])
     assert checkpoint.config["engine"]["dtype"] == "bf16"
@@ -59,7 +59,7 @@ def test_a_run_keeps_what_auto_became(toy_data: dict[str, str], tmp_path: Path) 
     assert text.startswith("# engine.dtype: auto is bf16 here") and yaml.safe_load(text)["engine"]["dtype"] == "bf16"
 
     other = [config, f"run={folders['slow_auto']}"], [config, "engine.dtype=fp32", f"run={folders['fp32']}"]
-    told = train([[*auto, "updates=8"], *other], tmp_path, slow)
+    told = train([[*auto, "steps=8"], *other], tmp_path, slow)
     assert "engine.dtype: auto stays bf16, as the run began; here it would be fp32: bf16 has 120 GFLOP/s" in told
     assert "engine.dtype: auto is fp32 here: bf16 has 120 GFLOP/s, fp32 100 (1.20 x)" in told
     for one, two in (("auto", "bf16"), ("slow_auto", "fp32")):
@@ -102,6 +102,6 @@ def test_dry_run_and_plan(toy_data: dict[str, str], tmp_path: Path) -> None:
         patch.setattr(precision, "choose", lambda nets, device: precision.Choice("bf16", "so"))
         code, printed = run_here(PROGRAM, config, "--dry-run")
         assert code == 0 and "auto is bf16 here: so" in printed and "dtype: bf16" in printed
-    sizes = ("--machines=1", "--gpus=2", "--memory-gib=1", "--flops=1e12", "--intra-gbps=1", "--inter-gbps=1")
+    sizes = ("--nodes=1", "--gpus=2", "--memory-gib=1", "--flops=1e12", "--intra-gbps=1", "--inter-gbps=1")
     code, printed = run_here(ROOT / "launch" / "plan.py", config, *sizes)
     assert code == 0 and "assumed: engine.dtype: auto becomes bf16" in printed

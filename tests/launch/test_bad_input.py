@@ -55,7 +55,7 @@ def test_dry_run_tells_and_stops(train: Train, tmp_path: Path, capsys: pytest.Ca
         ("data.valid=absent", "absent/manifest.parquet: no such file"),
         ("tokenizer=absent", "absent: no such export folder"),
         ("engine.dtype=fp16", "fp16 needs a GPU"),
-        ("engine.micro_batch_samples=3", "does not divide"),
+        ("engine.micro_batch_size=3", "does not divide"),
         ("optim.critic.lr=0.1", "optim: has entries for model, critic, stage 'support.autoencoder' trains model"),
     ],
 )

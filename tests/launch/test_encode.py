@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`images`: 45 pictures in three shards, one of them damaged; `dvae` and `other`: tokenizers."""
+    """`images`: 45 images in three shards, one of them damaged; `dvae` and `other`: tokenizers."""
     folder = tmp_path_factory.mktemp("encode")
     write_images(folder / "images", 45, size=40)
     manifest = Manifest.open(folder / "images")
@@ -75,8 +75,8 @@ def test_codes_are_the_tokenizers_and_captions_stay(work, done):
     good = [sample for sample in range(45) if sample != 25]
     assert [coded.key(row) for row in range(44)] == [images.key(sample) for sample in good]
     image_reader, code_reader = Reader(images), Reader(coded)
-    pictures = np.stack([square(decode(image_reader.read_image(sample)), 32) for sample in good])
-    expected = tokenizer.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
+    squares = np.stack([square(decode(image_reader.read_image(sample)), 32) for sample in good])
+    expected = tokenizer.encode(torch.from_numpy(squares).permute(0, 3, 1, 2)).numpy()
     written = np.stack([np.frombuffer(code_reader.read(row, "codes"), "<u2") for row in range(44)])
     assert len(np.unique(expected)) > 5
     assert (written == expected).mean() > 0.99, "a batch of another size may turn a tie"
@@ -87,7 +87,7 @@ def test_codes_are_the_tokenizers_and_captions_stay(work, done):
 
 
 def test_precision_is_recorded(work, done, monkeypatch):
-    """What auto became; the same command goes on in it, where the machine would choose otherwise too."""
+    """What auto became; the same command continues in it, where the machine would choose otherwise too."""
     assert "dtype" not in Manifest.open(done).info
     chosen = iter(("bf16", "fp32"))
     monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice(next(chosen), ""))
@@ -124,7 +124,7 @@ def test_goes_on_where_it_was_cut_off(work, done):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_killed_it_goes_on(number, work, done):
-    """kill -9 as soon as a shard is begun; the second run goes on with what is whole."""
+    """kill -9 as soon as a shard is begun; the second run continues with what is whole."""
     out = work / f"killed_{number}"
     options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={out}", "--batch=8"]
     line = [sys.executable, str(PROGRAM), *options]

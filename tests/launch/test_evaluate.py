@@ -1,4 +1,4 @@
-"""launch/evaluate.py: numbers against plain recomputation, the table in three forms, pictures, wrong input."""
+"""launch/evaluate.py: numbers against plain recomputation, the table in three forms, images, wrong input."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def numbers(done: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_all(folder: Path, size: int) -> torch.Tensor:
-    """Every readable picture, uint8 [44, 3, S, S], in the order of the shards."""
+    """Every readable image, uint8 [44, 3, S, S], in the order of the shards."""
     reader = Reader(Manifest.open(folder))
-    pictures = [square(decode(reader.read_image(sample)), size) for sample in range(45) if sample != DAMAGED]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    images = [square(decode(reader.read_image(sample)), size) for sample in range(45) if sample != DAMAGED]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 class OneByOne:
-    """A tokenizer that gets one picture at a time, in memory of its own. So the kernels are the same whatever the
+    """A tokenizer that gets one image at a time, in memory of its own. So the kernels are the same whatever the
     batch, and with them the bits: rounding may choose another code or byte where kernels differ."""
 
     def __init__(self, tokenizer: ImageTokenizer) -> None:
@@ -96,7 +96,7 @@ def measured(work: Path, name: str, size: int, batch: int, ledger: Path) -> dict
     [subject] = reconstruction.open_subjects([work / name], CPU)
     if subject.tokenizer:
         subject = replace(subject, tokenizer=OneByOne(subject.tokenizer))
-    return reconstruction.measure(subject, reconstruction.open_pictures(work / "valid", size, None, batch, ledger), CPU)
+    return reconstruction.measure(subject, reconstruction.open_images(work / "valid", size, None, batch, ledger), CPU)
 
 
 @pytest.mark.parametrize(("name", "size"), [("dvae", 32), ("small", 16)])
@@ -108,14 +108,12 @@ def test_numbers_are_those_of_a_plain_computation(work, done, tmp_path, name, si
     mse = np.mean((images.numpy().astype(float) - decoded.numpy().astype(float)) ** 2)
     shares = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
     entropy = -np.sum(shares * np.log2(shares))
-    row, per_picture = measured(work, f"{name}/export", size, 16, tmp_path / "ledger.jsonl"), (size // 4) ** 2
+    row, per_image = measured(work, f"{name}/export", size, 16, tmp_path / "ledger.jsonl"), (size // 4) ** 2
     assert row["psnr_db"] == pytest.approx(10 * math.log10(255**2 / mse), rel=1e-9)
     assert row["ssim"] == pytest.approx(float(ssim(decoded, images).mean()), rel=1e-9)
     assert len(shares) > 5 and row["codes_used"] == len(shares) and row["codes_used_share"] == len(shares) / 64
-    assert row["perplexity"] == pytest.approx(2**entropy) and row["entropy_bits"] == pytest.approx(
-        per_picture * entropy
-    )
-    assert (row["codes"], row["vocab"], row["bits"], row["image_size"]) == (per_picture, 64, per_picture * 6, size)
+    assert row["perplexity"] == pytest.approx(2**entropy) and row["entropy_bits"] == pytest.approx(per_image * entropy)
+    assert (row["codes"], row["vocab"], row["bits"], row["image_size"]) == (per_image, 64, per_image * 6, size)
     assert (row["samples"], row["samples_lost"], row["stage"]) == (44, 1, "dvae")
     assert "dvae_psnr_db" not in row, "measured by the table itself"
     # the program gives the tokenizer whole batches, where one code of 44 x 4 x 4 may be another
@@ -140,7 +138,7 @@ def test_damaged_sample_is_in_the_ledger_once(done):
 
 
 def test_psnr_in_closed_form(work):
-    """Pictures that are wrong by the same amount everywhere, one by 3, the others by 4."""
+    """Images that are wrong by the same amount everywhere, one by 3, the others by 4."""
     tally = reconstruction._Tally(Shifted(), samples=5)
     for start in (0, 3):
         places, images = torch.arange(start, start + 3), torch.full((3, 3, 16, 16), 100, dtype=torch.uint8)
@@ -153,7 +151,7 @@ def test_psnr_in_closed_form(work):
 
 
 class Shifted:
-    """Code 0 for dark pictures, which come back 4 too bright, code 1 for others, which come back 3 too bright."""
+    """Code 0 for dark images, which come back 4 too bright, code 1 for others, which come back 3 too bright."""
 
     vocab, grids, image_size = 8, (1,), 16
 
@@ -195,8 +193,8 @@ def test_numbers_of_a_stage_are_taken_in(work, done):
 def test_a_stage_may_stop_early(work, tmp_path):
     save(tmp_path / "hasty", "support.bounds", batches=1)
     [subject] = reconstruction.open_subjects([tmp_path / "hasty"], CPU)
-    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, tmp_path / "ledger.jsonl")
-    row = reconstruction.measure(subject, pictures, CPU)
+    images = reconstruction.open_images(work / "valid", 16, None, 8, tmp_path / "ledger.jsonl")
+    row = reconstruction.measure(subject, images, CPU)
     assert row["first_batch"] > 0 and row["samples"] == 44, "the rest is counted all the same"
 
 
@@ -215,13 +213,13 @@ def test_samples_limits(work, tmp_path):
     [subject] = reconstruction.open_subjects([work / "exact"], CPU)
     keys = []
     for batch in (3, 16):
-        pictures = reconstruction.open_pictures(work / "valid", 24, 10, batch, tmp_path / "ledger.jsonl")
-        ids = [id for _, read in pictures.read(CPU) for id in read["id"].tolist() if id >= 0]
+        images = reconstruction.open_images(work / "valid", 24, 10, batch, tmp_path / "ledger.jsonl")
+        ids = [id for _, read in images.read(CPU) for id in read["id"].tolist() if id >= 0]
         keys.append(ids)
-        row = reconstruction.measure(subject, pictures, CPU)
-        assert row["samples"] + row["samples_lost"] == pictures.samples == 10
+        row = reconstruction.measure(subject, images, CPU)
+        assert row["samples"] + row["samples_lost"] == images.samples == 10
     assert keys[0] == keys[1] and len(set(keys[0])) in (9, 10) and keys[0] != sorted(keys[0])
-    assert reconstruction.open_pictures(work / "valid", 24, 999, 8, tmp_path / "ledger.jsonl").samples == 45
+    assert reconstruction.open_images(work / "valid", 24, 999, 8, tmp_path / "ledger.jsonl").samples == 45
 
 
 def test_markdown_json_and_page_agree(done):
@@ -254,7 +252,7 @@ def test_protocol_is_told(work, done):
     assert protocol["digest"] == Manifest.open(work / "valid").digest and "centre square" in protocol["resize"]
 
 
-def test_page_holds_the_pictures_and_nothing_from_outside(work, done):
+def test_page_holds_the_images_and_nothing_from_outside(work, done):
     page = (done / "comparison.html").read_text()
     assert not re.search(r"https?:|<script|<link|url\(", page)
     cards = re.findall(r'<div class="card">(.*?)</div>', page, re.S)
@@ -263,14 +261,14 @@ def test_page_holds_the_pictures_and_nothing_from_outside(work, done):
     tokenizers = {name: export.open_tokenizer(work / name / "export") for name in ("dvae", "small")}
     for card in cards:
         embedded = re.findall(r"base64,([^\"]+)\" alt=\"(\w+)\"", card)
-        pictures = {name: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, name in embedded}
-        assert list(pictures) == ["original", "dvae", "small", "exact"]
-        assert pictures["original"].tobytes() in originals
-        again = torch.from_numpy(pictures["original"].copy()).permute(2, 0, 1)[None]
+        images = {name: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, name in embedded}
+        assert list(images) == ["original", "dvae", "small", "exact"]
+        assert images["original"].tobytes() in originals
+        again = torch.from_numpy(images["original"].copy()).permute(2, 0, 1)[None]
         decoded = tokenizers["dvae"].decode(tokenizers["dvae"].encode(again))[0].permute(1, 2, 0).numpy()
-        np.testing.assert_allclose(pictures["dvae"], decoded, atol=1)
-        shrunk = square(decode_again(work, pictures["original"]), 24)
-        assert np.array_equal(pictures["exact"], shrunk), "the same picture at the other size"
+        np.testing.assert_allclose(images["dvae"], decoded, atol=1)
+        shrunk = square(decode_again(work, images["original"]), 24)
+        assert np.array_equal(images["exact"], shrunk), "the same image at the other size"
     sheet = np.asarray(Image.open(done / "reconstructions_exact.png"))
     assert np.array_equal(sheet[:24, :24], sheet[24:48, :24])
     assert {path.name for path in done.glob("*.png")} == {
@@ -279,19 +277,19 @@ def test_page_holds_the_pictures_and_nothing_from_outside(work, done):
 
 
 def decode_again(work: Path, shown: np.ndarray) -> np.ndarray:
-    """The full picture of the data set that `shown` was made of."""
+    """The full image of the data set that `shown` was made of."""
     reader = Reader(Manifest.open(work / "valid"))
     for sample in range(45):
         if sample != DAMAGED:
             pixels = decode(reader.read_image(sample))
             if np.array_equal(square(pixels, 32), shown):
                 return pixels
-    raise AssertionError("a picture that is not in the data set")
+    raise AssertionError("an image that is not in the data set")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is not rendered")
 def test_a_browser_draws_the_page(done, tmp_path):
-    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
+    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-step"
     options = [f"--{flag}" for flag in [*flags.split(), "disable-sync", "window-size=1500,2400", "hide-scrollbars"]]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
     address = (done / "comparison.html").as_uri()
@@ -299,9 +297,9 @@ def test_a_browser_draws_the_page(done, tmp_path):
     shown = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
     pixels = {tuple(pixel) for pixel in np.unique(shown, axis=0)}
     data = re.search(r'base64,([^"]+)" alt="exact"', (done / "comparison.html").read_text())
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.group(1))))).reshape(-1, 3)
-    drawn = np.mean([tuple(pixel) in pixels for pixel in picture])
-    assert drawn > 0.9, "the colours of a picture's pixels are on the screen"
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.group(1))))).reshape(-1, 3)
+    sampled = np.mean([tuple(pixel) in pixels for pixel in image])
+    assert sampled > 0.9, "the colours of an image's pixels are on the screen"
 
 
 def test_short_names(tmp_path):
@@ -323,11 +321,11 @@ def test_only_a_stage_without_codes():
         ["<vae>", "vae", "3", "0", "1.5000"],
     ]
     page = render(reconstruction_page.page(document, {"<vae>": {}}))
-    assert "Pictures</h2>" not in page and "&lt;vae&gt;" in page and "<vae>" not in page
+    assert "Images</h2>" not in page and "&lt;vae&gt;" in page and "<vae>" not in page
 
 
 class Told:
-    """What a document says about the pictures."""
+    """What a document says about the images."""
 
     digest, samples = "0" * 64, 3
 
@@ -337,9 +335,9 @@ def test_wrong_input_is_one_line(work, tmp_path):
     (tmp_path / "empty").mkdir()
     pq.write_table(manifest_table(tmp_path / "empty", {}), tmp_path / "empty" / "manifest.parquet")
     with ShardWriter(tmp_path / "texts") as writer:
-        writer.add("0", {"txt": b"no picture"})
+        writer.add("0", {"txt": b"no image"})
     with ShardWriter(tmp_path / "broken") as writer:
-        writer.add("0", {"png": b"no picture"})
+        writer.add("0", {"png": b"no image"})
     save(tmp_path / "clip", "clip", **yaml.safe_load((ROOT / "configs/tiny/clip.yaml").read_text())["model"])
     save(tmp_path / "tiny", "support.exact", size=8)
     good, dvae, out = work / "valid", work / "dvae" / "export", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Bits per dimension of launch/evaluate.py: against a plain recomputation picture by picture; whose prior is whose."""
+"""Bits per dimension of launch/evaluate.py: against a plain recomputation image by image; whose prior is whose."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measure(work: Path, name: str, *priors: str, data: str = "valid") -> dict[str, Any]:
     [subject] = reconstruction.open_subjects([work / name], CPU, [work / prior for prior in priors])
     ledger = work / "ledger.jsonl"
-    pictures = reconstruction.open_pictures(work / data, 16, None, 8, ledger, prior=subject.prior)
-    return reconstruction.measure(subject, pictures, CPU)
+    source = reconstruction.open_images(work / data, 16, None, 8, ledger, prior=subject.prior)
+    return reconstruction.measure(subject, source, CPU)
 
 
 def samples(work: Path) -> list[tuple[torch.Tensor, str]]:
-    """Every readable picture, uint8 [3, 16, 16], with its caption."""
-    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
-    batches = [batch for _, batch in pictures.read(CPU)]
+    """Every readable image, uint8 [3, 16, 16], with its caption."""
+    source = reconstruction.open_images(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    batches = [batch for _, batch in source.read(CPU)]
     ids, images = (torch.cat([batch[key] for batch in batches]) for key in ("id", "image"))
-    return [(image, f"picture number {id}") for id, image in zip(ids.tolist(), images, strict=True) if id >= 0]
+    return [(image, f"image number {id}") for id, image in zip(ids.tolist(), images, strict=True) if id >= 0]
 
 
 def probability(family: str, m: int, x: int, scale: float) -> float:
@@ -82,7 +82,7 @@ def probability(family: str, m: int, x: int, scale: float) -> float:
 
 
 def pixel_bits(work: Path, name: str, told: str) -> float:
-    """Of all pictures together, by the distribution that the table names, pixel by pixel."""
+    """Of all images together, by the distribution that the table names, pixel by pixel."""
     tokenizer, total = export.open_tokenizer(work / name), 0.0
     family, scale = told.split()
     [exact] = [value for value in (2.0 ** (-3 + 9 * step / 63) for step in range(64)) if f"{value:.3g}" == scale]
@@ -94,7 +94,7 @@ def pixel_bits(work: Path, name: str, told: str) -> float:
 
 
 def prior_bits(work: Path, tokenizer: str, *priors: str, captions: bool = False) -> float:
-    """A picture, one after the other."""
+    """An image, one after the other."""
     opened = [export.load(work / prior) for prior in priors]
     encode, text = export.open_tokenizer(work / tokenizer).encode, open_text(work / "text.model", TEXT["text_vocab"])
     total = []
@@ -176,12 +176,12 @@ def test_elbo_is_in_the_same_column(work):
     row = measure(work, "vae")
     assert "elbo_bits_per_dim" not in row and row["bits_per_dim"] >= row["iwae_bits_per_dim"] > 0
     [subject] = reconstruction.open_subjects([work / "vae"], CPU)
-    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
-    own = subject.export.stage.evaluate(subject.export.nets, [batch for _, batch in pictures.read(CPU)])
+    source = reconstruction.open_images(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    own = subject.export.stage.evaluate(subject.export.nets, [batch for _, batch in source.read(CPU)])
     assert row["bits_per_dim"] == own["elbo_bits_per_dim"]
 
 
-def test_bound_of_black_and_white_pictures_is_not(work):
+def test_bound_of_black_and_white_images_is_not(work):
     row = measure(work, "bits")
     assert "bits_per_dim" not in row and row["elbo_bits_per_dim"] > 0
 
@@ -202,17 +202,17 @@ def test_text_tokenizer_may_be_named(work, tmp_path):
     prior = save_prior(tmp_path / "guided", "dalle", None, image_vocab=64, grid=4, caption_dropout=0.1, **DALLE)
     [bare] = reconstruction.open_subjects([work / "dvae"], CPU, [prior])
     with pytest.raises(UserError, match="holds no text tokenizer; name the one of its training with --text-tokenizer"):
-        reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=bare.prior)
+        reconstruction.open_images(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=bare.prior)
     [named] = reconstruction.open_subjects([work / "dvae"], CPU, [prior], str(work / "text.model"))
-    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=named.prior)
-    row, want = reconstruction.measure(named, pictures, CPU), measure(work, "dvae", "guided")
+    source = reconstruction.open_images(work / "valid", 16, None, 8, work / "ledger.jsonl", prior=named.prior)
+    row, want = reconstruction.measure(named, source, CPU), measure(work, "dvae", "guided")
     assert row["prior_bits_given_caption"] == want["prior_bits_given_caption"], "the same weights"
 
 
 def test_a_diffusion_model_with_captions_is_shown_none(work):
     row, opened = measure(work, "ddpm"), export.load(work / "ddpm")
-    pictures = reconstruction.open_pictures(work / "valid", 16, None, 8, work / "ledger.jsonl")
-    batches = [batch for _, batch in pictures.read(CPU)]
+    source = reconstruction.open_images(work / "valid", 16, None, 8, work / "ledger.jsonl")
+    batches = [batch for _, batch in source.read(CPU)]
     expected = opened.stage.evaluate(opened.nets, batches)
     assert row["bits_per_dim"] == pytest.approx(expected["elbo_bits_per_dim"]) and row["samples"] == 44
     with pytest.raises(UserError, match="trained without caption_dropout"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.clips import CAPTIONS, NAMES, NO_CAPTION, NO_PICTURE, PICTURES, save_clip, write_pairs, write_samples
+from support.clips import CAPTIONS, IMAGES, NAMES, NO_CAPTION, NO_IMAGE, save_clip, write_pairs, write_samples
 from support.processes import ROOT
 from support.programs import run_here
 from support.runs import write_images
@@ -53,15 +53,15 @@ def test_ranks_are_places_in_a_sorted_list(monkeypatch, block):
     images, captions = unit(23, 4, seed=2), unit(5, 4, seed=3)
     ranks = clip.rank_pairs(images, captions, own)
     cosines = images.numpy() @ captions.numpy().T
-    for picture in range(23):
-        order = sorted(range(5), key=lambda caption: -cosines[picture, caption])
-        assert order.index(own[picture]) + 1 == ranks.of_captions[picture]
-        assert next(caption for caption in order if caption != own[picture]) == ranks.rivals[picture]
+    for image in range(23):
+        order = sorted(range(5), key=lambda caption: -cosines[image, caption])
+        assert order.index(own[image]) + 1 == ranks.of_captions[image]
+        assert next(caption for caption in order if caption != own[image]) == ranks.rivals[image]
     for caption in range(5):
-        order = sorted(range(23), key=lambda picture: -cosines[picture, caption])
-        first = next(place for place, picture in enumerate(order) if own[picture] == caption)
-        assert ranks.of_pictures[caption] == first + 1, "no picture of its own stands before its best one"
-    pairs = [cosines[picture, own[picture]] for picture in range(23)]
+        order = sorted(range(23), key=lambda image: -cosines[image, caption])
+        first = next(place for place, image in enumerate(order) if own[image] == caption)
+        assert ranks.of_images[caption] == first + 1, "no image of its own stands before its best one"
+    pairs = [cosines[image, own[image]] for image in range(23)]
     assert ranks.right_cosine == pytest.approx(np.mean(pairs), abs=1e-6)
     assert ranks.wrong_cosine == pytest.approx((cosines.sum() - np.sum(pairs)) / (23 * 4), abs=1e-6)
 
@@ -84,11 +84,11 @@ def test_a_perfect_model_is_always_right():
     own = [0, 1, 2, 2, 1, 0, 0]
     row = clip.retrieval(pairs_of(torch.eye(3)[own], torch.eye(3), own))
     assert row["image_to_text_r1"] == row["text_to_image_r1"] == 1
-    assert (row["cosine_of_pairs"], row["cosine_of_others"], row["pictures"], row["captions"]) == (1, 0, 7, 3)
+    assert (row["cosine_of_pairs"], row["cosine_of_others"], row["images"], row["captions"]) == (1, 0, 7, 3)
 
 
 def test_equal_captions_are_right():
-    """The nearest picture of caption 0 is the other one that has it; a wrong one comes next."""
+    """The nearest image of caption 0 is the other one that has it; a wrong one comes next."""
     images = F.normalize(torch.tensor([[1.0, 0.6], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]]), dim=1)
     row = clip.retrieval(pairs_of(images, torch.eye(2), [0, 0, 1, 1]))
     assert row["text_to_image_r1"] == 1.0 and row["image_to_text_r1"] == 0.75
@@ -97,7 +97,7 @@ def test_equal_captions_are_right():
 @pytest.mark.parametrize(("count", "right", "k"), [(7, 2, 1), (7, 2, 3), (6, 5, 2), (4, 1, 10)])
 def test_chance_by_enumeration(count, right, k):
     draws = list(itertools.combinations(range(count), min(k, count)))
-    hits = sum(any(picture < right for picture in draw) for draw in draws)
+    hits = sum(any(image < right for image in sample) for sample in draws)
     assert clip._chance(count, right, k) == pytest.approx(hits / len(draws), rel=1e-12)
 
 
@@ -115,22 +115,22 @@ def test_classification_against_a_plain_one():
     classes = Classes((*NAMES[:2], "unseen", NAMES[3]), ("a photo of a {}",), "test")
     vectors = unit(4, 6, seed=6)
     row = clip.classification(pairs, classes, vectors)
-    there = [picture for picture in range(40) if own[picture] != 2]  # "red truck" is no class, "unseen" no caption
+    there = [image for image in range(40) if own[image] != 2]  # "red truck" is no class, "unseen" no caption
     cosines = (pairs.images @ vectors.T).numpy()
-    predicted = {picture: int(cosines[picture].argmax()) for picture in there}
-    top5 = [own[picture] in np.argsort(-cosines[picture])[:5] for picture in there]
-    assert (row["pictures"], row["pictures_without_class"], row["classes"]) == (30, 10, 4)
+    predicted = {image: int(cosines[image].argmax()) for image in there}
+    top5 = [own[image] in np.argsort(-cosines[image])[:5] for image in there]
+    assert (row["images"], row["images_without_class"], row["classes"]) == (30, 10, 4)
     assert row["top1"] == sum(predicted[p] == own[p] for p in there) / 30 and row["top5"] == np.mean(top5) == 1
     shares = []
     for number, name in enumerate(classes.names):
-        of_class = [picture for picture in there if own[picture] == number]
+        of_class = [image for image in there if own[image] == number]
         if not of_class:
-            assert row["per_class"][name] == {"pictures": 0, "accuracy": None} and name not in row["confusion"]
+            assert row["per_class"][name] == {"images": 0, "accuracy": None} and name not in row["confusion"]
             continue
-        shares.append(sum(predicted[picture] == number for picture in of_class) / len(of_class))
-        assert row["per_class"][name] == {"pictures": 10, "accuracy": pytest.approx(shares[-1])}
+        shares.append(sum(predicted[image] == number for image in of_class) / len(of_class))
+        assert row["per_class"][name] == {"images": 10, "accuracy": pytest.approx(shares[-1])}
         for other, text in enumerate(classes.names):
-            count = sum(predicted[picture] == other for picture in of_class)
+            count = sum(predicted[image] == other for image in of_class)
             assert row["confusion"][name].get(text, 0) == count
     assert 0 < row["top1"] < 1 and row["mean_class_accuracy"] == pytest.approx(np.mean(shares))
     assert (row["chance_top1"], row["chance_top5"]) == (0.25, 1.0)
@@ -158,8 +158,8 @@ def test_labels_of_captions():
 
 
 def test_few_captions_are_classes():
-    for captions, pictures, wanted in ((4, 8, True), (4, 7, False), (1, 50, False), (1001, 9999, False)):
-        found = clip.caption_classes([str(n) for n in range(captions)], pictures, ("{}",))
+    for captions, images, wanted in ((4, 8, True), (4, 7, False), (1, 50, False), (1001, 9999, False)):
+        found = clip.caption_classes([str(n) for n in range(captions)], images, ("{}",))
         assert (found is not None) == wanted
 
 
@@ -248,10 +248,10 @@ def numbers(out: Path) -> dict[str, Any]:
 
 
 def plain(work: Path, model: str) -> tuple[np.ndarray, list[int], rerank.Scorer]:
-    """Cosines [pictures, 4] with the captions, each picture's own, read one by one; and the scorer."""
+    """Cosines [images, 4] with the captions, each image's own, read one by one; and the scorer."""
     scorer = rerank.open_scorer(str(work / model / "export"))
     reader = Reader(Manifest.open(work / "valid"))
-    there = [sample for sample in range(PICTURES) if sample not in (NO_PICTURE, NO_CAPTION)]
+    there = [sample for sample in range(IMAGES) if sample not in (NO_IMAGE, NO_CAPTION)]
     own = [CAPTIONS.index(reader.read(sample, "txt").decode()) for sample in there]
     pixels = np.stack([square(decode(reader.read_image(sample)), 16) for sample in there])
     images = torch.cat([scorer.image_vectors(torch.from_numpy(image[None]).permute(0, 3, 1, 2)) for image in pixels])
@@ -265,11 +265,11 @@ def test_numbers_are_those_of_a_plain_computation(work, done, place, model):
     nearest = cosines.argmax(axis=1)
     assert (row["name"], row["pairs"], row["pairs_lost"], row["image_size"]) == (model, 40, 2, 16)
     assert row["retrieval"]["image_to_text_r1"] == np.mean(nearest == own)
-    best_pictures = cosines.argmax(axis=0)
-    assert row["retrieval"]["text_to_image_r1"] == np.mean([own[p] == c for c, p in enumerate(best_pictures)])
+    best_images = cosines.argmax(axis=0)
+    assert row["retrieval"]["text_to_image_r1"] == np.mean([own[p] == c for c, p in enumerate(best_images)])
     assert row["retrieval"]["cosine_of_pairs"] == pytest.approx(np.mean(cosines[range(40), own]), abs=1e-6)
-    assert (row["classification"]["pictures"], row["classification"]["classes"]) == (40, 4)
-    assert row["classification"]["per_class"]["red truck"]["pictures"] == own.count(2)
+    assert (row["classification"]["images"], row["classification"]["classes"]) == (40, 4)
+    assert row["classification"]["per_class"]["red truck"]["images"] == own.count(2)
     rows = rerank.read_samples(work / "samples")
     scores = rerank.score(scorer, work / "samples", rows, 3)
     means = [float(scores[[r["prompt_index"] == p for r in rows]].mean()) for p in (0, 1)]
@@ -279,14 +279,14 @@ def test_numbers_are_those_of_a_plain_computation(work, done, place, model):
 
 def test_what_was_done_stands_beside_the_numbers(work, done):
     found = numbers(done)
-    assert found["protocol"]["digest"] == evaluate_digest(work / "valid") and found["protocol"]["samples"] == PICTURES
+    assert found["protocol"]["digest"] == evaluate_digest(work / "valid") and found["protocol"]["samples"] == IMAGES
     assert found["protocol"]["classes"] == str(work / "names.txt")
     assert found["protocol"]["templates"] == ["a photo of a {}", "an image: {}"]
     digests = {row["model_sha256"] for row in found["models"]}
     assert len(digests) == 2 and all(len(digest) == 64 for digest in digests)
-    assert (found["samples"]["pictures"], found["samples"]["prompts"]) == (13, 2)
+    assert (found["samples"]["images"], found["samples"]["prompts"]) == (13, 2)
     lost = [json.loads(line) for line in (done / "ledger.jsonl").read_text().splitlines()]
-    assert sorted(int(row["key"]) for row in lost) == [NO_PICTURE, NO_CAPTION]
+    assert sorted(int(row["key"]) for row in lost) == [NO_IMAGE, NO_CAPTION]
 
 
 def evaluate_digest(folder: Path) -> str:
@@ -294,7 +294,7 @@ def evaluate_digest(folder: Path) -> str:
     return clip.open_pairs(folder, subject, None, 5, folder.parent / "unused.jsonl").digest
 
 
-def test_tables_and_pictures_agree(done):
+def test_tables_and_images_agree(done):
     found, text = numbers(done), (done / "clip.md").read_text()
     for row in found["models"]:
         assert f"| {row['name']} | 40 | 2 | 4 | {row['retrieval']['image_to_text_r1']:.1%} |" in text
@@ -308,7 +308,7 @@ def test_tables_and_pictures_agree(done):
 
 
 def test_many_captions_are_no_classes(work, tmp_path):
-    """Each picture has its own: retrieval only. And --limit takes the first in the order of validation."""
+    """Each image has its own: retrieval only. And --limit takes the first in the order of validation."""
     write_images(tmp_path / "data", 13)
     code, printed = run(work / "a" / "export", "--data", tmp_path / "data", "--out", tmp_path / "out", "--limit", 9)
     assert code == 0, printed

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`valid`: a data set with a damaged picture; `clip/export`, `other/export`; `samples`: 30 pictures."""
+    """`valid`: a data set with a damaged image; `clip/export`, `other/export`; `samples`: 30 images."""
     folder = tmp_path_factory.mktemp("fidelity")
     write_data(folder / "valid")
     save_clip(folder / "clip")
@@ -58,10 +58,10 @@ def done(work: Path) -> dict[str, Any]:
 
 
 def read_all(folder: Path, size: int) -> torch.Tensor:
-    """Every readable picture, uint8 [44, 3, S, S], in the order of the shards."""
+    """Every readable image, uint8 [44, 3, S, S], in the order of the shards."""
     reader = Reader(Manifest.open(folder))
-    pictures = [square(decode(reader.read_image(sample)), size) for sample in range(45) if sample != DAMAGED]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    images = [square(decode(reader.read_image(sample)), size) for sample in range(45) if sample != DAMAGED]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def test_numbers_are_those_of_a_plain_computation(work, done):
@@ -117,7 +117,7 @@ def test_protocol_is_told(work, done):
     assert (reference["samples"], reference["samples_lost"], samples["samples"]) == (44, 1, 30)
     assert "area-resized to 20 x 20" in reference["resize"] and samples["resize"] == "none"
     assert {key: samples["made_by"][key] for key in TOLD} == TOLD
-    assert samples["made_by"]["update"] == "unknown" and samples["made_by"]["kept"] == "all"
+    assert samples["made_by"]["step"] == "unknown" and samples["made_by"]["kept"] == "all"
     assert set(samples["made_by"]) == set(result_schema.MADE_BY)
     rows = [json.loads(line) for line in (work / "out" / "ledger.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["00025"]
@@ -266,18 +266,18 @@ def test_features_that_are_not_finite(work):
 
 
 WRONG = {
-    "frechet of too few": ("--max-reference 8", "reference: 8 pictures, but features of 8 dimensions"),
-    "samples too few": ("--max-samples 7", "samples: 7 pictures, but features of 8 dimensions"),
-    "subset too large": ("--subset 31", "draws subsets of 31"),
+    "frechet of too few": ("--max-reference 8", "reference: 8 images, but features of 8 dimensions"),
+    "samples too few": ("--max-samples 7", "samples: 7 images, but features of 8 dimensions"),
+    "subset too large": ("--subset 31", "samples subsets of 31"),
     "no neighbours": ("--max-samples 3 --measures neighbours", "3 nearest neighbours"),
     "no classifier": ("--measures score", "needs a classifier"),
-    "size of samples": ("--image-size 32", "the pictures have 20"),
+    "size of samples": ("--image-size 32", "the images have 20"),
     "no size": ("--samples {work}/valid", "--image-size: name the side"),
     "reconstruct samples": ("--reconstruct {work}/clip/export", "not an image tokenizer"),
     "scores of data": ("--samples {work}/valid --scores x --image-size 8", "scores are of samples"),
     "no samples": ("--samples {work}/clip", "samples.jsonl: no such file"),
     "no reference": ("--reference {work}/nothing", "nothing"),
-    "reference is a picture": ("--reference {work}/samples/images/00000_0000.png", "cannot read the statistics"),
+    "reference is an image": ("--reference {work}/samples/images/00000_0000.png", "cannot read the statistics"),
     "other extractor": ("--reference {work}/ref --clip {work}/other/export", "name the data set, or the same weights"),
     "finished statistics": ("--reference {work}/ref --max-reference 9", "--max-reference: goes with a data set"),
     "batch": ("--batch 0", "--batch: 0"),
@@ -301,7 +301,7 @@ def test_saved_reference_of_other_sizes(work, done, tmp_path):
     save_samples(tmp_path / "samples", blobs(30, 16))
     options = ["--reference", work / "ref", "--clip", work / "clip/export", "--out", tmp_path / "out", "--subset", 12]
     code, printed = run("--samples", tmp_path / "samples", *options)
-    assert code == 2 and "of pictures of 20 pixels, the samples have 16" in printed
+    assert code == 2 and "of images of 20 pixels, the samples have 16" in printed
 
 
 def test_samples_of_two_sizes_and_oblong_ones(work, tmp_path):

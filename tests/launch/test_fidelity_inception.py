@@ -88,7 +88,7 @@ def test_inception_is_that_of_torch_fidelity(inception):
 
 
 def test_program_on_the_inception(inception, tmp_path):
-    """Against torch-fidelity's own program on the same pictures; the 64 channels come early and cost little."""
+    """Against torch-fidelity's own program on the same images; the 64 channels come early and cost little."""
     torch_fidelity = pytest.importorskip("torch_fidelity")
     save_samples(tmp_path / "samples", blobs(10, 8))
     write_images(tmp_path / "valid", 10)
@@ -120,7 +120,7 @@ def test_program_on_the_inception(inception, tmp_path):
 
 
 class Listed(torch.utils.data.Dataset):
-    """Pictures as torch-fidelity takes them."""
+    """Images as torch-fidelity takes them."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images

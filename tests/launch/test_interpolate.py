@@ -1,4 +1,4 @@
-"""Pictures between pictures: the ends are what is drawn or what was given, and wrong input is one line."""
+"""Images between images: the ends are what is sampled or what was given, and wrong input is one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from dalle_scale.checkpoint import export
 from dalle_scale.models.diffusion.samplers import Options
 from dalle_scale.sampling import interpolate
-from dalle_scale.sampling.sampler import read_picture
+from dalle_scale.sampling.sampler import read_image
 
 run = partial(run_here, ROOT / "launch" / "interpolate.py")
 SEEDS = torch.tensor([3, 4, 5])
@@ -27,7 +27,7 @@ SEEDS = torch.tensor([3, 4, 5])
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exports `ddpm` (with captions, weights nowhere zero), `vae`, `dvae`; pictures `0.png` .. `2.png`."""
+    """Exports `ddpm` (with captions, weights nowhere zero), `vae`, `dvae`; images `0.png` .. `2.png`."""
     folder = tmp_path_factory.mktemp("interpolate")
     for name in ("ddpm", "vae", "dvae"):
         save(folder / name, name, **yaml.safe_load((ROOT / f"configs/tiny/{name}.yaml").read_text())["model"])
@@ -49,28 +49,28 @@ def test_ends_are_what_the_seeds_draw(work: Path, name: str, steps: int | None) 
     paths = interpolate.between_seeds(interpolate.open_space(opened, [f"steps={steps}"] if steps else []), SEEDS, 5)
     assert paths.images.shape[:2] == (2, 5) and paths.round_trip_mse is None
     how = {"options": Options(method="ddim", steps=steps)} if steps else {}
-    drawn = opened.stage.sample_images(opened.nets, SEEDS, **how).int()
-    for ends, wanted in ((paths.images[:, 0], drawn[:-1]), (paths.images[:, -1], drawn[1:])):
+    sampled = opened.stage.sample_images(opened.nets, SEEDS, **how).int()
+    for ends, wanted in ((paths.images[:, 0], sampled[:-1]), (paths.images[:, -1], sampled[1:])):
         assert int((ends.int() - wanted).abs().max()) <= 1
     assert not torch.equal(paths.images[:, 2], paths.images[:, 0])
 
 
-def test_pictures_come_back(work: Path) -> None:
+def test_images_come_back(work: Path) -> None:
     opened, files = export.load(work / "ddpm"), [work / f"{index}.png" for index in range(3)]
-    pictures = torch.stack([read_picture(file, 16) for file in files])
-    assert torch.equal(pictures[1, 2], torch.full((16, 16), 60, dtype=torch.uint8))
-    paths = interpolate.between_images(interpolate.open_space(opened, ["steps=2"]), pictures, 3)
+    images = torch.stack([read_image(file, 16) for file in files])
+    assert torch.equal(images[1, 2], torch.full((16, 16), 60, dtype=torch.uint8))
+    paths = interpolate.between_images(interpolate.open_space(opened, ["steps=2"]), images, 3)
     ends = torch.stack([paths.images[:, 0], paths.images[:, -1]], dim=1).double()
-    originals = torch.stack([pictures[:-1], pictures[1:]], dim=1).double()
+    originals = torch.stack([images[:-1], images[1:]], dim=1).double()
     assert float((ends - originals).abs().mean()) < 2
     assert paths.round_trip_mse == pytest.approx(float(((ends - originals) / 255).square().mean()))
 
 
 def test_program(work: Path, tmp_path: Path) -> None:
     options = ("--model", work / "ddpm", "steps=8", "--count", 4, "--out")
-    code, printed = run(*options, tmp_path / "drawn", "--paths", 2, "--seed", 3)
+    code, printed = run(*options, tmp_path / "sampled", "--paths", 2, "--seed", 3)
     assert code == 0, printed
-    sheet = np.asarray(Image.open(tmp_path / "drawn" / "grid.png"))
+    sheet = np.asarray(Image.open(tmp_path / "sampled" / "grid.png"))
     paths = interpolate.between_seeds(interpolate.open_space(export.load(work / "ddpm"), ["steps=8"]), SEEDS, 4)
     assert sheet.shape == (2 * 18 - 2, 4 * 18 - 2, 3)
     assert np.array_equal(sheet[18:34, 36:52], paths.images[1, 2].permute(1, 2, 0).numpy())
@@ -81,17 +81,17 @@ def test_program(work: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_one_line(work: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture")
-    ddpm, picture = ("--model", work / "ddpm"), work / "0.png"
+    (tmp_path / "text.png").write_text("no image")
+    ddpm, image = ("--model", work / "ddpm"), work / "0.png"
     for message, options in {
         "stage 'dvae' has no latents to walk in": ("--model", work / "dvae"),
         "options: unknown key 'steps'": ("--model", work / "vae", "steps=4"),
         "steps: 33, but this model has 32 times": (*ddpm, "steps=33"),
         "spacing = 'even': Input should be": (*ddpm, "steps=4", "spacing=even"),
-        "at least one path of two pictures": (*ddpm, "--count", 1),
-        "a path has two ends": (*ddpm, "--images", picture),
-        "give a JPEG": (*ddpm, "--images", picture, tmp_path / "text.png"),
-        "No such file": (*ddpm, "--images", picture, tmp_path / "missing.png"),
+        "at least one path of two images": (*ddpm, "--count", 1),
+        "a path has two ends": (*ddpm, "--images", image),
+        "give a JPEG": (*ddpm, "--images", image, tmp_path / "text.png"),
+        "No such file": (*ddpm, "--images", image, tmp_path / "missing.png"),
         "not an export": ("--model", work),
     }.items():
         code, printed = run(*options, "--out", tmp_path / "out")

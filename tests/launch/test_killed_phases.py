@@ -1,4 +1,4 @@
-"""kill -9 of one rank in each phase of an update: the job ends, says who died, and nothing of the run is lost."""
+"""kill -9 of one rank in each phase of a step: the job ends, says who died, and nothing of the run is lost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from support.runs import metrics, write_config, write_images
 
 from dalle_scale.checkpoint import resume
 
-UPDATES, SAVE_EVERY = 8, 2
-DEATHS = {"forward": (1, 5), "reduce": (0, 5), "step": (1, 5), "save": (1, 6), "commit": (0, 6)}  # rank, update
-SAVED = 4  # updates, before each of these deaths
+STEPS, SAVE_EVERY = 8, 2
+DEATHS = {"forward": (1, 5), "reduce": (0, 5), "step": (1, 5), "save": (1, 6), "commit": (0, 6)}  # rank, step
+SAVED = 4  # steps, before each of these deaths
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class End:
     output: str
     pid: int  # of the rank that was killed
     left: list[str]  # processes that have not ended with it
-    saved: list[int]  # updates of committed checkpoints
+    saved: list[int]  # steps of committed checkpoints
     lines: int  # of the log of losses
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the config of the shipped tiny VAE over pictures made here, for two ranks at ZeRO 2."""
+    """With the config of the shipped tiny VAE over images made here, for two ranks at ZeRO 2."""
     folder = tmp_path_factory.mktemp("killed")
     for split, count in (("train", 30), ("valid", 13)):
         write_images(folder / "shards" / split, count, size=32, seed=count)
     text = (ROOT / "configs" / "tiny" / "vae.yaml").read_text().replace("runs/tiny/", f"{folder}/")
-    tree = yaml.safe_load(text) | {"updates": UPDATES, "engine": {"zero": 2, "dtype": "fp32"}}
-    tree["log"] = {"every": 1, "valid_every": UPDATES, "valid_samples": 13, "save_every": SAVE_EVERY}
+    tree = yaml.safe_load(text) | {"steps": STEPS, "engine": {"zero": 2, "dtype": "fp32"}}
+    tree["log"] = {"every": 1, "valid_every": STEPS, "valid_samples": 13, "save_every": SAVE_EVERY}
     write_config(folder / "vae.yaml", tree)
     return folder
 
@@ -54,8 +54,8 @@ def arguments(folder: Path, name: str) -> list[str]:
 
 def killed(folder: Path, phase: str) -> End:
     """Run into the fault."""
-    (rank, update), run, note = DEATHS[phase], folder / phase, folder / f"{phase}.note"
-    fault = [phase, str(rank), str(update), str(note)]
+    (rank, step), run, note = DEATHS[phase], folder / phase, folder / f"{phase}.note"
+    fault = [phase, str(rank), str(step), str(note)]
     line = command(TESTS / "support" / "killed.py", *fault, *arguments(folder, phase), processes=2)
     mark = {"KILLED_MARK": str(note)}  # which all processes below inherit
     with subprocess.Popen(
@@ -70,7 +70,7 @@ def killed(folder: Path, phase: str) -> End:
         output=output,
         pid=pid,
         left=[str(process) for process in left],
-        saved=[checkpoint.update for checkpoint in resume.committed(run)],
+        saved=[checkpoint.step for checkpoint in resume.committed(run)],
         lines=len(metrics(run)),
     )
 
@@ -120,14 +120,14 @@ def test_the_job_ends_and_names_the_dead(folder: Path, end_of: Callable[[str], E
 def test_nothing_is_lost(folder: Path, end_of: Callable[[str], End], resumed: str, phase: str) -> None:
     """Losses and export are, bit by bit, those of the run that nobody disturbed."""
     run, whole = folder / phase, folder / "whole"
-    assert f"{run}: goes on from {run}/checkpoints/{SAVED:08d}" in resumed
+    assert f"{run}: resumes from {run}/checkpoints/{SAVED:08d}" in resumed
     want, got = metrics(whole), metrics(run)
-    assert len(want) == UPDATES + 1 and all("train/loss" in line or "valid/loss" in line for line in want)
+    assert len(want) == STEPS + 1 and all("train/loss" in line or "valid/loss" in line for line in want)
     written = end_of(phase).lines
     before, after = got[:written], got[written:]
-    assert before == want[: len(before)] and before[-1]["update"] >= SAVED
-    assert after == [line for line in want if line["update"] > SAVED]
+    assert before == want[: len(before)] and before[-1]["step"] >= SAVED
+    assert after == [line for line in want if line["step"] > SAVED]
     name = Path("export", "model.safetensors")
     assert (run / name).read_bytes() == (whole / name).read_bytes()
-    assert [checkpoint.update for checkpoint in resume.committed(run)] == [UPDATES - SAVE_EVERY, UPDATES]
+    assert [checkpoint.step for checkpoint in resume.committed(run)] == [STEPS - SAVE_EVERY, STEPS]
     assert not [path for path in (run / "checkpoints").iterdir() if not (path / "COMMIT").is_file()]

@@ -71,7 +71,7 @@ def hugging_face(tmp_path_factory) -> Path:
     vocab.write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
     merges.write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(vocab=str(vocab), merges=str(merges))
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1, "pad_token_id": len(pieces) - 1}
     config = transformers.CLIPConfig(
@@ -80,7 +80,7 @@ def hugging_face(tmp_path_factory) -> Path:
         projection_dim=8,
     )
     spread(transformers.CLIPModel(config)).save_pretrained(folder)
-    transformers.CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -261,7 +261,7 @@ def test_program(ours, samples, tmp_path, monkeypatch, capsys):
     assert all(prompt in page for prompt in PROMPTS) and page.count("<img") == 6
 
     assert rerank_program(monkeypatch, *arguments, "--keep", 1) == 0
-    assert len(list((out / "best").iterdir())) == 3, "pictures of the earlier ranking are gone"
+    assert len(list((out / "best").iterdir())) == 3, "images of the earlier ranking are gone"
     assert not (out / "trade_off.json").exists()
 
     assert rerank_program(monkeypatch, *arguments, "--keep-share", 0.75) == 0
@@ -277,7 +277,7 @@ def test_gallery_shows_what_all_prompts_have_and_says_so(ours, samples, tmp_path
     out = tmp_path / "out"
     assert rerank_program(monkeypatch, "--samples", samples, "--clip", ours, "--out", out, "--keep-share", 1) == 0
     page = (out / "gallery.html").read_text()
-    assert page.count("<img") == 6 and "Up to 2 pictures" in page and len(list((out / "best").iterdir())) == 10
+    assert page.count("<img") == 6 and "Up to 2 images" in page and len(list((out / "best").iterdir())) == 10
 
 
 def test_program_tells_what_is_wrong(ours, samples, tmp_path, monkeypatch, capsys):
@@ -303,10 +303,10 @@ def test_program_tells_what_is_wrong(ours, samples, tmp_path, monkeypatch, capsy
     (tmp_path / "out" / "best").rmdir()
     Image.new("RGB", (9, 7)).save(samples / "images" / "00002_0003.png")
     expect("00002_0003.png: is 9x7, others are 16x16")
-    (samples / "images" / "00001_0001.png").write_bytes(b"not a picture")
-    expect("00001_0001.png: cannot read the picture")
+    (samples / "images" / "00001_0001.png").write_bytes(b"not an image")
+    expect("00001_0001.png: cannot read the image")
     (samples / "images" / "00000_0002.png").unlink()
-    expect("00000_0002.png: cannot read the picture")
+    expect("00000_0002.png: cannot read the image")
     with (samples / "samples.jsonl").open("a") as file:
         file.write('{"prompt": "a cup"}\n')
     expect("line 13 is not a sample; it needs prompt_index, prompt, candidate, seed, file")

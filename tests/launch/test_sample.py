@@ -1,4 +1,4 @@
-"""From a folder to pictures: the exported model with its tokenizers, and the program around it."""
+"""From a folder to images: the exported model with its tokenizers, and the program around it."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def collect(batches):
 
 def test_every_candidate_of_every_prompt_once(folder):
     sampler = Sampler([folder])
-    batches = list(sampler.sample(PROMPTS, candidates=4, seed=3, batch_samples=5))
+    batches = list(sampler.sample(PROMPTS, candidates=4, seed=3, images_per_batch=5))
     assert [len(batch.images) for batch in batches] == [5, 5, 2]
-    drawn = collect(batches)
-    assert sorted(drawn) == [(prompt, candidate) for prompt in range(3) for candidate in range(4)]
-    for (prompt, candidate), (seed, image) in drawn.items():
+    sampled = collect(batches)
+    assert sorted(sampled) == [(prompt, candidate) for prompt in range(3) for candidate in range(4)]
+    for (prompt, candidate), (seed, image) in sampled.items():
         assert seed == candidate_seed(3, PROMPTS[prompt], candidate)
         assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
 
@@ -76,11 +76,11 @@ def test_16_bits_draw_nearly_the_same(folder, dtype):
     exact, short = Sampler([folder]), Sampler([folder], dtype=dtype)
     assert short.record(short.options())["dtype"] == dtype and exact.record(exact.options())["dtype"] == "fp32"
     nets = [sampler.models[0].nets["model"] for sampler in (exact, short)]
-    assert nets[1].blocks[0].attention.query.weight.dtype == residual_scaling.SHORT[dtype]
+    assert nets[1].blocks[0].attention.query.weight.dtype == residual_scaling.HALF[dtype]
     assert nets[1].image_head.weight.dtype == torch.float32
-    text, owners = exact.text.encode(PROMPTS, 8), torch.arange(3)
+    text, prefix_index = exact.text.encode(PROMPTS, 8), torch.arange(3)
     with torch.inference_mode():
-        want, got = (net.prefill(text, owners)[0] for net in nets)
+        want, got = (net.prefill(text, prefix_index)[0] for net in nets)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * want.std().item())
     assert len(next(short.sample(PROMPTS, 2, 0)).images) == 6
@@ -103,26 +103,26 @@ def test_16_bits_are_for_transformers(tmp_path):
 
 def test_batches_are_as_good_as_equal(folder, monkeypatch):
     sampler = Sampler([folder])
-    monkeypatch.setattr(batch_size, "batch_samples", lambda *_: 5)
+    monkeypatch.setattr(batch_size, "images_per_batch", lambda *_: 5)
     sizes = [len(batch.seed) for batch in sampler.batches(PROMPTS, [(0, number) for number in range(12)], 0)]
     assert sizes == [4, 4, 4]
 
 
-def test_pictures_depend_on_prompt_and_seed_only(folder):
+def test_images_depend_on_prompt_and_seed_only(folder):
     """Not on batch size, on other prompts, or on how many candidates there are."""
     sampler = Sampler([folder])
-    drawn = collect(sampler.sample(PROMPTS, candidates=4, seed=3, options=sampler.options(guidance=2.0)))
+    sampled = collect(sampler.sample(PROMPTS, candidates=4, seed=3, options=sampler.options(guidance=2.0)))
     again = collect(
-        sampler.sample(PROMPTS[:0:-1], candidates=2, seed=3, options=sampler.options(guidance=2.0), batch_samples=1)
+        sampler.sample(PROMPTS[:0:-1], candidates=2, seed=3, options=sampler.options(guidance=2.0), images_per_batch=1)
     )
     for (prompt, candidate), (seed, image) in again.items():
-        expected_seed, expected = drawn[2 - prompt, candidate]
+        expected_seed, expected = sampled[2 - prompt, candidate]
         assert seed == expected_seed and torch.equal(image, expected)
     other = collect(sampler.sample(PROMPTS, candidates=1, seed=4, options=sampler.options(guidance=2.0)))
-    assert any(not torch.equal(other[index, 0][1], drawn[index, 0][1]) for index in range(3))
+    assert any(not torch.equal(other[index, 0][1], sampled[index, 0][1]) for index in range(3))
 
 
-def test_pictures_are_the_stages_codes_decoded(folder):
+def test_images_are_the_stages_codes_decoded(folder):
     sampler = Sampler([folder])
     [batch] = sampler.sample(PROMPTS[:1], candidates=3, seed=0, options=sampler.options(top_k=5))
     text = sampler.text.encode(PROMPTS[:1] * 3, 8)
@@ -138,7 +138,7 @@ def test_candidate_seeds_are_distinct_and_fit_int64():
     assert candidate_seed(1, "a", 11) != candidate_seed(11, "a", 1)
 
 
-def test_prime_keeps_the_top_of_a_picture(folder, tmp_path):
+def test_prime_keeps_the_top_of_a_image(folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "prime.png")
     sampler = Sampler([folder])
@@ -153,17 +153,17 @@ def test_prime_keeps_the_top_of_a_picture(folder, tmp_path):
 
 def test_prime_that_cannot_be(folder, tmp_path):
     sampler = Sampler([folder])
-    with pytest.raises(UserError, match="prime rows: 5, but pictures have 4 rows"):
+    with pytest.raises(UserError, match="prime rows: 5, but images have 4 rows"):
         sampler.prime_codes(tmp_path / "x.png", rows=5)
     with pytest.raises(UserError, match=r"x\.png"):
         sampler.prime_codes(tmp_path / "x.png", rows=1)
-    (tmp_path / "x.png").write_text("no picture")
+    (tmp_path / "x.png").write_text("no image")
     with pytest.raises(UserError, match=r"x\.png.*decode"):
         sampler.prime_codes(tmp_path / "x.png", rows=1)
 
 
 def test_without_captions(folder, tmp_path):
-    """A transformer of codes alone needs no text tokenizer and no prompts; the program draws --candidates pictures."""
+    """A transformer of codes alone needs no text tokenizer and no prompts; the program samples --candidates images."""
     sizes = {"text_length": 0, "image_vocab": 12, "grid": 4, "width": 16, "layers": 2, "heads": 2, "conv_kernel": 3}
     export_stage(tmp_path / "codes", "dalle", {"tokenizer": folder / "tokenizer"}, **sizes)
     line = [sys.executable, str(PROGRAM), "--model", str(tmp_path / "codes"), "--out", str(tmp_path / "out")]
@@ -179,8 +179,8 @@ def test_without_captions(folder, tmp_path):
         sampler.sample(["a dog"], 1, seed=0)
 
 
-def test_larger_pictures(folder, tmp_path):
-    """More rows and columns of codes than in training; at the model's own size it is the plain draw."""
+def test_larger_images(folder, tmp_path):
+    """More rows and columns of codes than in training; at the model's own size it is the plain sample."""
     sampler = Sampler([folder])
     [own] = sampler.sample(PROMPTS[:2], 1, 5, sampler.options(size=(4, 4)))
     [plain] = sampler.sample(PROMPTS[:2], 1, 5)
@@ -242,15 +242,15 @@ DDPM = {"image_size": 8, "width": 32, "multipliers": (1,), "blocks": 1, "attenti
 @pytest.fixture(scope="module")
 def diffusion(folder, tmp_path_factory):
     """Export of an untrained diffusion model with captions."""
-    more = {"text_length": 8, "text_vocab": 48, "caption_dropout": 0.1, "sampler": "ddim", "sample_steps": 4}
+    more = {"text_length": 8, "text_vocab": 48, "caption_dropout": 0.1, "sampler": "ddim", "sampling_steps": 4}
     parts = {"text_tokenizer": folder.parent / "text.model"}
     return export_stage(tmp_path_factory.mktemp("diffusion") / "ddpm", "ddpm", parts, **DDPM, **more)
 
 
 def test_diffusion_with_captions(diffusion):
-    """The stage's pictures for the captions, drawn as its config says but for what is told."""
+    """The stage's images for the captions, sampled as its config says but for what is told."""
     sampler = Sampler([diffusion])
-    batches = list(sampler.sample(PROMPTS[:2], 2, 7, sampler.options(guidance=3.0, steps=3), batch_samples=3))
+    batches = list(sampler.sample(PROMPTS[:2], 2, 7, sampler.options(guidance=3.0, steps=3), images_per_batch=3))
     seeds = torch.tensor([seed for batch in batches for seed in batch.seed])
     text = sampler.text.encode([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, 8)
     how = samplers.Options(method="ddim", steps=3, guidance=3.0)
@@ -297,14 +297,14 @@ def test_diffusion_without_captions(tmp_path):
     wanted = {"method": "dpm++", "steps": 4, "spacing": "log_snr", "eta": None, "clip": True}
     assert told["options"].items() >= wanted.items() and (told["seed"], told["candidates"]) == (0, 2)
     assert told["models_sha256"] == [digest(model)]
-    assert set(MADE_BY) - told.keys() == {"weights", "update", "kept"}  # this export does not tell
+    assert set(MADE_BY) - told.keys() == {"weights", "step", "kept"}  # this export does not tell
     opened = export.load(model)
     states = {"model": opened.nets["model"].state_dict()}
-    trained = {"update": 7, "updates": 9, "weights": {"model": "ema 0.9"}}
+    trained = {"step": 7, "steps": 9, "weights": {"model": "ema 0.9"}}
     export.save(tmp_path / "trained", "ddpm", opened.config, states, trained=trained)
     trained_sampler = Sampler([tmp_path / "trained"])
     told = trained_sampler.record(trained_sampler.options())
-    assert (told["weights"], told["update"]) == (["ema 0.9"], [7])
+    assert (told["weights"], told["step"]) == (["ema 0.9"], [7])
     default = sampler.record(sampler.options())["options"]
     assert (default["steps"], default["spacing"], default["variance"]) == (DDPM["timesteps"], "uniform", "fixed_large")
     with pytest.raises(UserError, match=r"guidance: 2.0, but this model was trained without caption_dropout"):
@@ -334,7 +334,7 @@ def test_exports_that_cannot_draw(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"candidates": 0}, {"batch_samples": 0}, {"top_p": 2.0}, {"temperature": -1.0}],
+    [{"candidates": 0}, {"global_batch_size": 0}, {"top_p": 2.0}, {"temperature": -1.0}],
 )
 def test_wrong_parameters_are_said_before_the_first_batch(folder, options):
     with pytest.raises(UserError):
@@ -365,9 +365,9 @@ def test_program(folder, tmp_path):
         (1, "two circles", 0),
         (1, "two circles", 1),
     ]
-    drawn = collect(Sampler([folder]).sample(["a red circle", "two circles"], candidates=2, seed=5))
+    sampled = collect(Sampler([folder]).sample(["a red circle", "two circles"], candidates=2, seed=5))
     for row in rows:
-        seed, image = drawn[row["prompt_index"], row["candidate"]]
+        seed, image = sampled[row["prompt_index"], row["candidate"]]
         pixels = np.asarray(Image.open(tmp_path / "out" / row["file"]))
         assert row["seed"] == seed and np.array_equal(pixels, image.permute(1, 2, 0).numpy())
     assert Image.open(tmp_path / "out" / "grid.png").size == (2 * 18 - 2, 2 * 18 - 2)

@@ -1,4 +1,4 @@
-"""Drawing on two ranks: the same folder as from one."""
+"""Sampling on two ranks: the same folder as from one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PROGRAM = ROOT / "launch" / "sample.py"
 
 
 @pytest.mark.parametrize("candidates", [7, 1])
-def test_same_pictures_on_two_ranks(candidates: int, tmp_path: Path) -> None:
-    """Also where there is nothing left to draw for the second rank."""
+def test_same_images_on_two_ranks(candidates: int, tmp_path: Path) -> None:
+    """Also where there is nothing left to sample for the second rank."""
     model = save(tmp_path / "vae", "vae", **yaml.safe_load((ROOT / "configs/tiny/vae.yaml").read_text())["model"])
 
     def options(out: str) -> list[str]:

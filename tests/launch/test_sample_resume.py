@@ -35,7 +35,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(clip: Path) -> Path:
-    """An untrained transformer; its pictures are larger than those that CLIP reads."""
+    """An untrained transformer; its images are larger than those that CLIP reads."""
     pixels = {"image_size": 16, "downsampling": 4, "vocab": 12, "stem": "patch", "n_hid": 8, "multipliers": (1,)}
     dvae = export_stage(clip.parent / "dvae", "dvae", {}, **pixels)
     parts = {"text_tokenizer": clip.parent / "text.model", "tokenizer": dvae}
@@ -47,7 +47,7 @@ def options(model: Path, out: Path, candidates: int = CANDIDATES, *more: object)
     return [f"--model={model}", f"--out={out}", f"--candidates={candidates}", "--seed=3", *prompts, *map(str, more)]
 
 
-def drawn(*arguments: object) -> str:
+def sampled(*arguments: object) -> str:
     code, printed = run_here(PROGRAM, *arguments)
     assert code == 0, printed
     return printed
@@ -64,8 +64,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def pictures(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which file each picture is, and since when."""
+def images(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which file each image is, and since when."""
     found = {path.name: path.stat() for path in (folder / "images").glob("*.png")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
@@ -74,30 +74,30 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    drawn(*options(model, folder))
+    sampled(*options(model, folder))
     return folder
 
 
 def test_killed_it_goes_on_with_what_is_missing(model: Path, whole: Path, tmp_path: Path) -> None:
-    """All bytes as without the interruption, no picture drawn twice, whatever the batch."""
+    """All bytes as without the interruption, no image sampled twice, whatever the batch."""
     out = tmp_path / "out"
     line = [sys.executable, str(PROGRAM), *options(model, out, CANDIDATES, "--batch=1")]
     run_until(3, f"{out}/images/*.png", line)
-    before = pictures(out)
+    before = images(out)
     assert 3 <= len(before) < 2 * CANDIDATES and not (out / "samples.jsonl").exists()
     assert (out / "sampling.json").exists()
-    (out / "images" / ".00001_0039.png.tmp").write_bytes(b"half a picture")
-    assert f"{len(before)} of {2 * CANDIDATES} pictures are there" in drawn(*options(model, out))
+    (out / "images" / ".00001_0039.png.tmp").write_bytes(b"half an image")
+    assert f"{len(before)} of {2 * CANDIDATES} images are there" in sampled(*options(model, out))
     assert files(out) == files(whole)
-    assert before.items() <= pictures(out).items()
+    assert before.items() <= images(out).items()
 
 
 def test_more_candidates_go_on_and_fewer_do_not(model: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    drawn(*options(model, out, 5))
-    before = pictures(out)
-    drawn(*options(model, out))
-    assert files(out) == files(whole) and before.items() <= pictures(out).items()
+    sampled(*options(model, out, 5))
+    before = images(out)
+    sampled(*options(model, out))
+    assert files(out) == files(whole) and before.items() <= images(out).items()
     rows = (out / "samples.jsonl").stat()
     assert "candidates is 40 there and 5 now" in refused(*options(model, out, 5))
     assert (out / "samples.jsonl").stat().st_mtime_ns == rows.st_mtime_ns
@@ -124,26 +124,26 @@ def test_another_way_of_drawing_is_refused(model: Path, whole: Path, tmp_path: P
     assert files(whole) == before
 
 
-def test_other_prompts_of_the_same_number_and_pictures_of_nobody(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_other_prompts_of_the_same_number_and_images_of_nobody(model: Path, whole: Path, tmp_path: Path) -> None:
     arguments = [option.replace(PROMPTS[1], "two circles") for option in options(model, whole)]
     assert "prompts_sha256 is " in refused(*arguments)
     moved, out = tmp_path / "moved", tmp_path / "out"
     shutil.copytree(model, moved)
     shutil.copytree(whole, out)
-    assert f"{2 * CANDIDATES} of {2 * CANDIDATES} pictures are there" in drawn(*options(moved, out))
+    assert f"{2 * CANDIDATES} of {2 * CANDIDATES} images are there" in sampled(*options(moved, out))
     (out / "sampling.json").unlink()
-    assert "holds pictures and no sampling.json" in refused(*options(model, out))
+    assert "holds images and no sampling.json" in refused(*options(model, out))
     (out / "sampling.json").write_text("[1]")
     assert "not a JSON object" in refused(*options(model, out))
 
 
 def test_reranked_in_the_same_command(model: Path, clip: Path, whole: Path, tmp_path: Path) -> None:
-    """What launch/rerank.py says of the files: drawn at once, and half of them from an earlier run."""
+    """What launch/rerank.py says of the files: sampled at once, and half of them from an earlier run."""
     drawn_at_once, gone_on, expected = tmp_path / "once", tmp_path / "on", tmp_path / "expected"
     rerank = (f"--rerank={clip}", "--keep=2")
-    drawn(*options(model, drawn_at_once, CANDIDATES, *rerank, "--batch=7"))
-    drawn(*options(model, gone_on, CANDIDATES // 2))
-    drawn(*options(model, gone_on, CANDIDATES, *rerank))
+    sampled(*options(model, drawn_at_once, CANDIDATES, *rerank, "--batch=7"))
+    sampled(*options(model, gone_on, CANDIDATES // 2))
+    sampled(*options(model, gone_on, CANDIDATES, *rerank))
     code, printed = run_here(
         ROOT / "launch/rerank.py", f"--samples={whole}", f"--clip={clip}", "--keep=2", f"--out={expected}"
     )
@@ -162,14 +162,14 @@ def test_reranked_in_the_same_command(model: Path, clip: Path, whole: Path, tmp_
 
 
 def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path, whole: Path, tmp_path: Path) -> None:
-    """On any number of ranks, the first interrupted with pictures of all kinds of places missing."""
+    """On any number of ranks, the first interrupted with images of all kinds of places missing."""
     one, two = tmp_path / "one", tmp_path / "two"
     for out in (one, two):
         shutil.copytree(whole, out)
         for place in (0, 3, 4, 38, 39):
             (out / "images" / f"00001_{place:04d}.png").unlink()
     more = (f"--rerank={clip}", "--keep=3")
-    drawn(*options(model, one, CANDIDATES, *more))
+    sampled(*options(model, one, CANDIDATES, *more))
     in_ranks(run_rank, free_port(), PROGRAM, options(model, two, CANDIDATES, *more))
     theirs, ours = files(one), files(two)
     assert theirs.keys() == ours.keys() and len(ours) > 2 * CANDIDATES + 3
@@ -182,7 +182,7 @@ def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path,
 
 
 def test_saving_that_fails_ends_the_program(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was saved before stays; no half picture does."""
+    """What was saved before stays; no half image does."""
     out, saved = tmp_path / "out", Image.Image.save
 
     def save(image: Image.Image, file: Any, *form: str) -> None:
@@ -194,7 +194,7 @@ def test_saving_that_fails_ends_the_program(model: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(Image.Image, "save", save)
     code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch=1"))
     assert code == 1 and "disk full" in printed and not (out / "samples.jsonl").exists()
-    assert set(pictures(out)) == {f"00000_{candidate:04d}.png" for candidate in range(3)}
+    assert set(images(out)) == {f"00000_{candidate:04d}.png" for candidate in range(3)}
 
 
 def test_drawing_that_fails_leaves_what_was_drawn(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_drawing_that_fails_leaves_what_was_drawn(model: Path, tmp_path: Path, m
     monkeypatch.setattr(Sampler, "sample_batch", fail_at_the_third)
     code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch=1"))
     assert code == 1 and "device lost" in printed
-    assert set(pictures(out)) == {"00000_0000.png", "00000_0001.png"}
+    assert set(images(out)) == {"00000_0000.png", "00000_0001.png"}
 
 
 def test_keep_needs_a_ranking(model: Path, tmp_path: Path) -> None:
@@ -225,23 +225,23 @@ def test_keep_needs_a_ranking(model: Path, tmp_path: Path) -> None:
     [({}, 16), ({"prime": torch.ones(4, dtype=torch.int64)}, 12), ({"size": (5, 6)}, 30)],
 )
 def test_told_after_each_code(model: Path, drawn_by: dict[str, Any], codes: int) -> None:
-    """And the pictures are the same."""
+    """And the images are the same."""
     sampler = Sampler([model])
     options = sampler.options(**{"size": drawn_by["size"]} if "size" in drawn_by else {})
     [batch] = sampler.batches(PROMPTS, [(0, 0), (1, 0), (0, 1)], 0, options, prime=drawn_by.get("prime"))
     told: list[tuple[int, int]] = []
-    drawn = sampler.sample_batch(batch, lambda *numbers: told.append(numbers))
+    sampled = sampler.sample_batch(batch, lambda *numbers: told.append(numbers))
     assert told == [(number, codes) for number in range(1, codes + 1)]
-    assert torch.equal(drawn, sampler.sample_batch(batch))
+    assert torch.equal(sampled, sampler.sample_batch(batch))
 
 
 def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out")
     for candidate in range(3):
         (tmp_path / "out" / "images" / f"00000_{candidate:04d}.png").unlink()
-    printed = drawn(*options(model, tmp_path / "out", CANDIDATES, "--batch=2"))
+    printed = sampled(*options(model, tmp_path / "out", CANDIDATES, "--batch=2"))
     assert "sample:   0%" in printed and "0.0/3 [" in printed
-    assert "sample: 100%" in printed and "3.0/3 [" in printed and " pictures/s]" in printed
+    assert "sample: 100%" in printed and "3.0/3 [" in printed and " images/s]" in printed
     sampler, places = Sampler([model]), []
     with runner.progress_bar(5) as bar:
         bar.update(1.0)
@@ -269,9 +269,9 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
     kinds = ("row", "column", "conv", "full", "row")
     sizes = {"text_vocab": 20, "text_length": 5, "image_vocab": 11, "grid": 6, "width": 24, "heads": 3}
     net = Transformer(**sizes, kinds=kinds, conv_kernel=3).to(dtype)
-    owners = torch.tensor([0, 1, 0, 0, 1])
+    prefix_index = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
-        _, decoding = net.prefill(torch.randint(20, (2, 5)), owners)
+        _, decoding = net.prefill(torch.randint(20, (2, 5)), prefix_index)
         net.decode_step(torch.zeros(5, dtype=torch.int64), 0, decoding)
     caches = [bytes_of(block._cache) for block in decoding.blocks]
     assert 5 * cache_size.cache_bytes(net) + 2 * cache_size.caption_bytes(net) == sum(caches)
@@ -279,13 +279,13 @@ def test_counted_bytes_are_those_of_the_caches(dtype: torch.dtype) -> None:
 
 
 def test_batches_of_what_is_free(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the memory draws twice as many; guidance costs as much again; one picture always; a cap."""
+    """Twice the memory samples twice as many; guidance costs as much again; one image always; a cap."""
     sampler = Sampler([model])
     net = sampler.models[0].nets["model"]
 
     def fitting(free: int, guided: bool = False, captions: int = 1) -> int:
         monkeypatch.setattr(batch_size, "_available_bytes", lambda: free)
-        return batch_size.batch_samples(cache_size.sampling_memory(net, guided), captions, 1000, sampler.device)
+        return batch_size.images_per_batch(cache_size.sampling_memory(net, guided), captions, 1000, sampler.device)
 
     few, more = fitting(200_000), fitting(400_000)
     assert 1 < few < more < 256 and fitting(400_000, guided=True) < more and fitting(400_000, captions=900) < more

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch with stand-ins for srun and scontrol: two "machines" on this host."""
+"""launch/slurm.sbatch with stand-ins for srun and scontrol: two "nodes" on this host."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def requeued(folder: Path) -> int:
 
 def test_at_the_time_limit_it_saves_and_is_queued_again(toy_data: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", toy_run(toy_data, run, updates=1_000_000))
+    config = write_config(tmp_path / "c.yaml", toy_run(toy_data, run, steps=1_000_000))
     train = [str(ROOT / "launch" / "train.py"), str(config)]
     job = slurm(tmp_path, *train)
     until = time.monotonic() + HANG_SECONDS
@@ -70,10 +70,10 @@ def test_at_the_time_limit_it_saves_and_is_queued_again(toy_data: dict[str, str]
     assert (tmp_path / "scontrol.txt").read_text() == f"requeue {os.getpid()}\n"
     assert not list(tmp_path.glob("hosts-*"))
 
-    last = checkpoint.update + 2
-    assert slurm(tmp_path, *train, f"updates={last}").wait(timeout=HANG_SECONDS) == 0
-    assert f"goes on from {checkpoint.folder}" in (tmp_path / "output").read_text()
-    assert metrics(run)[-1]["update"] == last and requeued(tmp_path) == 1
+    last = checkpoint.step + 2
+    assert slurm(tmp_path, *train, f"steps={last}").wait(timeout=HANG_SECONDS) == 0
+    assert f"resumes from {checkpoint.folder}" in (tmp_path / "output").read_text()
+    assert metrics(run)[-1]["step"] == last and requeued(tmp_path) == 1
     assert "rank 1 of 2" in (run / "logs" / "rank_00001.log").read_text()
 
 

@@ -30,8 +30,8 @@ STAGES = ("dvae", "dalle", "clip", "vae", "vqvae", "vqvae2", "vqvae2_prior", "dd
 COMPARED = tuple(stage for stage in STAGES if stage != "vqvae2")
 ZEROS = (0, 1, 2, 3)
 RESHARDED = [(stage, 0) for stage in COMPARED] + [(stage, zero) for stage in ("dvae", "dalle") for zero in ZEROS[1:]]
-UPDATES = 6
-# Sums run in another order at every ZeRO stage and world size; six updates of these models carry that to 1e-6
+STEPS = 6
+# Sums run in another order at every ZeRO stage and world size; six steps of these models carry that to 1e-6
 TOLERANCE = 1e-5
 
 
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_images(folder / "shards" / split, count, size=32, seed=count)
         write_codes(folder / "codes" / split, count, 64, [8])
         write_codes(folder / "vqvae2_codes" / split, count, 32, [4, 8])
-    sentences = iter([f"picture number {index} of a thing" for index in range(100)])
+    sentences = iter([f"image number {index} of a thing" for index in range(100)])
     with (folder / "text.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences, model_writer=file, model_type="bpe", vocab_size=320, byte_fallback=True,
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text = (ROOT / "configs" / "tiny" / f"{stage}.yaml").read_text().replace("runs/tiny/", f"{folder}/")
         tree = yaml.safe_load(text)
         tree.pop("tokenizer", None)
-        tree["updates"] = UPDATES
+        tree["steps"] = STEPS
         if stage == "vqvae":  # k-means puts codes so near to each other that rounding says which is the nearest
             tree["model"]["quantizer"] |= {"init": "random", "restart_below": 0.0}
         # Where a gradient is zero in theory (bias of attention keys), Adam with a small eps would walk on its rounding
@@ -68,8 +68,8 @@ def write_codes(folder: Path, count: int, vocab: int, grids: list[int]) -> None:
     info = {"kind": "codes", "vocab": vocab, "grids": grids}
     with ShardWriter(folder, samples_per_shard=20, info=info) as writer:
         for index in range(count):
-            drawn = np.random.default_rng(index).integers(0, vocab, sum(grid**2 for grid in grids))
-            writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"picture number {index}".encode()})
+            sampled = np.random.default_rng(index).integers(0, vocab, sum(grid**2 for grid in grids))
+            writer.add(f"{index:05d}", {"codes": codes.pack(sampled), "txt": f"image number {index}".encode()})
 
 
 def run_many(runs: list[list[Any]], folder: Path, processes: int) -> None:
@@ -83,10 +83,10 @@ def run_many(runs: list[list[Any]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `<stage>_zero<n>_<processes>`; `..._resumed`, which went on from the third update of the run with two;
-    `grown`, which went on from that of a run with one at another stage;
-    `in_step_<processes>`, a transformer over pictures that a dVAE encodes in the step; and `latents_<processes>`,
-    diffusion of what a VAE makes of pictures."""
+    """Runs `<stage>_zero<n>_<processes>`; `..._resumed`, which continued from the third step of the run with two;
+    `grown`, which continued from that of a run with one at another stage;
+    `in_step_<processes>`, a transformer over images that a dVAE encodes in the step; and `latents_<processes>`,
+    diffusion of what a VAE makes of images."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (2, 1):
         todo: list[list[Any]] = []
@@ -117,7 +117,7 @@ def runs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("stage", COMPARED)
 def test_same_losses_everywhere(runs: Path, stage: str) -> None:
     want = metrics(runs / f"{stage}_zero0_1")
-    assert sum("train/loss" in line for line in want) == UPDATES and sum("valid/loss" in line for line in want) == 2
+    assert sum("train/loss" in line for line in want) == STEPS and sum("valid/loss" in line for line in want) == 2
     for zero in ZEROS:
         for processes in (1, 2):
             got = metrics(runs / f"{stage}_zero{zero}_{processes}")
@@ -133,7 +133,7 @@ def test_same_export_everywhere(runs: Path, stage: str) -> None:
     for zero in ZEROS:
         for processes in (1, 2):
             opened = export.load(runs / f"{stage}_zero{zero}_{processes}" / "export")
-            assert opened.trained["update"] == UPDATES and opened.trained["weights"]["model"] == "ema 0.8"
+            assert opened.trained["step"] == STEPS and opened.trained["weights"]["model"] == "ema 0.8"
             for name, tensor in opened.nets["model"].state_dict().items():
                 torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5)
 
@@ -146,7 +146,7 @@ def test_bf16_trains_anywhere(runs: Path, stage: str, processes: int) -> None:
         metrics(runs / f"{stage}_bf16_{processes}"), metrics(runs / f"{stage}_zero0_1"), strict=True
     ):
         for name in (name for name in reference if name.endswith("/loss")):
-            assert line[name] == pytest.approx(reference[name], rel=0.1, abs=0.05), (name, line["update"])
+            assert line[name] == pytest.approx(reference[name], rel=0.1, abs=0.05), (name, line["step"])
 
 
 @pytest.mark.parametrize("zero", ZEROS)
@@ -154,7 +154,7 @@ def test_bf16_trains_anywhere(runs: Path, stage: str, processes: int) -> None:
 def test_resume_is_bit_exact(runs: Path, stage: str, zero: int) -> None:
     whole, resumed = runs / f"{stage}_zero{zero}_2", runs / f"{stage}_zero{zero}_2_resumed"
     windows = ("train/codes_used", "train/perplexity", "train/psnr_db")  # of the last samples; start empty on resume
-    later = [line for line in metrics(whole) if line["update"] > 3]
+    later = [line for line in metrics(whole) if line["step"] > 3]
     for line, reference in zip(metrics(resumed), later, strict=True):
         assert {k: v for k, v in line.items() if not k.startswith(windows)} == {
             k: v for k, v in reference.items() if not k.startswith(windows)
@@ -168,8 +168,8 @@ def test_resume_is_bit_exact(runs: Path, stage: str, zero: int) -> None:
     ("name", "stage"), [(f"{stage}_zero{zero}_1_resumed", stage) for stage, zero in RESHARDED] + [("grown", "dvae")]
 )
 def test_resume_at_another_world_size(runs: Path, name: str, stage: str) -> None:
-    """One process goes on where two stopped, and two, at another ZeRO stage, where one did."""
-    want = [line for line in metrics(runs / f"{stage}_zero0_1") if line["update"] > 3]
+    """One process continues where two stopped, and two, at another ZeRO stage, where one did."""
+    want = [line for line in metrics(runs / f"{stage}_zero0_1") if line["step"] > 3]
     for line, reference in zip(metrics(runs / name), want, strict=True):
         losses = {name: value for name, value in reference.items() if name.endswith("/loss")}
         assert losses and {name: line[name] for name in losses} == pytest.approx(losses, rel=TOLERANCE)
@@ -197,7 +197,7 @@ def test_diffusion_of_latents(runs: Path) -> None:
 
 def test_a_run_leaves_what_it_should(runs: Path) -> None:
     folder = runs / "dvae_zero3_2"
-    assert [checkpoint.update for checkpoint in resume.committed(folder)] == [3, 6]
+    assert [checkpoint.step for checkpoint in resume.committed(folder)] == [3, 6]
     assert (folder / "config.yaml").is_file() and "engine.zero=3" in (folder / "log").read_text()
     assert (folder / "previews" / "reconstruction_0000006.png").is_file()
     assert not list(folder.rglob("*.tmp"))
@@ -234,36 +234,36 @@ def lines(run: Path) -> int:
 def test_signal_saves_and_the_same_command_goes_on(toy_data: dict[str, str], tmp_path: Path) -> None:
     """SIGTERM to one rank, then SIGKILL while it writes checkpoints: the losses are those of an undisturbed run."""
     run = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", toy_run(toy_data, run, updates=1_000_000))
+    config = write_config(tmp_path / "c.yaml", toy_run(toy_data, run, steps=1_000_000))
     process = start(config, processes=2)
     wait_for(lambda: lines(run) >= 5, process)
     os.kill(ranks_of(process)[-1], signal.SIGTERM)
     output = process.communicate(timeout=HANG_SECONDS)[0]
     assert process.returncode == 0, output[-3000:]
     (checkpoint,) = resume.committed(run)
-    assert f"stopped and saved after {checkpoint.update} updates" in output
-    assert metrics(run)[-1]["update"] == checkpoint.update and (run / "export").is_dir()
+    assert f"stopped and saved after {checkpoint.step} steps" in output
+    assert metrics(run)[-1]["step"] == checkpoint.step and (run / "export").is_dir()
 
     process = start(config, "log.save_every=1", processes=2)
-    wait_for(lambda: lines(run) >= checkpoint.update + 3, process)
+    wait_for(lambda: lines(run) >= checkpoint.step + 3, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0
 
-    last = resume.committed(run)[-1].update
-    assert last > checkpoint.update
-    end = f"updates={last + 3}"
+    last = resume.committed(run)[-1].step
+    assert last > checkpoint.step
+    end = f"steps={last + 3}"
     run_many([[config, end], [config, end], [config, end, f"run={tmp_path / 'whole'}"]], tmp_path, processes=2)
-    want = {line["update"]: line for line in metrics(tmp_path / "whole")}
+    want = {line["step"]: line for line in metrics(tmp_path / "whole")}
     for line in metrics(run):
-        assert line == want[line["update"]]
-    assert metrics(run)[-1]["update"] == last + 3
+        assert line == want[line["step"]]
+    assert metrics(run)[-1]["step"] == last + 3
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("batch_samples=7", "batch_samples: 7 does not divide by the world size 2"),
+        ("global_batch_size=7", "global_batch_size: 7 does not divide by the world size 2"),
         ("model.nan_at=2", "update 3: not finite: loss"),
     ],
 )

@@ -58,7 +58,7 @@ def test_column_mask_is_the_papers_figure():
 def test_conv_mask_is_the_papers_figure():
     layout = Layout(prefix=PREFIX, grid=4, conv_kernel=3)
     assert image_keys("conv", layout, 10) == [5, 6, 7, 9, 10]
-    assert image_keys("conv", layout, 8) == [3, 4, 5, 7, 8]  # left edge: goes on at the end of the row above
+    assert image_keys("conv", layout, 8) == [3, 4, 5, 7, 8]  # left edge: continues at the end of the row above
     assert image_keys("conv", layout, 11) == [6, 7, 8, 10, 11]  # right edge
 
 

@@ -147,7 +147,7 @@ def test_bytes_far_away_keep_their_gradients() -> None:
 
 
 def test_predictions_far_off_at_late_times_keep_gradients_finite() -> None:
-    """A net that reads noise at the last time of the cosine schedule is off by tens of thousands in the picture."""
+    """A net that reads noise at the last time of the cosine schedule is off by tens of thousands in the image."""
     diffusion = Diffusion(betas_of("cosine", 1000))
     images = torch.randint(256, (3, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     x0, times = to_map(images), torch.tensor([0, 1, 999])
@@ -173,7 +173,7 @@ def test_terms_of_the_bound_against_torch() -> None:
     log_variance = diffusion.log_variance("learned", times, x, share)
     found = diffusion.bound_bits(images, x0, predicted, log_variance, times)
     doubles = (x0.double(), x.double(), predicted.double())
-    q_mean, p_mean = (diffusion.posterior_mean(picture, doubles[1], times) for picture in doubles[::2])
+    q_mean, p_mean = (diffusion.posterior_mean(image, doubles[1], times) for image in doubles[::2])
     p = Normal(p_mean, torch.exp(0.5 * log_variance.double()))
     q = Normal(q_mean[1:], diffusion.posterior_variance[1:, None, None, None].sqrt().expand_as(q_mean[1:]))
     expected = kl_divergence(q, Normal(p.mean[1:], p.stddev[1:])).flatten(1).mean(dim=1) / math.log(2)
@@ -249,7 +249,7 @@ def true_reverse(diffusion: Diffusion, x: Tensor, times: Tensor) -> tuple[Tensor
 
 
 def test_bound_is_tight_where_the_model_is_the_truth() -> None:
-    """Pictures of independent normal pixels: the best model is known, and its bound is -log2 p(x) itself."""
+    """Images of independent normal pixels: the best model is known, and its bound is -log2 p(x) itself."""
     diffusion = Diffusion(betas_of("cosine", 30))
     images, cost = world(2000)
     seeds = torch.arange(len(images))

@@ -1,4 +1,4 @@
-"""The samplers beside the schedulers of diffusers, step by step and from noise to pictures.
+"""The samplers beside the schedulers of diffusers, step by step and from noise to images.
 
 In float64 where theirs allow it: their alphas_cumprod is replaced by the same one in double precision.
 """
@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from dalle_scale.models.diffusion.samplers import Options, draw, follow, plan, times
+from dalle_scale.models.diffusion.samplers import Options, follow, plan, sample, times
 from dalle_scale.nn.counter_rng import normal_noise
 
 LINEAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
@@ -69,7 +69,7 @@ def test_ancestral_steps(variance, spacing):
 @pytest.mark.parametrize(
     ("steps", "eta", "clip"), [(10, 0.0, False), (50, 0.4, False), (100, 1.0, True), (20, 0.0, True)]
 )
-def test_ddim_from_noise_to_pictures(steps, eta, clip):
+def test_ddim_from_noise_to_images(steps, eta, clip):
     """Numbers of steps that divide T: their step always goes to t - T // steps. Their clipped x0 takes its own noise
     only when asked to."""
     theirs = double(DDIMScheduler(clip_sample=clip, set_alpha_to_one=True))
@@ -83,11 +83,11 @@ def test_ddim_from_noise_to_pictures(steps, eta, clip):
     options = Options(method="ddim", steps=steps, eta=eta, clip=clip)
     found = follow(predict, plan(LINEAR, options), start(), clip, SEEDS)
     torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(draw(predict, LINEAR, SEEDS, SHAPE, options).double(), x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sample(predict, LINEAR, SEEDS, SHAPE, options).double(), x, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("steps", "spacing"), [(10, "uniform"), (20, "log_snr"), (25, "quadratic")])
-def test_dpm_solver_from_noise_to_pictures(steps, spacing):
+def test_dpm_solver_from_noise_to_images(steps, spacing):
     """They keep their noise levels in single precision."""
     theirs = double(DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"))
     theirs.set_timesteps(timesteps=times(LINEAR, steps, spacing)[::-1])

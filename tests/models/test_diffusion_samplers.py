@@ -15,13 +15,13 @@ from dalle_scale.models.diffusion.samplers import (
     Options,
     ddim_step,
     decode,
-    draw,
     encode,
     follow,
     guided,
     interpolate,
     pairs,
     plan,
+    sample,
     times,
 )
 from dalle_scale.nn.counter_rng import normal_noise
@@ -87,7 +87,7 @@ def test_spacing_left_open():
         )
 
 
-def test_pairs_end_at_the_picture():
+def test_pairs_end_at_the_image():
     assert pairs(times(LINEAR, 4)) == [(750, 500), (500, 250), (250, 0), (0, -1)]
     assert pairs(times(LINEAR, 4, "quadratic")) == [(800, 355), (355, 88), (88, 0), (0, -1)]
 
@@ -135,7 +135,7 @@ def test_ancestral_is_the_papers_algorithm_2():
         noise = normal_noise(seeds, t, 3).double() if t else 0.0
         eps = eps_of(x, torch.full((2,), t))
         x = (x - betas[t] / (1 - LINEAR[t]).sqrt() * eps) / (1 - betas[t]).sqrt() + betas[t].sqrt() * noise
-    drawn = draw(predict, LINEAR, seeds, (3,), Options(clip=False))
+    drawn = sample(predict, LINEAR, seeds, (3,), Options(clip=False))
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn.double(), x, rtol=1e-4, atol=1e-4)
 
@@ -148,7 +148,7 @@ def test_large_variance_is_exact_for_normal_data(steps):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_marginals_are_exact_for_one_picture(eta):
+def test_marginals_are_exact_for_one_image(eta):
     """x0 one point, predicted without error: x at a is N(sqrt(a) x0, 1 - a), for every eta (2010.02502, Eq. 7)."""
     moves = pairs(times(LINEAR, 20, "quadratic"))
     for (now, after), step in zip(
@@ -179,7 +179,7 @@ def test_order_of_convergence(method):
 
 
 def test_encoding_in_the_noise_that_the_model_predicts():
-    """x = sqrt(a_next) x0 + sqrt(1 - a_next) eps, with x0 and eps at the time before; at first x0 is the picture."""
+    """x = sqrt(a_next) x0 + sqrt(1 - a_next) eps, with x0 and eps at the time before; at first x0 is the image."""
 
     def eps(x: Tensor, at: int) -> Tensor:
         a = LINEAR[at]
@@ -194,7 +194,7 @@ def test_encoding_in_the_noise_that_the_model_predicts():
     torch.testing.assert_close(encode(wavy, LINEAR, image, 3), x, rtol=1e-9, atol=1e-9)
 
 
-def test_encoding_finds_the_latents_and_decoding_the_pictures():
+def test_encoding_finds_the_latents_and_decoding_the_images():
     predict, u = gaussian(LINEAR), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None].expand(-1, 3)
     images = on_path(u, 1.0)
     latent_errors, trip_errors = [], []
@@ -217,7 +217,7 @@ def test_encoding_finds_the_latents_and_decoding_the_pictures():
     ],
 )
 def test_noise_is_fresh_in_every_step(options):
-    """Mean and variance of 10 000 pictures are those of the steps' sums of independent normal numbers, and near the
+    """Mean and variance of 10 000 images are those of the steps' sums of independent normal numbers, and near the
     data's. Four standard errors."""
     mean, variance = torch.zeros(3).double(), torch.ones(3).double()
     for step in plan(LINEAR, options):
@@ -225,7 +225,7 @@ def test_noise_is_fresh_in_every_step(options):
         slope = STD**2 * a.sqrt() / (a * STD**2 + 1 - a)
         gain = step.keep + step.data * slope
         mean, variance = gain * mean + step.data * MEAN * (1 - slope * a.sqrt()), gain**2 * variance + step.std**2
-    found = draw(gaussian(LINEAR), LINEAR, torch.arange(10_000), (3,), options).double()
+    found = sample(gaussian(LINEAR), LINEAR, torch.arange(10_000), (3,), options).double()
     assert ((found.mean(dim=0) - mean).abs() < 0.04 * variance.sqrt()).all()
     assert ((found.var(dim=0) / variance).log().abs() < 4 * math.sqrt(2 / 10_000)).all()
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.03)
@@ -240,27 +240,27 @@ def test_noise_is_fresh_in_every_step(options):
         Options(method="dpm++", steps=10, spacing="log_snr"),
     ],
 )
-def test_pictures_depend_on_their_seed_only(options):
+def test_images_depend_on_their_seed_only(options):
     seeds = torch.tensor([3, 2**62, 0, 3, 11])
-    drawn = draw(wavy, LINEAR, seeds, (2, 4, 4), options)
+    drawn = sample(wavy, LINEAR, seeds, (2, 4, 4), options)
     assert drawn.shape == (5, 2, 4, 4) and torch.equal(drawn[0], drawn[3])
-    assert torch.equal(draw(wavy, LINEAR, seeds.flip(0), (2, 4, 4), options), drawn.flip(0))
+    assert torch.equal(sample(wavy, LINEAR, seeds.flip(0), (2, 4, 4), options), drawn.flip(0))
     for index in range(5):
-        assert torch.equal(draw(wavy, LINEAR, seeds[index : index + 1], (2, 4, 4), options)[0], drawn[index])
-    assert len({picture.numpy().tobytes() for picture in drawn}) == 4
+        assert torch.equal(sample(wavy, LINEAR, seeds[index : index + 1], (2, 4, 4), options)[0], drawn[index])
+    assert len({image.numpy().tobytes() for image in drawn}) == 4
 
 
 def test_only_noisy_steps_draw_noise():
     """Same start, same end without eta; with it, the noise of every step is another."""
     seeds = torch.tensor([1, 2])
-    still = draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=0.0))
-    assert torch.equal(still, draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2)))
+    still = sample(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=0.0))
+    assert torch.equal(still, sample(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2)))
     first, last = plan(LINEAR, Options(method="ddim", steps=2, eta=1.0))
     assert first.std > 0 and last.std == 0
     start, noise = normal_noise(seeds, 1000, 4), normal_noise(seeds, first.time, 4)
     x = first.keep * start + first.data * wavy(start, torch.tensor([500, 500]))[0] + first.std * noise
     expected = last.keep * x + last.data * wavy(x, torch.tensor([0, 0]))[0]
-    assert torch.equal(draw(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=1.0)), expected)
+    assert torch.equal(sample(wavy, LINEAR, seeds, (4,), Options(method="ddim", steps=2, eta=1.0)), expected)
 
 
 def test_a_learned_variance_lies_between_the_fixed_ones():
@@ -270,8 +270,8 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
         def predict(x: Tensor, at: Tensor, share=share):
             return wavy(x, at)[0], torch.full_like(x, share)
 
-        learned = draw(predict, LINEAR, seeds, (4,), Options(steps=30), learned=True)
-        fixed = draw(predict, LINEAR, seeds, (4,), Options(steps=30, variance=variance), learned=True)
+        learned = sample(predict, LINEAR, seeds, (4,), Options(steps=30), learned=True)
+        fixed = sample(predict, LINEAR, seeds, (4,), Options(steps=30, variance=variance), learned=True)
         torch.testing.assert_close(learned, fixed, rtol=1e-4, atol=1e-4)
     [step, *_] = plan(LINEAR, Options(steps=30), learned=True)
     small, large = (plan(LINEAR, Options(steps=30, variance=f"fixed_{size}"))[0].std for size in ("small", "large"))
@@ -281,10 +281,10 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
 def test_clipping():
     """Ancestral clips x0 as DDPM's code does, DDIM does not, and both do as told."""
     seeds, wild = torch.tensor([1, 2]), lambda x, at: (4 * x, None)
-    assert draw(wild, LINEAR, seeds, (4,), Options(steps=10)).abs().max() <= 1
-    assert draw(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10)).abs().max() > 1
-    assert draw(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10, clip=True)).abs().max() <= 1
-    assert draw(wild, LINEAR, seeds, (4,), Options(method="dpm++", steps=10, clip=True)).abs().max() <= 1
+    assert sample(wild, LINEAR, seeds, (4,), Options(steps=10)).abs().max() <= 1
+    assert sample(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10)).abs().max() > 1
+    assert sample(wild, LINEAR, seeds, (4,), Options(method="ddim", steps=10, clip=True)).abs().max() <= 1
+    assert sample(wild, LINEAR, seeds, (4,), Options(method="dpm++", steps=10, clip=True)).abs().max() <= 1
 
 
 def test_interpolation_follows_the_arc():
@@ -347,7 +347,7 @@ def test_wrong_options_are_said_in_one_line(values, message):
 
 def test_what_the_model_does_not_have():
     with pytest.raises(UserError, match="steps: 1001, but this model has 1000 times; take 2 to 1000"):
-        draw(wavy, LINEAR, torch.tensor([1]), (4,), Options(steps=1001))
+        sample(wavy, LINEAR, torch.tensor([1]), (4,), Options(steps=1001))
     with pytest.raises(UserError, match="steps: 1, but this model has 1000 times"):
         encode(wavy, LINEAR, torch.zeros(1, 4), 1)
     with pytest.raises(UserError, match="spacing: 'cubic' is none of uniform"):

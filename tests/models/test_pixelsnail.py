@@ -182,7 +182,7 @@ def test_pixel_by_pixel_equals_whole_squares(changes, grid):
 
 
 def test_decoding_keeps_one_column_of_work_a_pixel():
-    """No input of a step grows with the pixels drawn but the keys, and memory is allocated once."""
+    """No input of a step grows with the pixels sampled but the keys, and memory is allocated once."""
     model = make(**TOP)
     decoding = model.prefill(1)
     with torch.no_grad():

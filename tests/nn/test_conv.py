@@ -109,11 +109,11 @@ def chain(convolve: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor
 
 
 def chain_tensors() -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    tensors = {"x": torch.randn(2, 4, 8, 12, generator=draw).contiguous(memory_format=torch.channels_last)}
+    rng = torch.Generator().manual_seed(0)
+    tensors = {"x": torch.randn(2, 4, 8, 12, generator=rng).contiguous(memory_format=torch.channels_last)}
     for name, kernel in (("skip", 1), ("down", 1), ("middle", 3), ("up", 1), ("last", 3)):
-        tensors[name] = torch.randn(4, 4, kernel, kernel, generator=draw)
-    tensors["bias"] = torch.randn(4, generator=draw)
+        tensors[name] = torch.randn(4, 4, kernel, kernel, generator=rng)
+    tensors["bias"] = torch.randn(4, generator=rng)
     return {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
 
 

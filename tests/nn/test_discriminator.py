@@ -55,7 +55,7 @@ def test_paper_sizes() -> None:
 
 @pytest.mark.parametrize("norm", ["group", "none"])
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_picture_is_judged_alone(norm: str, mode: bool) -> None:
+def test_a_image_is_judged_alone(norm: str, mode: bool) -> None:
     net = make(width=8, layers=2, norm=norm, norm_groups=4).train(mode)
     images = torch.randn(3, 3, 24, 24)
     together = net(images)
@@ -64,7 +64,7 @@ def test_a_picture_is_judged_alone(norm: str, mode: bool) -> None:
     assert not list(net.buffers())
 
 
-def test_smallest_picture() -> None:
+def test_smallest_image() -> None:
     for layers in (1, 2, 3):
         config = DiscriminatorConfig(width=4, layers=layers, norm="none")
         net, side = PatchDiscriminator(config), config.smallest_pixels

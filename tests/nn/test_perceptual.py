@@ -22,7 +22,7 @@ def ruler() -> Lpips:
     return build_lpips(RANDOM)
 
 
-def pictures(count: int, size: int = 20, seed: int = 0) -> Tensor:
+def noise_images(count: int, size: int = 20, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -42,7 +42,7 @@ def test_architecture_is_torchvisions() -> None:
 
 def test_is_the_papers_formula(ruler: Lpips) -> None:
     """Written out with the indices of torchvision's layers, in fp64."""
-    first, second = pictures(3), pictures(3, seed=1)
+    first, second = noise_images(3), noise_images(3, seed=1)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]).double(), torch.tensor([0.458, 0.448, 0.450]).double()
     want = torch.zeros(3, dtype=torch.float64)
     features = vgg16().double()
@@ -58,7 +58,7 @@ def test_is_the_papers_formula(ruler: Lpips) -> None:
 
 
 def test_is_a_distance(ruler: Lpips) -> None:
-    first, second = pictures(4), pictures(4, seed=1)
+    first, second = noise_images(4), noise_images(4, seed=1)
     assert ruler(first, first).tolist() == [0] * 4
     assert (ruler(first, second) > 0.001).all()
     torch.testing.assert_close(ruler(first, second), ruler(second, first))
@@ -69,16 +69,16 @@ def test_is_a_distance(ruler: Lpips) -> None:
 
 
 def test_gradient_reaches_the_input_and_nothing_else(ruler: Lpips) -> None:
-    made = pictures(2).requires_grad_()
-    ruler(made, pictures(2, seed=1)).sum().backward()
+    made = noise_images(2).requires_grad_()
+    ruler(made, noise_images(2, seed=1)).sum().backward()
     assert made.grad is not None and (made.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in ruler.parameters())
     assert not ruler.training
 
 
-def test_gradient_of_equal_pictures_is_finite(ruler: Lpips) -> None:
+def test_gradient_of_equal_images_is_finite(ruler: Lpips) -> None:
     """Also where all features are zero and have no direction: not only because a ReLU stands before them."""
-    made = pictures(1, 16).requires_grad_()
+    made = noise_images(1, 16).requires_grad_()
     distance = ruler(made, made.detach())
     distance.sum().backward()
     assert distance.item() == 0 and made.grad is not None and made.grad.isfinite().all()
@@ -88,7 +88,7 @@ def test_gradient_of_equal_pictures_is_finite(ruler: Lpips) -> None:
 
 
 def test_fp32_whatever_comes(ruler: Lpips) -> None:
-    first, second = pictures(1, 16).to(torch.bfloat16), pictures(1, 16, seed=1).to(torch.bfloat16)
+    first, second = noise_images(1, 16).to(torch.bfloat16), noise_images(1, 16, seed=1).to(torch.bfloat16)
     want = ruler(first.float(), second.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = ruler(first, second)

@@ -101,7 +101,7 @@ def test_no_tensor_is_vectors_times_codes_large() -> None:
 
 
 def test_ema_against_a_loop_in_float64() -> None:
-    """Appendix A.1, with micro-batches and empty slots; 30 updates of fp32 carry rounding to about 1e-6."""
+    """Appendix A.1, with micro-batches and empty slots; 30 steps of fp32 carry rounding to about 1e-6."""
     quantizer = make(ema_decay=0.9)
     codes, counts, sums = quantizer.codebook.double(), torch.zeros(K).double(), torch.zeros(K, D).double()
     for step in range(30):
@@ -246,7 +246,7 @@ def test_cosine_codes_stay_on_the_sphere() -> None:
 
 
 def test_what_does_not_count() -> None:
-    """Evaluation, passes without gradients, the turn of another net, and updates without a forward."""
+    """Evaluation, passes without gradients, the turn of another net, and steps without a forward."""
     quantizer = make(restart_below=1.0)
     quantizer(features(0))
     quantizer.after_step(0)

@@ -1,4 +1,4 @@
-"""The quantizer beside another library's, over updates: codes, codebook, losses and gradients."""
+"""The quantizer beside another library's, over steps: codes, codebook, losses and gradients."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [8, 3, 4, 4], weights (one slot is empty) and seeds of an update."""
+    """Images [8, 3, 4, 4], weights (one slot is empty) and seeds of a step."""
     generator = torch.Generator().manual_seed(FIRST_SEED + step)
     weight = torch.ones(BATCH)
     weight[step] = 0

@@ -112,8 +112,8 @@ def test_ends(form: SmallFloat) -> None:
     """Too large a number is the largest; infinity and NaN are not hidden; nothing negative passes for a number."""
     noise = torch.full((1,), -1, dtype=torch.int32)  # rounds up whatever can be
     for values in ([form.max], [form.max * 1.001], [16.0], [3.4e38]):
-        for draw in (None, noise):
-            assert form.unpack(form.pack(torch.tensor(values), draw)).tolist() == [form.max]
+        for rng in (None, noise):
+            assert form.unpack(form.pack(torch.tensor(values), rng)).tolist() == [form.max]
     special = torch.tensor([INF, NAN, -0.0, -INF, -1.0, -1e-45])
     got = form.unpack(form.pack(special))
     want = [INF, NAN, -0.0, -INF, -1.0, -0.0] if form.signed else [INF, NAN, 0.0, NAN, NAN, NAN]

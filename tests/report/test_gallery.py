@@ -1,4 +1,4 @@
-"""The gallery shows every picture, caption and mark, in both of its forms."""
+"""The gallery shows every image, caption and mark, in both of its forms."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from PIL import Image, ImageFont
 
 from dalle_scale.report import gallery
 from dalle_scale.report.gallery import Row
-from dalle_scale.report.page import Picture
+from dalle_scale.report.page import GalleryImage
 from dalle_scale.types import UserError
 
 COLUMNS = ("true scene", "best of 16")
 
 
 def plain(colour: tuple[int, int, int], height: int = 8, width: int = 8) -> torch.Tensor:
-    """A picture of one colour."""
+    """An image of one colour."""
     return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, height, width).contiguous()
 
 
 def make_rows(count: int, group: str = "seen", right: bool | None = None) -> list[Row]:
-    """Rows with noise pictures, the second of each marked."""
+    """Rows with noise images, the second of each marked."""
     torch.manual_seed(0)
     images = torch.randint(256, (count, 2, 3, 8, 8)).to(torch.uint8)
-    return [Row(f"caption {n}", (Picture(a), Picture(b, right)), group) for n, (a, b) in enumerate(images)]
+    return [Row(f"caption {n}", (GalleryImage(a), GalleryImage(b, right)), group) for n, (a, b) in enumerate(images)]
 
 
 def count_of(sheet: Image.Image, colour: str | tuple[int, int, int]) -> int:
@@ -46,13 +46,13 @@ def test_files_are_written(tmp_path):
         gallery.save(tmp_path, "Title", COLUMNS, [])
 
 
-def test_page_holds_the_exact_pictures_and_nothing_from_outside():
+def test_page_holds_the_exact_images_and_nothing_from_outside():
     rows = make_rows(3)
     page = gallery.page("Title", COLUMNS, rows)
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-    expected = [picture.image.permute(1, 2, 0).numpy() for row in rows for picture in row.pictures]
-    assert len(pictures) == 6 and all(map(np.array_equal, pictures, expected))
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+    expected = [image.image.permute(1, 2, 0).numpy() for row in rows for image in row.images]
+    assert len(images) == 6 and all(map(np.array_equal, images, expected))
     assert not re.search(r"https?:|<script|<link|url\(", page)
     assert (
         'class="cards enlarged"' in page
@@ -62,7 +62,7 @@ def test_page_holds_the_exact_pictures_and_nothing_from_outside():
 
 
 def test_text_is_escaped():
-    row = Row('<script>alert("1")</script> & more', (Picture(plain((1, 2, 3)), note="<i>"),), "<b>group</b>")
+    row = Row('<script>alert("1")</script> & more', (GalleryImage(plain((1, 2, 3)), note="<i>"),), "<b>group</b>")
     page = gallery.page("<title>", ("a<b",), [row], notes=["1 < 2"])
     assert not re.search(r"<script>|<b>group|<i>|a<b|1 < 2|<title><title>", page)
     assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; more" in page
@@ -89,11 +89,11 @@ def test_marks_are_colour_and_sign():
     assert "✓" not in unmarked and "with a tick" not in unmarked
 
 
-def test_small_pictures_are_enlarged_to_whole_squares():
-    """Every pixel of an 8 x 8 picture becomes 16 x 16, untouched."""
-    picture = plain((11, 22, 33))
-    picture[:, 2, 5] = torch.tensor([201, 102, 3])
-    sheet = np.asarray(gallery.draw("T", ("x",), [Row("caption", (Picture(picture),))]))
+def test_small_images_are_enlarged_to_whole_squares():
+    """Every pixel of an 8 x 8 image becomes 16 x 16, untouched."""
+    image = plain((11, 22, 33))
+    image[:, 2, 5] = torch.tensor([201, 102, 3])
+    sheet = np.asarray(gallery.draw("T", ("x",), [Row("caption", (GalleryImage(image),))]))
     rows, columns = np.nonzero((sheet == (201, 102, 3)).all(axis=-1))
     assert len(rows) == 16 * 16 and np.ptp(rows) == np.ptp(columns) == 15
     assert count_of(Image.fromarray(sheet), (11, 22, 33)) == 63 * 16 * 16
@@ -102,15 +102,15 @@ def test_small_pictures_are_enlarged_to_whole_squares():
 @pytest.mark.parametrize(
     ("height", "width", "shown"), [(8, 16, 64 * 128), (512, 512, 384 * 384), (300, 600, 192 * 384)]
 )
-def test_shape_of_pictures_is_kept(height, width, shown):
-    row = Row("caption", (Picture(plain((11, 22, 33), height, width)),))
+def test_shape_of_images_is_kept(height, width, shown):
+    row = Row("caption", (GalleryImage(plain((11, 22, 33), height, width)),))
     assert count_of(gallery.draw("T", ("x",), [row]), (11, 22, 33)) == shown
 
 
-def test_all_pictures_of_many_rows_are_there():
-    """More rows than stand side by side, of uneven caption length; each picture's own colour is found in full."""
+def test_all_images_of_many_rows_are_there():
+    """More rows than stand side by side, of uneven caption length; each image's own colour is found in full."""
     rows = [
-        Row("word " * (1 + 9 * (n % 3)), tuple(Picture(plain((n, column, 77))) for column in range(4)))
+        Row("word " * (1 + 9 * (n % 3)), tuple(GalleryImage(plain((n, column, 77))) for column in range(4)))
         for n in range(1, 12)
     ]
     sheet = gallery.draw("T", "abcd", rows)

@@ -19,7 +19,7 @@ from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.evaluation import reconstruction_page
 from dalle_scale.evaluation.reconstruction import Example
 from dalle_scale.report import charts, gallery, tables
-from dalle_scale.report.page import Cards, Page, Picture, Section, Tiles, render, shown_side, write_page
+from dalle_scale.report.page import Cards, GalleryImage, Page, Section, Tiles, render, shown_side, write_page
 from data_tools import describe_shards
 
 HOSTILE = "\"'></title></style></svg><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 }}{% raw %}&amp;\\| ü"
@@ -52,8 +52,8 @@ class Reader(HTMLParser):
 
 
 def gallery_page(folder: Path) -> str:
-    pictures = tuple(Picture(IMAGE, right, HOSTILE) for right in (None, True, False))
-    return gallery.page(HOSTILE, [HOSTILE] * 3, [gallery.Row(HOSTILE, pictures, HOSTILE)] * 2, [HOSTILE])
+    images = tuple(GalleryImage(IMAGE, right, HOSTILE) for right in (None, True, False))
+    return gallery.page(HOSTILE, [HOSTILE] * 3, [gallery.Row(HOSTILE, images, HOSTILE)] * 2, [HOSTILE])
 
 
 def reconstruction(folder: Path) -> str:
@@ -64,7 +64,7 @@ def reconstruction(folder: Path) -> str:
 
 
 def planned(folder: Path) -> str:
-    cluster = {"machines": 1, "gpus": 1, "memory_gib": 1.0, "flops": 1e12, "intra_gbps": 80.0, "inter_gbps": 8.0}
+    cluster = {"nodes": 1, "gpus": 1, "memory_gib": 1.0, "flops": 1e12, "intra_gbps": 80.0, "inter_gbps": 8.0}
     config = configs.load(ROOT / "configs" / "tiny" / "dvae.yaml", [])
     numbers = plan.document(config, configs.parse(plan.Cluster, cluster, where="cluster"))
     numbers["config"]["run"] = HOSTILE
@@ -84,7 +84,7 @@ def statistics(folder: Path) -> str:
     numbers["unreadable"] = {HOSTILE: 1}
     numbers["unreadable_examples"] = [{"shard": HOSTILE, "key": HOSTILE, "reason": HOSTILE}]
     numbers["members"] = {HOSTILE: numbers["members"]["txt"]}
-    numbers["pictures"] = {"formats": {HOSTILE: 1}}
+    numbers["images"] = {"formats": {HOSTILE: 1}}
     numbers["captions"] |= {"languages": {HOSTILE: 1}, "frequent_words": {HOSTILE: 1}}
     return render(statistics_page.page(numbers))
 

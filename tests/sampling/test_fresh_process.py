@@ -1,4 +1,4 @@
-"""An export opened in a fresh process, where DeepSpeed cannot be imported, gives the same pictures: every stage."""
+"""An export opened in a fresh process, where DeepSpeed cannot be imported, gives the same images: every stage."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def export_tiny(folder: Path, name: str, parts: dict[str, Path] | None = None, *
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Every stage that gives pictures; priors with their tokenizer, and without captions."""
+    """Every stage that gives images; priors with their tokenizer, and without captions."""
     folder = tmp_path_factory.mktemp("exports")
     made = {name: export_tiny(folder / name, name) for name in (*TOKENIZERS, "vae")}
     made["ddpm"] = export_tiny(folder / "ddpm", "ddpm", text_length=0, text_vocab=0, caption_dropout=0.0)
@@ -48,15 +48,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     return [[made[name]] for name in made] + [[dalle], priors]
 
 
-def test_every_stage_that_gives_pictures_is_here(models: list[list[str]]) -> None:
+def test_every_stage_that_gives_images_is_here(models: list[list[str]]) -> None:
     assert {export.load(folders[0]).name for folders in models} == set(stages.names()) - {"clip"}
 
 
-def test_the_same_pictures(models: list[list[str]]) -> None:
+def test_the_same_images(models: list[list[str]]) -> None:
     program = [sys.executable, str(ROOT / "tests" / "support" / "fresh.py"), *(",".join(folders) for folders in models)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums run in the order of this process
     done = subprocess.run(program, env=environment() | threads, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     fresh = json.loads(done.stdout)
     assert fresh == digests(models)
-    assert len(set(fresh.values())) == len(models)  # nets that draw nothing would agree as well
+    assert len(set(fresh.values())) == len(models)  # nets that sample nothing would agree as well

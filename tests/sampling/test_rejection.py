@@ -200,7 +200,7 @@ def test_program(model, samples, classes, batch, tmp_path, monkeypatch, capsys):
     assert rerank_program(monkeypatch, *arguments, "--keep-share", 0.4) == 0
     printed = capsys.readouterr().out
     rows = read(out / "scores.jsonl")
-    images = rerank.read_pictures([samples / row["file"] for row in rows])
+    images = rerank.read_images([samples / row["file"] for row in rows])
     expected, table = expected_probabilities(model, rows, images)
     assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     assert expected.std() > 0.05 and (table.amax(dim=1) < 0.5).any(), "the classifier has opinions, not all strong"

@@ -1,4 +1,4 @@
-"""The whole chain from nothing to a picture, through the real launcher, at a size that takes a minute."""
+"""The whole chain from nothing to an image, through the real launcher, at a size that takes a minute."""
 
 import json
 import os

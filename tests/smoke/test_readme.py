@@ -1,4 +1,4 @@
-"""Every command of the README runs, as it stands there, on a few pictures; training commands get smaller by overrides
+"""Every command of the README runs, as it stands there, on a few images; training commands get smaller by overrides
 at their end."""
 
 import os
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MODEL = "model.text_vocab=400 model.text_length=8 model.image_vocab=32 model.grid=4 model.image_size=32"
 SMALLER = {  # program and config -> what makes it small
-    "configs/dvae/paper_256.yaml": "updates=2 batch_samples=8 engine.dtype=fp32 engine.micro_batch_samples=4 "
+    "configs/dvae/paper_256.yaml": "steps=2 global_batch_size=8 engine.dtype=fp32 engine.micro_batch_size=4 "
     "model.image_size=32 model.vocab=32 model.n_hid=8 model.n_init=8 data.workers=0 log.valid_samples=4",
-    "configs/dalle/small_256.yaml": "updates=2 batch_samples=8 engine.dtype=fp32 model.width=32 model.layers=4 "
+    "configs/dalle/small_256.yaml": "steps=2 global_batch_size=8 engine.dtype=fp32 model.width=32 model.layers=4 "
     f"model.heads=2 {MODEL} data.workers=0 log.valid_samples=4",
-    "configs/clip/base_224.yaml": "updates=2 batch_samples=8 engine.dtype=fp32 data.workers=0 log.valid_samples=4 "
+    "configs/clip/base_224.yaml": "steps=2 global_batch_size=8 engine.dtype=fp32 data.workers=0 log.valid_samples=4 "
     "model.image_size=32 model.patch=8 model.width=32 model.layers=1 model.heads=2 model.embed_dim=16 "
     "model.text_width=32 model.text_layers=1 model.text_heads=2 model.text_vocab=400 model.text_length=8",
 }
@@ -46,15 +46,15 @@ def test_make_targets():
         assert dry.returncode == 0, dry.stderr
 
 
-def test_own_pictures(tmp_path):
+def test_own_images(tmp_path):
     for name in ("launch", "data_tools", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
-    (tmp_path / "my_pictures").mkdir()
+    (tmp_path / "my_images").mkdir()
     for index in range(40):
         colour = rng.integers(0, 256, 3, dtype=np.uint8)
-        Image.fromarray(np.full((40, 40, 3), colour)).save(tmp_path / "my_pictures" / f"{index}.jpg")
-        (tmp_path / "my_pictures" / f"{index}.txt").write_text(f"a picture of colour {colour}")
+        Image.fromarray(np.full((40, 40, 3), colour)).save(tmp_path / "my_images" / f"{index}.jpg")
+        (tmp_path / "my_images" / f"{index}.txt").write_text(f"an image of colour {colour}")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     own_port = {"deepspeed ": f"deepspeed --master_port={free_port()} "}  # another job may have the default one
@@ -68,4 +68,4 @@ def test_own_pictures(tmp_path):
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 10 and list((tmp_path / "runs/pictures/best/best").glob("*.png"))
+    assert ran == 10 and list((tmp_path / "runs/images/best/best").glob("*.png"))

@@ -47,7 +47,7 @@ def build(**changes: object) -> tuple[clip.Stage, Nets]:
 
 
 def make_batch(count: int, seed: int = 0) -> Batch:
-    """Noise pictures with captions of 1 .. LENGTH tokens."""
+    """Noise images with captions of 1 .. LENGTH tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(VOCAB, (count, LENGTH), generator=generator)
     pads = VOCAB + torch.arange(LENGTH).expand(count, -1)
@@ -143,7 +143,7 @@ def test_a_batch_of_empty_slots_has_no_loss():
 
 
 def test_accuracy_counts_equal_captions_as_right():
-    """Pictures 0 and 1 share a caption. Picture 2 lies nearest to caption 3; caption 2 nearest to picture 2."""
+    """Images 0 and 1 share a caption. Image 2 lies nearest to caption 3; caption 2 nearest to image 2."""
     corner = torch.eye(4)
     images = F.normalize(torch.stack([corner[0], corner[0], corner[2] + 2 * corner[3], corner[3]]), dim=1)
     texts = torch.stack([corner[0], corner[0], corner[2], corner[3]])
@@ -215,10 +215,10 @@ def test_preview_shows_the_similarities():
     stage, nets = build()
     batch = make_batch(3)
     with torch.no_grad():
-        picture = stage.preview(nets, batch)["similarity"]
+        image = stage.preview(nets, batch)["similarity"]
         scores = stage.scores(nets, batch["image"], batch["text"])
-    assert picture.shape == (1, 3, 24, 24) and picture.dtype == torch.uint8
-    torch.testing.assert_close(picture[0, 0, 4::8, 4::8].diag() / 127.5 - 1, scores, atol=1 / 127, rtol=0)
+    assert image.shape == (1, 3, 24, 24) and image.dtype == torch.uint8
+    torch.testing.assert_close(image[0, 0, 4::8, 4::8].diag() / 127.5 - 1, scores, atol=1 / 127, rtol=0)
 
 
 def test_flops_against_torchs_counter():

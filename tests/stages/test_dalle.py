@@ -1,4 +1,4 @@
-"""Losses against closed forms, drawing against a plain uncached loop, and what a sample may depend on."""
+"""Losses against closed forms, sampling against a plain uncached loop, and what a sample may depend on."""
 
 from __future__ import annotations
 
@@ -212,12 +212,12 @@ def test_drawing_equals_the_plain_loop(attention, guidance, primed):
     text, seeds = batch["text"][[0, 1, 0, 2]], torch.tensor([5, 5, 6, -7])
     options = {"guidance": guidance, "prime": batch["codes"][:, :primed] if primed else None}
     for more in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}):
-        drawn = stage.sample(nets, text, seeds, **options, **more)
-        assert torch.equal(drawn, draw_plainly(stage, nets, text, seeds, **options, **more))
+        sampled = stage.sample(nets, text, seeds, **options, **more)
+        assert torch.equal(sampled, draw_plainly(stage, nets, text, seeds, **options, **more))
 
 
 def test_without_captions():
-    """Codes alone: loss and draws by definition, and no parameter for text."""
+    """Codes alone: loss and samples by definition, and no parameter for text."""
     stage, nets = make(text_length=0)
     assert stage.inputs.keys == ("codes",)
     assert not any("text" in name for name, _ in nets["model"].named_parameters())
@@ -227,15 +227,15 @@ def test_without_captions():
     logits = nets["model"](nothing, codes)[1]
     expected = -logits.log_softmax(-1).gather(-1, codes[..., None]).mean()
     torch.testing.assert_close(losses.total, expected)
-    drawn = stage.sample(nets, nothing, seeds, temperature=0.8)
-    assert torch.equal(drawn, draw_plainly(stage, nets, nothing, seeds, temperature=0.8))
-    assert torch.equal(drawn[2:3], stage.sample(nets, nothing[:1], seeds[2:3], temperature=0.8))
+    sampled = stage.sample(nets, nothing, seeds, temperature=0.8)
+    assert torch.equal(sampled, draw_plainly(stage, nets, nothing, seeds, temperature=0.8))
+    assert torch.equal(sampled[2:3], stage.sample(nets, nothing[:1], seeds[2:3], temperature=0.8))
     with pytest.raises(UserError, match=r"guidance: 2\.0, but this model has no captions"):
         stage.sample(nets, nothing, seeds, guidance=2.0)
 
 
 @torch.no_grad()
-def test_larger_pictures_through_a_sliding_window():
+def test_larger_images_through_a_sliding_window():
     """At the grid's own size it is `sample`; beyond, each code follows the window around it, and no other code."""
     stage, nets = make(attention=("full",))
     text, seeds = make_batch(stage, 2)["text"], torch.tensor([3, 4])
@@ -253,7 +253,7 @@ def test_larger_pictures_through_a_sliding_window():
         stage.sample_larger(nets, text, seeds, 2, 6)
 
 
-def test_same_seed_same_picture_at_any_batch_size():
+def test_same_seed_same_image_at_any_batch_size():
     stage, nets = make()
     text, seeds = make_batch(stage, 7)["text"], torch.arange(7) + 100
     together = stage.sample(nets, text, seeds, guidance=2.0, top_p=0.9)

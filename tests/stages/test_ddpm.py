@@ -109,13 +109,13 @@ def test_a_sample_does_not_depend_on_its_batch(variance: str) -> None:
         expected = (2 * parts[0].terms[name] + 4 * parts[1].terms[name]) / 6
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
     assert not torch.equal(whole.total, stage.loss("model", nets, batch, step=3).total)
-    nets["model"].eval()  # in validation the update number changes nothing, and nothing is left out
+    nets["model"].eval()  # in validation the step number changes nothing, and nothing is left out
     first, second = (stage.loss("model", nets, batch, step) for step in (2, 3))
     assert torch.equal(first.total, second.total)
 
 
 def test_pairs_of_times_steady_the_loss() -> None:
-    """Against as many evaluations of the net on twice as many pictures; a fresh net's loss of v depends on the time."""
+    """Against as many evaluations of the net on twice as many images; a fresh net's loss of v depends on the time."""
     spread = {}
     for antithetic in (False, True):
         stage, nets = make(fresh=True, target="v", timesteps=1000, antithetic=antithetic)
@@ -170,7 +170,7 @@ def test_evaluate() -> None:
     assert set(whole) == {"elbo_bits_per_dim", "rate_bits_per_dim", "distortion_bits_per_dim"}
     assert whole == pytest.approx(halves, rel=1e-5)
     assert whole["elbo_bits_per_dim"] == pytest.approx(whole["rate_bits_per_dim"] + whole["distortion_bits_per_dim"])
-    estimate = stage.evaluate(nets, [batch], bound_steps=2)
+    estimate = stage.evaluate(nets, [batch], bound_timesteps=2)
     assert set(estimate) == {
         "elbo_bits_per_dim_estimate",
         "rate_bits_per_dim_estimate",
@@ -181,7 +181,7 @@ def test_evaluate() -> None:
     assert stage.evaluate(nets, [batch]) != whole  # without captions: the empty one
 
 
-def test_a_picture_depends_on_its_seed_alone() -> None:
+def test_a_image_depends_on_its_seed_alone() -> None:
     stage, nets = make(variance="learned")
     assert isinstance(stage.sampler(nets), ImageSampler)
     nets["model"].eval()
@@ -193,19 +193,19 @@ def test_a_picture_depends_on_its_seed_alone() -> None:
     assert not torch.equal(images[0], images[1])
 
 
-def test_config_says_how_pictures_are_drawn() -> None:
+def test_config_says_how_images_are_drawn() -> None:
     seeds = torch.arange(2)
-    stage, nets = make(sampler="ddim", sample_steps=4)
+    stage, nets = make(sampler="ddim", sampling_steps=4)
     by_options = stage.sample_images(nets, seeds, options=Options(method="ddim", steps=4))
     assert torch.equal(stage.sample_images(nets, seeds), by_options)
     assert not torch.equal(stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12)), by_options)
-    small, _ = make(variance="fixed_small")  # is that of the drawing as well
-    drawn = small.sample_images(nets, seeds)
+    small, _ = make(variance="fixed_small")  # is that of the sampling as well
+    sampled = small.sample_images(nets, seeds)
     assert torch.equal(
-        drawn, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_small"))
+        sampled, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_small"))
     )
     assert not torch.equal(
-        drawn, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_large"))
+        sampled, stage.sample_images(nets, seeds, options=Options(method="ancestral", steps=12, variance="fixed_large"))
     )
 
 
@@ -216,13 +216,13 @@ def test_captions_and_guidance() -> None:
         nets["model"].caption.contract.weight.mul_(30)  # type: ignore[union-attr, operator]
     seeds, text, empty = torch.arange(3), batch_of(3)["text"], stage.empty_caption().expand(3, -1)
 
-    def drawn(text: Tensor | None, guidance: float = 1.0) -> Tensor:
+    def sampled(text: Tensor | None, guidance: float = 1.0) -> Tensor:
         options = Options(method="ddim", steps=4, guidance=guidance)
         return stage.sample_images(nets, seeds, text=text, options=options).float()
 
-    assert torch.equal(drawn(None), drawn(empty)) and not torch.equal(drawn(text), drawn(empty))
-    assert float((drawn(text, 0.0) - drawn(empty)).abs().max()) <= 1
-    assert not torch.equal(drawn(text, 3.0), drawn(text))
+    assert torch.equal(sampled(None), sampled(empty)) and not torch.equal(sampled(text), sampled(empty))
+    assert float((sampled(text, 0.0) - sampled(empty)).abs().max()) <= 1
+    assert not torch.equal(sampled(text, 3.0), sampled(text))
     assert stage.preview(nets, batch_of(3))["samples"].shape == (3, 3, 4, 4)
 
 
@@ -239,7 +239,7 @@ def test_captions_are_left_out_at_their_share() -> None:
 
 
 def test_learns() -> None:
-    """Pictures of one value each: soon cheaper than not knowing them."""
+    """Images of one value each: soon cheaper than not knowing them."""
     stage, nets = make(fresh=True, target="v")
     optimiser = torch.optim.Adam(nets["model"].parameters(), lr=3e-3)
     batch = batch_of(16)
@@ -283,7 +283,7 @@ def test_latents(variance: str) -> None:
     assert losses.total.isfinite() and all(p.grad is not None for p in nets["model"].parameters())
     encoded = latents.encode(batch["image"])
     torch.testing.assert_close(stage.maps(nets["model"], batch["image"]), 2 * encoded)
-    assert int((stage.pictures(nets["model"], 2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
+    assert int((stage.images(nets["model"], 2 * encoded).int() - latents.decode(encoded).int()).abs().max()) <= 1
     assert stage.sample_images(nets, torch.arange(3)).shape == (3, 3, 16, 16)
     with pytest.raises(UserError, match="this model has latents"):
         stage.evaluate(nets, [batch])
@@ -297,18 +297,18 @@ def test_the_scale_of_latents_is_measured(tmp_path: Path) -> None:
     batches[1]["weight"][2] = 0
     assert not stage.loss("model", nets, batches[0], step=0).total.isfinite(), "used before it is measured"
     stage.initialize(nets, iter(batches))
-    pictures = torch.cat([batches[0]["image"], batches[1]["image"][:2]])
-    maps = stage.maps(nets["model"], pictures)
+    images = torch.cat([batches[0]["image"], batches[1]["image"][:2]])
+    maps = stage.maps(nets["model"], images)
     assert float(maps.std()) == pytest.approx(1) and stage.loss("model", nets, batches[0], step=0).total.isfinite()
     export.save(tmp_path / "vae", "vae", below.config, {"model": latents._net.state_dict()})
     state = {"model": nets["model"].state_dict()}
     export.save(tmp_path / "ddpm", "ddpm", stage.config, state, {"tokenizer": tmp_path / "vae"})
     again = export.load(tmp_path / "ddpm")
-    assert torch.equal(again.stage.maps(again.nets["model"], pictures), maps)
+    assert torch.equal(again.stage.maps(again.nets["model"], images), maps)
 
 
 def test_an_export_of_latents_holds_its_vae(tmp_path: Path) -> None:
-    """Saved with the VAE's export as a part, opened again: the same pictures. A tokenizer of codes is refused."""
+    """Saved with the VAE's export as a part, opened again: the same images. A tokenizer of codes is refused."""
     latents, below = encoder()
     export.save(tmp_path / "vae", "vae", below.config, {"model": latents._net.state_dict()})
     opened = export.open_upstream(tmp_path / "vae", Stage)

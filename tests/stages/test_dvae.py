@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import assert_psnr, assert_usage, batch_of, rows, same_codes, same_pictures
+from support.batches import assert_psnr, assert_usage, batch_of, rows, same_codes, same_images
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_gradient(values: dict[str, Any]) -> None:
 
 
 def test_kmeans_start_reaches_every_parameter_after_two_updates() -> None:
-    """The last convolution of each branch starts at zero, so what lies before it moves from the second update on, and
+    """The last convolution of each branch starts at zero, so what lies before it moves from the second step on, and
     what feeds only those moves later still; channels beyond the patch meet zero weights at first."""
     stage, model = make(**KMEANS, beta_start=1.0)
     batch = batch_of(shapes(64))
@@ -174,7 +174,7 @@ def test_kmeans_start_reaches_every_parameter_after_two_updates() -> None:
 
 @pytest.mark.parametrize("likelihood", ["logit_laplace", "l2"])
 def test_training_lowers_the_loss(likelihood: str) -> None:
-    stage, model = make(**TINY, likelihood=likelihood, beta_updates=100, tau_updates=100)
+    stage, model = make(**TINY, likelihood=likelihood, beta_steps=100, tau_steps=100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = batch_of(shapes(16))
     history = []
@@ -221,7 +221,7 @@ def test_kmeans_start_is_kmeans_and_beats_random_weights() -> None:
 
     patches = phi(images).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48)
     tokenizer = stage.tokenizer(nets)
-    table = tokenizer.decode(torch.arange(32)[:, None].expand(32, 16))  # every code as a picture of 4 x 4 copies
+    table = tokenizer.decode(torch.arange(32)[:, None].expand(32, 16))  # every code as an image of 4 x 4 copies
     centroids = phi(table)[:, :, :4, :4].flatten(1)
     # a mean of bytes may end in one half, and which byte that gives is up to rounding, at every place anew
     assert int((table[:, :, :4, :4].int() - table[:, :, 8:12, 4:8].int()).abs().max()) <= 1
@@ -275,12 +275,12 @@ def test_tokenizer() -> None:
     codes = tokenizer.encode(images)
     assert codes.shape == (5, 16) and codes.dtype == torch.int64
     assert torch.equal(codes, model.encoder(phi(images)).argmax(dim=-1).flatten(1))  # raster order
-    pictures = tokenizer.decode(codes.to(torch.int32))
-    assert pictures.shape == (5, 3, 16, 16) and pictures.dtype == torch.uint8
-    assert not pictures.requires_grad
+    decoded = tokenizer.decode(codes.to(torch.int32))
+    assert decoded.shape == (5, 3, 16, 16) and decoded.dtype == torch.uint8
+    assert not decoded.requires_grad
     mu = model.decoder(codes.view(5, 4, 4))[:, :3].double()
     expected = ((1 / (1 + torch.exp(-mu)) - 0.1) * 255 / 0.8).clamp(0, 255).round()
-    assert float((pictures - expected).abs().max()) <= 1 and float((pictures == expected).double().mean()) > 0.99
+    assert float((decoded - expected).abs().max()) <= 1 and float((decoded == expected).double().mean()) > 0.99
 
 
 def test_tokenizer_takes_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,17 +290,17 @@ def test_tokenizer_takes_any_batch_size(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("dalle_scale.stages.dvae._LOGITS_AT_ONCE", 2 * 16 * 32 + 5)
     parts = stage.tokenizer({"model": model})
     codes = whole.encode(images)
-    assert same_codes(codes, parts.encode(images)) and same_pictures(whole.decode(codes), parts.decode(codes))
+    assert same_codes(codes, parts.encode(images)) and same_images(whole.decode(codes), parts.decode(codes))
 
 
 def test_preview_shows_originals_above_hard_reconstructions() -> None:
     stage, model = make(**TINY)
     images = shapes(12)
-    (pictures,) = stage.preview({"model": model}, batch_of(images)).values()
+    (decoded,) = stage.preview({"model": model}, batch_of(images)).values()
     tokenizer = stage.tokenizer({"model": model})
-    assert pictures.shape == (8, 3, 32, 16) and pictures.dtype == torch.uint8
-    assert torch.equal(pictures[:, :, :16], images[:8])
-    assert torch.equal(pictures[:, :, 16:], tokenizer.decode(tokenizer.encode(images[:8])))
+    assert decoded.shape == (8, 3, 32, 16) and decoded.dtype == torch.uint8
+    assert torch.equal(decoded[:, :, :16], images[:8])
+    assert torch.equal(decoded[:, :, 16:], tokenizer.decode(tokenizer.encode(images[:8])))
 
 
 def test_export_round_trip(tmp_path: Any) -> None:

@@ -48,9 +48,9 @@ def test_stage(name: str) -> None:
             parameter.data = parameter.data.bfloat16()
     buffers = {key: buffer.dtype for net in nets.values() for key, buffer in net.named_buffers()}
     batch = fake_batch(stage.inputs, 4)
-    for turn in stage.nets_to_update(3):
+    for net_name in stage.nets_to_update(3):
         with Watch() as watch:
-            losses = stage.loss(turn, nets, batch, 3)
+            losses = stage.loss(net_name, nets, batch, 3)
         # open_clip's own: attention's softmax, which is fp32 inside, and exp of the scale, a weight of 16 bits here
         others = ("aten._softmax", "aten._safe_softmax", "aten.exp of [[1]]") if name == "clip" else ()
         left = [found for found in watch.short if not found.startswith(others or "-")]
@@ -69,10 +69,10 @@ def test_the_watch_sees() -> None:
     assert len(watch.short) == 1
 
 
-def test_ruler_of_pictures() -> None:
-    """LPIPS of 16-bit pictures is that of the same numbers in fp32, within autocast too."""
+def test_ruler_of_images() -> None:
+    """LPIPS of 16-bit images is that of the same numbers in fp32, within autocast too."""
     ruler = build_lpips(PerceptualConfig(kind="random"))
-    pictures = (2 * torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1).bfloat16()
-    want = ruler(*pictures.float())
-    got = ruler(*pictures)
+    images = (2 * torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1).bfloat16()
+    want = ruler(*images.float())
+    got = ruler(*images)
     assert got.dtype == torch.float32 and torch.equal(got, want)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as torch_dist
-from support.batches import rows, same_pictures
+from support.batches import rows, same_images
 from support.processes import in_ranks
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
@@ -38,7 +38,7 @@ def make(**values: Any) -> tuple[Stage, VAE]:
 
 
 def batch_of(count: int, size: int = 8, seed: int = 0) -> Batch:
-    """Pictures of one colour and a little noise, channels last."""
+    """Images of one colour and a little noise, channels last."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(40, 216, (count, 3, 1, 1), generator=generator)
     images = colours + torch.randint(-20, 20, (count, 3, size, size), generator=generator)
@@ -58,7 +58,7 @@ def test_kl_and_density_are_those_of_torch() -> None:
 
 
 def one_dimension(likelihood: str) -> tuple[Stage, VAE, Tensor]:
-    """A VAE of one latent number whose decoder depends on it enough, and a picture."""
+    """A VAE of one latent number whose decoder depends on it enough, and an image."""
     stage, model = make(**ONE, latent_channels=1, likelihood=likelihood, importance_samples=1)
     with torch.no_grad():
         model.decoder.output.weight.mul_(1.0 if likelihood == "bernoulli" else 0.4)
@@ -103,7 +103,7 @@ def test_bounds_against_numeric_integration(likelihood: str) -> None:
         bounds.append(-result["iwae_bits_per_dim"] * nats_per_bit_per_dim)
     assert elbo - 0.1 * gap < bounds[0] < bounds[1] < bounds[2] < log_p + 0.02 * gap
     assert log_p - bounds[2] < 0.25 * gap
-    # the loss of training estimates the same ELBO, from one draw
+    # the loss of training estimates the same ELBO, from one sample
     terms = stage.loss("model", {"model": model}, batch, step=5).terms
     assert -float(terms["bits_per_dim"]) * nats_per_bit_per_dim == pytest.approx(elbo, abs=0.1 * gap)
 
@@ -134,7 +134,7 @@ def test_loss_by_the_definition(likelihood: str, latent: str) -> None:
 
 
 def test_beta_warms_up() -> None:
-    stage, model = make(**TINY, beta=3.0, beta_warmup_updates=100)
+    stage, model = make(**TINY, beta=3.0, beta_warmup_steps=100)
     assert [stage.beta(step) for step in (0, 50, 100, 10**6)] == pytest.approx([0, 1.5, 3, 3])
     batch = batch_of(4)
     losses = stage.loss("model", {"model": model}, batch, step=0)
@@ -221,7 +221,7 @@ def test_evaluate_does_not_depend_on_batches_and_leaves_out_empty_slots() -> Non
 
 
 def evaluate_on_rank(rank: int, folder: str) -> None:
-    """One of two ranks, each with its share of seven pictures."""
+    """One of two ranks, each with its share of seven images."""
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     stage, model = make(**TINY, importance_samples=5)
@@ -242,16 +242,16 @@ def test_evaluate_is_global_over_ranks(tmp_path: Path) -> None:
 def test_samples_depend_on_their_own_seed_only(latent: str) -> None:
     stage, model = make(**TINY, latent=latent)
     nets, seeds = {"model": model}, torch.tensor([4, 9, 4, -1, 2**40])
-    pictures = stage.sample_images(nets, seeds)
-    assert pictures.shape == (5, 3, 8, 8) and pictures.dtype == torch.uint8
-    assert same_pictures(pictures[0], pictures[2]) and not same_pictures(pictures[0], pictures[1])
+    images = stage.sample_images(nets, seeds)
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8
+    assert same_images(images[0], images[2]) and not same_images(images[0], images[1])
     for index in range(5):
-        assert same_pictures(stage.sample_images(nets, seeds[index : index + 1])[0], pictures[index])
-    assert same_pictures(stage.sample_images(nets, seeds.flip(0)), pictures.flip(0))
+        assert same_images(stage.sample_images(nets, seeds[index : index + 1])[0], images[index])
+    assert same_images(stage.sample_images(nets, seeds.flip(0)), images.flip(0))
     z = normal_noise(seeds, 0, stage.config.latent_dimensions).view(5, *stage.config.latent_shape)
-    assert same_pictures(stage.sample_images(nets, seeds, 0.7), to_bytes(stage.likelihood.mean(model.decoder(0.7 * z))))
+    assert same_images(stage.sample_images(nets, seeds, 0.7), to_bytes(stage.likelihood.mean(model.decoder(0.7 * z))))
     cold = stage.sample_images(nets, seeds, temperature=0.0)
-    assert same_pictures(cold, cold[:1].expand_as(cold))
+    assert same_images(cold, cold[:1].expand_as(cold))
     with pytest.raises(UserError, match=r"temperature = -1\.0"):
         stage.sample_images(nets, seeds, -1.0)
 
@@ -263,7 +263,7 @@ def test_interpolation_runs_from_one_reconstruction_to_the_other() -> None:
     paths = stage.interpolate(nets, a, b, 5)
     assert paths.shape == (2, 5, 3, 8, 8) and paths.dtype == torch.uint8
     for position, images in ((0, a), (4, b)):
-        assert same_pictures(paths[:, position], to_bytes(stage.likelihood.mean(model(images)[0])))
+        assert same_images(paths[:, position], to_bytes(stage.likelihood.mean(model(images)[0])))
     middle = (model(a)[1] + model(b)[1]) / 2
     difference = paths[:, 2].float() - to_bytes(stage.likelihood.mean(model.decoder(middle))).float()
     assert float(difference.abs().max()) <= 1
@@ -276,15 +276,15 @@ def test_interpolation_runs_from_one_reconstruction_to_the_other() -> None:
 def test_preview(count: int) -> None:
     stage, model = make(**TINY)
     batch = batch_of(count)
-    pictures = stage.preview({"model": model}, batch)
+    images = stage.preview({"model": model}, batch)
     shown = min(count, 8)
-    assert {name: tuple(value.shape) for name, value in pictures.items()} == {
+    assert {name: tuple(value.shape) for name, value in images.items()} == {
         "reconstruction": (shown, 3, 16, 8),
         "samples": (8, 3, 8, 8),
         "interpolation": (8 * shown, 3, 8, 8),
     }
-    assert all(value.dtype == torch.uint8 for value in pictures.values())
-    assert torch.equal(pictures["reconstruction"][:, :, :8], batch["image"][:8])
+    assert all(value.dtype == torch.uint8 for value in images.values())
+    assert torch.equal(images["reconstruction"][:, :, :8], batch["image"][:8])
 
 
 def test_export_round_trip(tmp_path: Path) -> None:

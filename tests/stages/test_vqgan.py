@@ -70,8 +70,8 @@ def made_by(nets: Nets, images: Tensor) -> tuple[Tensor, Tensor]:
     return model.decoder(quantized.values)[0], quantized.loss
 
 
-def gradients(nets: Nets, turn: str, losses: Losses) -> list[Tensor]:
-    return list(torch.autograd.grad(losses.total, list(nets[turn].parameters()), retain_graph=True))
+def gradients(nets: Nets, net_name: str, losses: Losses) -> list[Tensor]:
+    return list(torch.autograd.grad(losses.total, list(nets[net_name].parameters()), retain_graph=True))
 
 
 def set_average(average: MovingAverage, *values: float) -> None:
@@ -85,10 +85,10 @@ def test_paper_defaults() -> None:
     assert stage.config.grid == 16 and stage.config.widths == (128, 128, 256, 256, 512)
     with torch.device("meta"):
         model = model_of(stage.nets())
-        pictures, last, loss, codes = model(torch.empty(2, 3, 256, 256, dtype=torch.uint8))
+        images, last, loss, codes = model(torch.empty(2, 3, 256, 256, dtype=torch.uint8))
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder)]
     assert counts == [29_363_968, 42_515_587]
-    assert pictures.shape == (2, 3, 256, 256) and last.shape == (2, 128, 256, 256)
+    assert images.shape == (2, 3, 256, 256) and last.shape == (2, 128, 256, 256)
     assert loss.shape == (2,) and codes.shape == (2, 16, 16)
 
 
@@ -109,7 +109,7 @@ def test_losses_by_hand(lecam_weight: float) -> None:
     for got, grad in zip(
         gradients(nets, "model", losses), torch.autograd.grad(want, list(nets["model"].parameters())), strict=True
     ):
-        # sums over the places of 3 pictures, in any order, of numbers of the size of the largest gradient
+        # sums over the places of 3 images, in any order, of numbers of the size of the largest gradient
         rounding = 3 * 16 * 16 * torch.finfo(torch.float32).eps * float(grad.abs().max())
         torch.testing.assert_close(got, grad, rtol=1e-3, atol=rounding)
     assert set(losses.terms) == {"rec", "perceptual", "commitment", "gan", "lambda"}
@@ -124,8 +124,8 @@ def test_losses_by_hand(lecam_weight: float) -> None:
 
 
 def test_discriminator_trains_before_it_counts() -> None:
-    """Update 3: it starts; update 5: the model hears of it."""
-    stage, nets = make(discriminator_start=3, discriminator_warmup_updates=2, adaptive_weight=False)
+    """Update 3: it starts; step 5: the model hears of it."""
+    stage, nets = make(discriminator_start=3, discriminator_warmup_steps=2, adaptive_weight=False)
     assert [stage.nets_to_update(step) for step in (0, 2)] == [("model",)] * 2
     assert [stage.nets_to_update(step) for step in (3, 4, 5, 99)] == [("model", "discriminator")] * 4
     batch, other = batch_of(4), copy.deepcopy(nets)
@@ -140,22 +140,22 @@ def test_discriminator_trains_before_it_counts() -> None:
         assert ("gan" in ours.terms) == (step >= 5) and ("lambda" in ours.terms) == (step >= 5)
 
 
-@pytest.mark.parametrize("turn", ["model", "discriminator"])
-def test_the_resting_net_gets_no_gradient(turn: str) -> None:
+@pytest.mark.parametrize("net_name", ["model", "discriminator"])
+def test_the_resting_net_gets_no_gradient(net_name: str) -> None:
     """Frozen, as the loop hands it over, and even if it were not."""
     stage, nets = make(lecam_weight=0.1)
-    other = "discriminator" if turn == "model" else "model"
+    other = "discriminator" if net_name == "model" else "model"
     for trains in (False, True):
         nets[other].requires_grad_(trains)
-        stage.loss(turn, nets, batch_of(2), 5).total.backward()
+        stage.loss(net_name, nets, batch_of(2), 5).total.backward()
         assert all(parameter.grad is None for parameter in nets[other].parameters())
-        assert all(parameter.grad is not None for parameter in nets[turn].parameters())
+        assert all(parameter.grad is not None for parameter in nets[net_name].parameters())
 
 
 @pytest.mark.parametrize("micro", [6, 3, 2])
 def test_lambda_against_autograd(micro: int) -> None:
     """|gradient| of both parts at the weight of the last convolution, over the global batch whatever its parts are,
-    and used from the next update on."""
+    and used from the next step on."""
     perceptual = {"kind": "random" if micro == 6 else "none"}  # VGG16 takes most of the time
     stage, nets = make(perceptual=perceptual, adaptive_decay=0.75)
     batch, model = batch_of(6), model_of(nets)
@@ -196,7 +196,7 @@ def test_lambda_is_bounded() -> None:
 
 
 def test_lecam_starts_with_its_averages() -> None:
-    """The first update measures; then the averages follow the mean logits of the updates."""
+    """The first step measures; then the averages follow the mean logits of the steps."""
     stage, nets = make(lecam_weight=1.0, lecam_decay=0.5)
     batch = batch_of(4)
     first = stage.loss("discriminator", nets, batch, 0)
@@ -245,18 +245,18 @@ def test_the_codebook_counts_a_batch_once() -> None:
 
 
 def test_training_lowers_the_loss_with_both_players() -> None:
-    stage, nets = make(lecam_weight=0.1, discriminator_warmup_updates=4, quantizer={"vocab": 16, "restart_below": 0.1})
+    stage, nets = make(lecam_weight=0.1, discriminator_warmup_steps=4, quantizer={"vocab": 16, "restart_below": 0.1})
     optimizers = {name: torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.5, 0.9)) for name, net in nets.items()}
     history = []
     for step in range(24):
-        for turn in stage.nets_to_update(step):
-            losses = stage.loss(turn, nets, batch_of(8), step)
-            optimizers[turn].zero_grad()
+        for net_name in stage.nets_to_update(step):
+            losses = stage.loss(net_name, nets, batch_of(8), step)
+            optimizers[net_name].zero_grad()
             losses.total.backward()
-            optimizers[turn].step()
-            history += [float(losses.terms["rec"])] if turn == "model" else []
+            optimizers[net_name].step()
+            history += [float(losses.terms["rec"])] if net_name == "model" else []
         stage.after_step(nets, step)
-    # Two players do not stay where they are lowest, and where they jump depends on the CPU's rounding
+    # Two nets do not stay where they are lowest, and where they jump depends on the CPU's rounding
     assert statistics.median(history[-5:]) < 0.6 * history[0]
 
 
@@ -290,11 +290,11 @@ def test_tokenizer_and_export(tmp_path: Path) -> None:
     assert (tokenizer.vocab, tokenizer.grids, tokenizer.image_size) == (16, (8,), 16)
     codes = tokenizer.encode(batch["image"])
     assert codes.shape == (5, 64) and codes.dtype == torch.int64
-    pictures, _, _, squares = nets["model"](batch["image"])
+    images, _, _, squares = nets["model"](batch["image"])
     assert torch.equal(codes, squares.flatten(1))  # raster order
     decoded = tokenizer.decode(codes.to(torch.int32))
     assert decoded.dtype == torch.uint8 and not decoded.requires_grad
-    assert int((decoded.int() - to_bytes(pictures).int()).abs().max()) <= 1
+    assert int((decoded.int() - to_bytes(images).int()).abs().max()) <= 1
     assert tokenizer.decode_grid(torch.cat([squares] * 2, dim=1)).shape == (5, 3, 32, 16), "twice as many rows"
     export.save(tmp_path / "export", "vqgan", stage.config, {name: net.state_dict() for name, net in nets.items()})
     assert torch.equal(export.open_tokenizer(tmp_path / "export").encode(batch["image"]), codes)
@@ -314,8 +314,8 @@ def test_evaluate_and_preview() -> None:
     parts = [rows(batch, slice(0, 4)), rows(batch, slice(4, 10))]
     result = stage.evaluate(nets, parts)
     outputs = [nets["model"](part["image"]) for part in parts]  # as evaluated: rounding may choose another code
-    pictures, codes = torch.cat([output[0] for output in outputs]), torch.cat([output[3] for output in outputs])
-    pixels = ((pictures + 1) * 127.5).clamp(0, 255)
+    images, codes = torch.cat([output[0] for output in outputs]), torch.cat([output[3] for output in outputs])
+    pixels = ((images + 1) * 127.5).clamp(0, 255)
     mse = float((pixels - batch["image"]).square().mean())
     assert result["psnr_db"] == pytest.approx(10 * math.log10(255**2 / mse), rel=1e-4)
     assert result["codes_used"] == len(codes.unique()) / 16
@@ -386,7 +386,7 @@ def test_flops_by_hooks() -> None:
         ({"image_size": 17}, "image_size 17 cannot be halved 1 times"),
         ({"width": 5}, r"norm_groups 2 must divide the widths \(5, 10\)"),
         ({"multipliers": [0, 1]}, r"multipliers\.0 = 0: .*greater than 0"),
-        ({"image_size": 8}, "discriminator.layers 2 need pictures of 12 pixels"),
+        ({"image_size": 8}, "discriminator.layers 2 need images of 12 pixels"),
         ({"discriminator": {"width": 4, "norm": "batch"}}, "discriminator.norm = 'batch'"),
         ({"discriminator": {"width": 3}}, "norm_groups 32 must divide 2 x width = 6"),
         ({"image_size": 12, "perceptual": {"kind": "random"}}, "perceptual.kind random needs 16 pixels"),

@@ -31,7 +31,7 @@ def make(quantizer: dict[str, Any] | None = None, **values: Any) -> tuple[Stage,
 
 
 def step_of(stage: Stage, model: VQVAE, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
-    """One update as the loop makes it; the terms of the loss."""
+    """One step as the loop makes it; the terms of the loss."""
     losses = stage.loss("model", {"model": model}, batch, step)
     optimizer.zero_grad()
     losses.total.backward()
@@ -118,7 +118,7 @@ def test_training_lowers_the_error_and_reports_usage() -> None:
 
 
 def test_kmeans_start() -> None:
-    """From `init_samples` pictures, no more, and without those of empty slots."""
+    """From `init_samples` images, no more, and without those of empty slots."""
 
     def endless() -> Any:
         for index in range(4):

@@ -47,7 +47,7 @@ def nearest(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_two_levels_written_out() -> None:
-    """The bottom is quantized with the decoded top beside it; the picture is decoded from both."""
+    """The bottom is quantized with the decoded top beside it; the image is decoded from both."""
     stage, model = make()
     batch = batch_of(quarters(3))
     x = batch["image"].float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Loss against a closed form, drawing against a plain uncached loop and against exact probabilities, and config."""
+"""Loss against a closed form, sampling against a plain uncached loop and against exact probabilities, and config."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def uncached(stage: Stage, nets: Nets, seeds: Tensor, upper=None, text=None, tem
 
 
 class Mosaic:
-    """An image tokenizer of two levels; its pictures show the codes."""
+    """An image tokenizer of two levels; its images show the codes."""
 
     vocab, grids, image_size = 7, (2, 4), 4
 
@@ -136,15 +136,15 @@ def test_noise_differs_between_rows_and_levels():
 
 
 def test_draws_have_the_probabilities_of_the_model():
-    """All 2^4 squares of two codes against 4000 draws: chi-square of 15 degrees of freedom."""
+    """All 2^4 squares of two codes against 4000 samples: chi-square of 15 degrees of freedom."""
     stage, nets = make(vocab=2, grids=(2,))
     squares = torch.tensor(list(itertools.product(range(2), repeat=4)))
     with torch.no_grad():
         log_chance = nets["model"](squares).log_softmax(-1).gather(-1, squares[..., None]).sum(dim=(1, 2))
     want = 4000 * log_chance.double().exp()
     assert want.sum().item() == pytest.approx(4000) and want.max() > 2 * want.median()
-    drawn = stage.sample(nets, torch.arange(4000)) @ torch.tensor([8, 4, 2, 1])
-    counts = torch.bincount(drawn, minlength=16)
+    sampled = stage.sample(nets, torch.arange(4000)) @ torch.tensor([8, 4, 2, 1])
+    counts = torch.bincount(sampled, minlength=16)
     assert ((counts - want) ** 2 / want).sum() < 37.7  # exceeded once in a thousand
 
 
@@ -159,7 +159,7 @@ def test_temperature():
 
 
 def test_learns_by_heart():
-    """Four pictures with captions, and top codes that say nothing of the bottom: bits go toward nothing."""
+    """Four images with captions, and top codes that say nothing of the bottom: bits go toward nothing."""
     stage, nets = make(spread=0, **BOTTOM)
     batch = make_batch(stage, 4)
     optimizer = torch.optim.AdamW(nets["model"].parameters(), lr=3e-3)
@@ -172,8 +172,8 @@ def test_learns_by_heart():
         losses.append(total.item())
     assert losses[0] > 1.7 and losses[-1] < 0.1
     upper, codes = stage.levels(batch["codes"])
-    drawn = stage.sample(nets, torch.arange(4), upper, batch["text"], temperature=0.1)
-    assert (drawn == codes).float().mean() > 0.9
+    sampled = stage.sample(nets, torch.arange(4), upper, batch["text"], temperature=0.1)
+    assert (sampled == codes).float().mean() > 0.9
 
 
 def test_dropout_is_of_training_only_and_of_the_update():
@@ -188,9 +188,9 @@ def test_dropout_is_of_training_only_and_of_the_update():
 def test_preview_draws_the_finest_level_anew():
     stage, nets = make(Mosaic(), **BOTTOM)
     batch = make_batch(stage, 3)
-    pictures = stage.preview(nets, batch)["samples"]
-    assert pictures.shape == (3, 3, 8, 4) and pictures.dtype == torch.uint8
-    above, below = pictures[:, :, :4], pictures[:, :, 4:]
+    images = stage.preview(nets, batch)["samples"]
+    assert images.shape == (3, 3, 8, 4) and images.dtype == torch.uint8
+    above, below = images[:, :, :4], images[:, :, 4:]
     assert torch.equal(above, Mosaic().decode(batch["codes"]))
     assert torch.equal(above[:, 0], below[:, 0]) and not torch.equal(above[:, 1], below[:, 1])
     assert torch.equal(below, stage.preview(nets, batch)["samples"][:, :, 4:])

@@ -47,7 +47,7 @@ class Stage(StageBase):
         size: int = 8
         width: int = Field(default=16, gt=0)
         shift: float = 0.0  # of the weights, by `initialize`
-        nan_at: int = -1  # update whose loss is not finite
+        nan_at: int = -1  # step whose loss is not finite
 
     config: Config
 
@@ -91,7 +91,7 @@ class Stage(StageBase):
 
 
 class Tokenizer:
-    """Brightness level of the whole picture as its only code."""
+    """Brightness level of the whole image as its only code."""
 
     vocab, grids = 4, (1,)
 

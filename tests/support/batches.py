@@ -1,4 +1,4 @@
-"""Batches for the tests of the stages that take pictures, and what codes come to."""
+"""Batches for the tests of the stages that take images, and what codes come to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dalle_scale.types import Batch
 
 
 def quarters(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    """Pictures of four plain quarters, of one of eight colours each: uint8 [count, 3, size, size]."""
+    """Images of four plain quarters, of one of eight colours each: uint8 [count, 3, size, size]."""
     colours = 60 + 130 * torch.randint(2, (count, 3, 2, 2), generator=torch.Generator().manual_seed(seed))
     return colours.repeat_interleave(size // 2, 2).repeat_interleave(size // 2, 3).to(torch.uint8)
 
@@ -26,7 +26,7 @@ def rows(batch: Batch, index: slice | list[int]) -> Batch:
     return {key: value[index] for key, value in batch.items()}
 
 
-def same_pictures(first: Tensor, second: Tensor) -> bool:
+def same_images(first: Tensor, second: Tensor) -> bool:
     """Equal but for one byte in a hundred, which is one off. Kernels for another batch, or another place in it, round
     otherwise, and a value halfway between two bytes then becomes the other."""
     away = (first.int() - second.int()).abs()
@@ -47,6 +47,6 @@ def assert_usage(result: dict[str, float], codes: Tensor, vocab: int, ending: st
 
 
 def assert_psnr(result: dict[str, float], decoded: Tensor, images: Tensor) -> None:
-    """The PSNR in `result` is that of the decoded pictures, but for their rounding to bytes."""
+    """The PSNR in `result` is that of the decoded images, but for their rounding to bytes."""
     error = (decoded.double() - images.double()).square().mean()
     assert result["psnr_db"] == pytest.approx(20 * math.log10(255) - 10 * math.log10(float(error)), abs=1e-2)

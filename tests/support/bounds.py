@@ -1,4 +1,4 @@
-"""A stage that makes no codes but evaluates itself on pictures. Resolved as `stage: support.bounds`."""
+"""A stage that makes no codes but evaluates itself on images. Resolved as `stage: support.bounds`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dalle_scale.types import Stage as StageBase
 
 
 class Stage(StageBase):
-    """Its numbers are simple means over the pictures; looks at no more than `batches` batches."""
+    """Its numbers are simple means over the images; looks at no more than `batches` batches."""
 
     class Config(StrictModel):
         size: int = 16

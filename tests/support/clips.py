@@ -19,7 +19,7 @@ from dalle_scale.stages import clip
 
 NAMES = ("frog", "ship", "red truck", "cat")
 CAPTIONS = [f"a photo of a {name}" for name in NAMES]
-PICTURES, NO_PICTURE, NO_CAPTION = 42, 8, 17  # samples in all; those whose picture or caption is damaged
+IMAGES, NO_IMAGE, NO_CAPTION = 42, 8, 17  # samples in all; those whose image or caption is damaged
 TOWERS = {"patch": 8, "width": 32, "layers": 1, "heads": 2, "text_width": 32, "text_layers": 1, "text_heads": 2}
 
 
@@ -28,7 +28,7 @@ def save_clip(folder: Path, seed: int = 0, **options: Any) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     words = folder.with_suffix(".words")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CAPTIONS, "an image: it is the picture of 0123456789"] * 20),
+        sentence_iterator=iter([*CAPTIONS, "an image: it is the image of 0123456789"] * 20),
         model_prefix=str(words),
         vocab_size=60,
         model_type="bpe",
@@ -48,15 +48,15 @@ def save_clip(folder: Path, seed: int = 0, **options: Any) -> Path:
 
 
 def write_pairs(folder: Path) -> Path:
-    """Noise pictures of 24 x 16 whose captions come in turn; the third caption stands twice as often as the others."""
-    draw = np.random.default_rng(5)
+    """Noise images of 24 x 16 whose captions come in turn; the third caption stands twice as often as the others."""
+    rng = np.random.default_rng(5)
     with ShardWriter(folder, samples_per_shard=20) as writer:
-        for index in range(PICTURES):
+        for index in range(IMAGES):
             file = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(file, "png")
-            picture = b"no picture" if index == NO_PICTURE else file.getvalue()
+            Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(file, "png")
+            image = b"no image" if index == NO_IMAGE else file.getvalue()
             caption = b"\xff\xfe" if index == NO_CAPTION else CAPTIONS[(0, 1, 2, 2, 3)[index % 5]].encode()
-            writer.add(f"{index:05d}", {"png": picture, "txt": caption})
+            writer.add(f"{index:05d}", {"png": image, "txt": caption})
     return folder
 
 
@@ -65,12 +65,12 @@ def write_samples(folder: Path, candidates: int = 6) -> Path:
     import json
 
     (folder / "images").mkdir(parents=True)
-    draw = np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     with (folder / "samples.jsonl").open("w") as rows:
         for prompt in range(2):
             for candidate in range(candidates + prompt):
                 file = f"images/{prompt:05d}_{candidate:04d}.png"
-                Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / file)
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / file)
                 row = {"prompt_index": prompt, "prompt": CAPTIONS[prompt], "candidate": candidate}
                 rows.write(json.dumps({**row, "seed": 10 * prompt + candidate, "file": file}) + "\n")
     return folder

@@ -73,11 +73,11 @@ def header_flips(tar: bytes, number: int) -> Iterator[tuple[int, bytes]]:
 
 def payload_flips(tar: bytes, seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     """One bit of the content of one member: its name, archive."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     members = [member for member in find_members(tar) if member.size]
     for _ in range(count):
-        member = draw.choice(members)
-        yield member.name, flip(tar, member.offset_data + draw.randrange(member.size), draw.randrange(8))
+        member = rng.choice(members)
+        yield member.name, flip(tar, member.offset_data + rng.randrange(member.size), rng.randrange(8))
 
 
 def cuts(tar: bytes, step: int = BLOCK) -> Iterator[bytes]:
@@ -96,13 +96,13 @@ def seal(tar: bytes, start: int) -> bytes:
 
 def forgeries(tar: bytes, seed: int, count: int) -> Iterator[bytes]:
     """Archives in which some bytes of one header are others, under a checksum that is right."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     starts = [at for at in range(0, len(tar), BLOCK) if tar[at + 257 : at + 262] == b"ustar"]
     for _ in range(count):
-        start, changed = draw.choice(starts), bytearray(tar)
-        for _ in range(draw.randint(1, 3)):
-            first, last = draw.choice([(0, 100), (100, 156), (124, 136), (156, 157), (257, 265), (329, 512)])
-            changed[start + draw.randrange(first, last)] = draw.choice(b"\0 /.0157gxLKS\x80\xff" + draw.randbytes(1))
+        start, changed = rng.choice(starts), bytearray(tar)
+        for _ in range(rng.randint(1, 3)):
+            first, last = rng.choice([(0, 100), (100, 156), (124, 136), (156, 157), (257, 265), (329, 512)])
+            changed[start + rng.randrange(first, last)] = rng.choice(b"\0 /.0157gxLKS\x80\xff" + rng.randbytes(1))
         yield seal(bytes(changed), start)
 
 
@@ -112,12 +112,12 @@ def cut_inside_text(files: Files) -> tuple[bytes, bytes]:
     last = find_members(first)[-1]
     name, text = files[-1]
     assert name == last.name and name.endswith(".txt")
-    return first[: last.offset_data + len(text) // 2], to_tar([(name, b"not the text of that picture"), *files[:2]])
+    return first[: last.offset_data + len(text) // 2], to_tar([(name, b"not the text of that image"), *files[:2]])
 
 
 def hostile(files: Files, sentinel: Path) -> dict[str, Files]:
     """Sound members, at least four samples of two, changed in ways that are legal in a tar and bad in a data set."""
-    picture, text = files[2][1], files[3][1]
+    image, text = files[2][1], files[3][1]
     key = files[2][0].partition(".")[0]
     before, after = files[:2], files[4:]
     return {
@@ -125,16 +125,16 @@ def hostile(files: Files, sentinel: Path) -> dict[str, Files]:
         "duplicate key": [*files, *files[2:4]],
         "dotted keys": [
             *before,
-            (f"{key}_1.0.jpg", picture),
+            (f"{key}_1.0.jpg", image),
             (f"{key}_1.0.txt", text),
             (f"{key}_1.5.jpg", text),
-            (f"{key}_1.5.txt", picture),
+            (f"{key}_1.5.txt", image),
             *after,
         ],
-        "traversal": [*before, ("../../evil.jpg", picture), ("../../evil.txt", text), *after],
-        "absolute": [*before, ("/etc/evil.jpg", picture), ("/etc/evil.txt", text), *after],
-        "backslash": [*before, ("up\\evil.jpg", picture), ("up\\evil.txt", text), *after],
-        "control character": [*before, (f"{key}\n.jpg", picture), (f"{key}\n.txt", text), *after],
+        "traversal": [*before, ("../../evil.jpg", image), ("../../evil.txt", text), *after],
+        "absolute": [*before, ("/etc/evil.jpg", image), ("/etc/evil.txt", text), *after],
+        "backslash": [*before, ("up\\evil.jpg", image), ("up\\evil.txt", text), *after],
+        "control character": [*before, (f"{key}\n.jpg", image), (f"{key}\n.txt", text), *after],
         "missing member": [*files[:3], *after],
         "interleaved": [*before, files[2], files[4], files[3], files[5], *files[6:]],
         "case": [*files[:4], (f"{key}.TXT", text), *after],

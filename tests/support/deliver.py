@@ -22,7 +22,7 @@ from dalle_scale.config import DataConfig
 from dalle_scale.data.pipeline import Stream, open_stream
 from dalle_scale.types import Batch, BatchSpec
 
-BATCH_SAMPLES = 168  # divides by every world size of the tests
+BATCH_SIZE = 168  # divides by every world size of the tests
 INPUTS = BatchSpec(
     image_size=8, augment="dvae", text_length=6, text_vocab=300, bpe_dropout=0.2, num_codes=9, code_vocab=50
 )
@@ -52,8 +52,8 @@ def open_ranks(
             folder,
             INPUTS,
             seed=1,
-            batch_samples=BATCH_SAMPLES,
-            micro_batch_samples=micro,
+            global_batch_size=BATCH_SIZE,
+            micro_batch_size=micro,
             rank=rank,
             world_size=world_size,
             train=True,
@@ -93,7 +93,7 @@ def main() -> None:
         args.text_model,
         args.world_size,
         args.workers,
-        BATCH_SAMPLES // args.world_size,
+        BATCH_SIZE // args.world_size,
         args.out / "ledger.jsonl",
     )
     path = args.out / "state.json"

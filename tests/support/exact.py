@@ -1,4 +1,4 @@
-"""An image tokenizer that loses nothing: every byte of the picture is a code. Resolved as `stage: support.exact`."""
+"""An image tokenizer that loses nothing: every byte of the image is a code. Resolved as `stage: support.exact`."""
 
 from __future__ import annotations
 

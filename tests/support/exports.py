@@ -1,4 +1,4 @@
-"""Untrained exports, and a data set with a damaged picture, to try programs on that read both."""
+"""Untrained exports, and a data set with a damaged image, to try programs on that read both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save(folder: Path, name: str, **model: Any) -> Path:
 
 
 def write_data(folder: Path) -> Path:
-    """45 pictures in three shards, one of them damaged."""
+    """45 images in three shards, one of them damaged."""
     write_images(folder, 45, size=40)
     with (folder / "shard-000001.tar").open("r+b") as file:
         file.seek(int(Manifest.open(folder).entry(DAMAGED, "png").offset) + 20)
@@ -61,7 +61,7 @@ def export_stage(folder, name, parts, **sizes):
 
 
 def save_tokenizer(folder: Path, seed: int) -> Path:
-    """An untrained dVAE of the shipped tiny configuration: 32 x 32 pictures, 8 x 8 codes of 64."""
+    """An untrained dVAE of the shipped tiny configuration: 32 x 32 images, 8 x 8 codes of 64."""
     model = yaml.safe_load((ROOT / "configs" / "tiny" / "dvae.yaml").read_text())["model"]
     stage_class = stages.resolve("dvae")
     config = configs.parse(stage_class.Config, model, where="model")

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-PICTURES = 3
+IMAGES = 3
 
 
 def digests(models: list[list[str]]) -> dict[str, str]:
@@ -24,12 +24,12 @@ def digests(models: list[list[str]]) -> dict[str, str]:
             tokenizer = opened.stage.tokenizer(opened.nets)
             generator = torch.Generator().manual_seed(0)
             side = tokenizer.image_size
-            images = torch.randint(256, (PICTURES, 3, side, side), generator=generator, dtype=torch.uint8)
-            pictures = tokenizer.decode(tokenizer.encode(images))
+            images = torch.randint(256, (IMAGES, 3, side, side), generator=generator, dtype=torch.uint8)
+            shown = tokenizer.decode(tokenizer.encode(images))
         else:
-            [batch] = Sampler(folders).sample([""], PICTURES, seed=5)
-            pictures = batch.images
-        found[",".join(folders)] = hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()
+            [batch] = Sampler(folders).sample([""], IMAGES, seed=5)
+            shown = batch.images
+        found[",".join(folders)] = hashlib.sha256(shown.contiguous().numpy().tobytes()).hexdigest()
     return found
 
 

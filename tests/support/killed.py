@@ -1,6 +1,6 @@
 """Started by tests through the deepspeed launcher: launch/train.py, one of whose ranks is killed by SIGKILL.
 
-killed.py <phase> <rank> <update> <note> <arguments of launch/train.py>
+killed.py <phase> <rank> <step> <note> <arguments of launch/train.py>
 
 Updates are counted from 1. Before it dies the rank writes its process id into the file `note`.
 """
@@ -25,14 +25,14 @@ PROGRAM = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 class Fault:
-    """The rank's death in one update. What it is put into does what it did before, but then."""
+    """The rank's death in one step. What it is put into does what it did before, but then."""
 
-    def __init__(self, update: int, note: Path) -> None:
-        self._fatal, self._note, self._now = update, note, 0
+    def __init__(self, fatal_step: int, note: Path) -> None:
+        self._fatal, self._note, self._now = fatal_step, note, 0
         self.after(dist, "seed_everything", self._look)
 
     def _look(self, seed: int, step: int) -> None:
-        """The trainer seeds at the beginning of each update, which is the only time that tells its number."""
+        """The trainer seeds at the beginning of each step, which is the only time that tells its number."""
         self._now = step + 1
 
     def strike(self) -> None:
@@ -71,7 +71,7 @@ def forward(fault: Fault) -> None:
 
 
 def reduce(fault: Fault) -> None:
-    """When the others wait in the collective of the gradients, which is far larger than any other of an update."""
+    """When the others wait in the collective of the gradients, which is far larger than any other of a step."""
     fault.before(torch.distributed, "all_reduce", lambda tensor, *_, **__: tensor.numel() > 1000)
 
 
@@ -82,9 +82,9 @@ def step(fault: Fault) -> None:
 
 def save(fault: Fault) -> None:
     """When this rank has written its files of the checkpoint."""
-    from dalle_scale.engine.player import Player
+    from dalle_scale.engine.trained_net import TrainedNet
 
-    fault.after(Player, "save", lambda *_: fault.strike())
+    fault.after(TrainedNet, "save", lambda *_: fault.strike())
 
 
 def commit(fault: Fault) -> None:
@@ -96,9 +96,9 @@ PHASES = {function.__name__: function for function in (forward, reduce, step, sa
 
 
 def main() -> None:
-    phase, rank, update, note, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    phase, rank, fatal_step, note, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if dist.rank() == int(rank):
-        PHASES[phase](Fault(int(update), Path(note)))
+        PHASES[phase](Fault(int(fatal_step), Path(note)))
     sys.argv = [str(PROGRAM), *arguments]
     runpy.run_path(str(PROGRAM), run_name="__main__")
 

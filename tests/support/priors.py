@@ -22,7 +22,7 @@ PIXELSNAIL = {
 
 
 def save_text(folder: Path) -> Path:
-    captions = [f"picture number {index}" for index in range(45)]
+    captions = [f"image number {index}" for index in range(45)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions * 5),
         model_prefix=str(folder / "text"),

@@ -83,7 +83,7 @@ def rerank_program(monkeypatch, *arguments: object) -> int:
 
 
 def noise(count: int, side: int = 20) -> torch.Tensor:
-    """uint8 pictures [count, 3, side, side]."""
+    """uint8 images [count, 3, side, side]."""
     return torch.randint(256, (count, 3, side, side), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 
 

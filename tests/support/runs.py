@@ -13,17 +13,17 @@ from PIL import Image
 
 
 def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> Path:
-    """A data set of `count` captioned noise pictures in shards of 20."""
+    """A data set of `count` captioned noise images in shards of 20."""
     from dalle_scale.curation.shard_writer import ShardWriter
 
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     with ShardWriter(folder, samples_per_shard=20) as writer:
         for index in range(count):
             file = io.BytesIO()
-            base = draw.integers(0, 256, 3, dtype=np.uint8)
-            noise = draw.integers(0, 40, (size, size, 3), dtype=np.uint8)
+            base = rng.integers(0, 256, 3, dtype=np.uint8)
+            noise = rng.integers(0, 40, (size, size, 3), dtype=np.uint8)
             Image.fromarray((base // 2 + noise).astype(np.uint8)).save(file, "png")
-            writer.add(f"{index:05d}", {"png": file.getvalue(), "txt": f"picture number {index}".encode()})
+            writer.add(f"{index:05d}", {"png": file.getvalue(), "txt": f"image number {index}".encode()})
     return folder
 
 
@@ -38,8 +38,8 @@ def toy_run(data: dict[str, str], run: Path, **changes: Any) -> dict[str, Any]:
     tree = {
         "stage": "support.autoencoder",
         "run": str(run),
-        "updates": 8,
-        "batch_samples": 8,
+        "steps": 8,
+        "global_batch_size": 8,
         "data": data,
         "optim": {"model": {"lr": 0.003, "weight_decay": 0.1, "clip_norm": 0.5, "ema_decay": 0.8}},
         "engine": {"dtype": "fp32"},  # not what this machine is fastest with

@@ -1,4 +1,4 @@
-"""An untrained CLIP export and a folder of samples, to compare sets of pictures with and of."""
+"""An untrained CLIP export and a folder of samples, to compare sets of images with and of."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dalle_scale.stages import clip
 
 
 def save_clip(folder: Path, seed: int = 0) -> Path:
-    """An export whose picture vectors have 8 dimensions and differ clearly."""
+    """An export whose image vectors have 8 dimensions and differ clearly."""
     folder.mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a picture", "picture number one"] * 20),
+        sentence_iterator=iter(["an image", "image number one"] * 20),
         model_prefix=str(folder / "text"),
         vocab_size=24,
         model_type="bpe",
@@ -40,7 +40,7 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
 
 
 def save_samples(folder: Path, images: torch.Tensor, **sampling: Any) -> Path:
-    """Pictures uint8 [N, 3, H, W] as launch/sample.py writes them, two of each prompt."""
+    """Images uint8 [N, 3, H, W] as launch/sample.py writes them, two of each prompt."""
     (folder / "images").mkdir(parents=True)
     lines = []
     for place, image in enumerate(images):
@@ -55,7 +55,7 @@ def save_samples(folder: Path, images: torch.Tensor, **sampling: Any) -> Path:
 
 
 def blobs(count: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Pictures uint8 [count, 3, side, side] of one colour each, with noise."""
+    """Images uint8 [count, 3, side, side] of one colour each, with noise."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(60, 200, (count, 3, 1, 1), generator=generator)
     return (colours + torch.randint(-50, 50, (count, 3, side, side), generator=generator)).to(torch.uint8)

@@ -17,7 +17,7 @@ from dalle_scale.data.reader import Reader
 build_shards = load_program("build_shards")
 
 
-def picture(seed: int, height: int = 12, width: int = 16, kind: str = "PNG") -> bytes:
+def image_file(seed: int, height: int = 12, width: int = 16, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, kind)

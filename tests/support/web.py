@@ -73,7 +73,7 @@ async def ok(visit: Visit) -> None:
 
 
 async def status(visit: Visit) -> None:
-    visit.send(int(visit.argument), b"no picture here")
+    visit.send(int(visit.argument), b"no image here")
 
 
 async def after(visit: Visit) -> None:

@@ -43,7 +43,7 @@ from dalle_scale.data.reader import BadSample
 from dalle_scale.types import UserError
 
 _IDLE_SECONDS = 0.25  # for which a connection waits for its host's next row; short, so that few of them are open
-_LOOK_UPS = 4  # threads for names, per connection: a look-up goes on when the row that wanted it has given up
+_LOOK_UPS = 4  # threads for names, per connection: a look-up continues when the row that wanted it has given up
 _HTTP_OK = 200
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = 429
@@ -317,7 +317,7 @@ class _Host:
     """The rows' turns at one host name."""
 
     def __init__(self, options: FetchOptions) -> None:
-        self.failures = 0  # in a row, of those that another try may mend
+        self.failures = 0  # in a row, of those that another try may fix
         self._options = options
         self._slots = asyncio.Semaphore(options.per_host)
         self._next_at = 0.0

@@ -1,4 +1,4 @@
-"""Pictures of a data set from the network: the `Fetch` that chunks.py takes, on top of fetch.py."""
+"""Images of a data set from the network: the `Fetch` that chunks.py takes, on top of fetch.py."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Downloads:
 
 
 def rows_table(folder: Path, number: int) -> Path:
-    """Where a data set says what became of its rows, some of them in each table."""
+    """Path of a table with the fates of some rows of a data set."""
     return folder / "rows" / f"{number:06d}.parquet"
 
 
 def rows_per_table(folder: Path) -> int:
-    """How many rows each of these tables has; the last may have fewer. Raises UserError if there are none."""
+    """Number of rows of each of these tables; the last may have fewer. Raises UserError if there are none."""
     path = rows_table(folder, 0)
     if not path.exists():
         raise UserError(f"{folder}: no finished data set: {path} is missing")

@@ -1,4 +1,4 @@
-"""What may be fetched, and what a failure is called: pure functions, no connection is made here.
+"""Rules of the downloader: what may be fetched, and names of failures. Pure functions without connections.
 
 A reason is a short text; what stands before its first colon comes from a fixed list, so that reasons can be counted.
 """
@@ -119,7 +119,7 @@ def opt_out(headers: Iterable[str], agent: str) -> str | None:
 
 
 def retry_after_seconds(header: str | None, now: datetime | None = None) -> float:
-    """What a Retry-After header asks for: seconds or a date; 0 where there is none or it is neither."""
+    """Delay that a Retry-After header asks for, in seconds; 0 without one, or if it is neither seconds nor a date."""
     text = (header or "").strip()
     if re.fullmatch(r"[0-9]{1,12}", text):
         return float(text)
@@ -132,18 +132,18 @@ def retry_after_seconds(header: str | None, now: datetime | None = None) -> floa
 
 
 def may_pass(reason: str) -> bool:
-    """Whether the same url may give a picture another day. The reasons in question are those of `fetch`."""
+    """Whether the same url may give an image another day. The reasons in question are those of `fetch`."""
     return reason.partition(":")[0] in _MAY_PASS
 
 
 def backoff_seconds(row: int, tries: int, first_seconds: float) -> float:
-    """How long to wait after a failed try: doubled each time, give or take a half. A function of the row, so that the
+    """Delay after a failed try: doubled each time, give or take a half. A function of the row, so that the
     rows of a host do not come back all at once and every run has the same schedule."""
     return first_seconds * 2.0**tries * (0.5 + random.Random(f"{row}/{tries}").random())
 
 
 def failure(error: Exception) -> BadSample:
-    """What an exception of the HTTP client means for the row.
+    """Reason for a row, from an exception of the HTTP client.
 
     Raises:
         UserError: this process has no file descriptor left, which is no fault of the row.

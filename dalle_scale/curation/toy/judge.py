@@ -1,4 +1,4 @@
-"""Reads a toy-world picture back into the scene it shows, so that samples are marked right or wrong by rule.
+"""Reads a toy-world image back into the scene it shows, so that samples are marked right or wrong by rule.
 
 Each 2x2-pixel cell takes the nearest of the world's cell patterns. Then every arrangement of one or two objects
 that the world allows is compared with the map of cells; the one with fewest differing cells is the verdict.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dalle_scale.curation.toy import world as world
 from dalle_scale.curation.toy.world import Scene, Thing
 
-MAX_WRONG_CELLS = 12  # of 256: a picture further from every scene than this shows none
+MAX_WRONG_CELLS = 12  # of 256: an image further from every scene than this shows none
 
 _BACKGROUNDS = tuple(world.BACKGROUNDS)
 _SURFACES = tuple((colour, texture) for colour in world.COLOURS for texture in world.TEXTURES)
@@ -38,23 +38,23 @@ _MASKS = _form_masks()
 
 
 def read(image: NDArray[np.uint8]) -> Scene | None:
-    """The scene that a picture [32, 32, 3] shows, or None if it shows none.
+    """The scene that an image [32, 32, 3] shows, or None if it shows none.
 
-    Two things that lie beside each other are told with the left or upper one first.
+    Two things that lie beside each other are listed with the left or upper one first.
     """
     cells = image.reshape(world.CELLS, world.CELL, world.CELLS, world.CELL, 3).transpose(0, 2, 1, 3, 4)
     distances = ((cells[:, :, None].astype(np.float32) - _PATTERNS) ** 2).sum(axis=(3, 4, 5))
     labels = distances.argmin(axis=-1)  # [16, 16]; below len(_BACKGROUNDS): background
     counts = np.bincount(labels.ravel(), minlength=len(_PATTERNS))
     background = int(counts[: len(_BACKGROUNDS)].argmax())
-    drawn = labels != background
+    foreground = labels != background
 
     best: tuple[int, Scene] | None = None
     seen: dict[tuple[int, int], tuple[int, int, Thing]] = {}
     for relation in (None, "left", "above"):
         for blocks in world.blocks_for(relation):
-            found = [_read_block(labels, drawn, block, seen) for block in blocks]
-            outside = int(drawn.sum()) - sum(inside for inside, _, _ in found)
+            found = [_read_block(labels, foreground, block, seen) for block in blocks]
+            outside = int(foreground.sum()) - sum(inside for inside, _, _ in found)
             wrong = outside + sum(cost for _, cost, _ in found)
             if best is None or wrong < best[0]:
                 best = wrong, Scene(tuple(thing for _, _, thing in found), relation, _BACKGROUNDS[background])
@@ -64,20 +64,21 @@ def read(image: NDArray[np.uint8]) -> Scene | None:
 
 def _read_block(
     labels: NDArray[np.int64],
-    drawn: NDArray[np.bool_],
+    foreground: NDArray[np.bool_],
     block: tuple[int, int],
     seen: dict[tuple[int, int], tuple[int, int, Thing]],
 ) -> tuple[int, int, Thing]:
-    """The likeliest thing in one block: (drawn cells in the block, cells that differ from the thing, the thing)."""
+    """The likeliest thing in one block: (foreground cells in the block, cells that differ from the thing, the
+    thing)."""
     if block not in seen:
         window = np.s_[block[0] : block[0] + _BLOCK, block[1] : block[1] + _BLOCK]
-        differing = (_MASKS ^ drawn[window]).sum(axis=(1, 2))
+        differing = (_MASKS ^ foreground[window]).sum(axis=(1, 2))
         form = int(differing.argmin())
         surfaces = np.bincount(labels[window][_MASKS[form]], minlength=len(_PATTERNS))[len(_BACKGROUNDS) :]
         surface = int(surfaces.argmax())
         other_surface = int(surfaces.sum() - surfaces[surface])
         (shape, size), (colour, texture) = _FORMS[form], _SURFACES[surface]
-        inside = int(drawn[window].sum())
+        inside = int(foreground[window].sum())
         seen[block] = inside, int(differing[form]) + other_surface, Thing(shape, colour, size, texture)
     return seen[block]
 

@@ -1,11 +1,11 @@
-"""A small world of captioned pictures, drawn by rule, in which every sample can be marked right or wrong.
+"""A small world of captioned images, rendered by rule, in which every sample can be marked right or wrong.
 
 A scene is one or two objects (shape, colour, size, texture), a spatial relation between them, and a background.
-Pictures are 32x32. Objects are drawn in cells of 2x2 pixels without anti-aliasing and lie on a lattice of 4 pixels,
+Images are 32x32. Objects are rendered in cells of 2x2 pixels without anti-aliasing and lie on a lattice of 4 pixels,
 so that the world has few distinct 4x4 patches. Captions vary in words and word order.
 
 A fixed share of the (shape, colour, texture) triples never occurs in training, although every pair in them does:
-pictures of those triples measure composition.
+images of those triples measure composition.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one or two things, how the first lies to the second, and the background."""
+    """Content of a caption: one or two things, the relation of the first to the second, and the background."""
 
     things: tuple[Thing, ...]
     relation: str | None

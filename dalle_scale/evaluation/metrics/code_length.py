@@ -1,11 +1,11 @@
-"""What pictures cost in bits, given what a decoder made of them.
+"""Cost of images in bits, given their reconstructions.
 
-Each byte is coded with a distribution around the decoded byte that has one scale for all pictures. This is a code of
-two parts: which of FAMILIES and SCALES, then the bytes with it. The best of them for the very pictures may be taken,
+Each byte is coded with a distribution around the decoded byte that has one scale for all images. This is a code of
+two parts: which of FAMILIES and SCALES, then the bytes with it. The best of them for the very images may be taken,
 since its name is paid for: the sum is still the length of a code that one could write and read back.
 
 All of it follows from how often each pair (decoded byte, byte) occurs, which are integers: exact, and the same however
-the pictures are shared out and in whatever order they are counted.
+the images are shared out and in whatever order they are counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCALES = tuple(2.0 ** (-3 + 9 * index / 63) for index in range(64))  # in bytes,
 
 @dataclass(frozen=True)
 class PixelBits:
-    """The cheapest code of all pictures together."""
+    """The cheapest code of all images together."""
 
     bits: float  # of all of them, and of the choice
     family: str
@@ -35,7 +35,7 @@ class PixelBits:
 
 
 def count_pairs(decoded: Tensor, images: Tensor) -> Tensor:
-    """How often byte x stands where m was decoded: uint8 twice, same shape -> int64 [256, 256] (m, x) on the CPU."""
+    """Counts of byte x where m was decoded: uint8 twice, same shape -> int64 [256, 256] (m, x) on the CPU."""
     pairs = decoded.int() * 256 + images.int()
     return torch.bincount(pairs.flatten(), minlength=256 * 256).view(256, 256).cpu()
 

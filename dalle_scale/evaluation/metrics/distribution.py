@@ -1,10 +1,10 @@
-"""How far apart two sets of pictures are, as their features tell: FID, KID, Inception Score, precision and recall.
+"""Distances of two sets of images by their features: FID, KID, Inception Score, precision and recall.
 
 Features go in, numbers come out; what computes features is in features.py, what the numbers are of in fidelity.py. All
 in float64: sums over tens of thousands of fp32 features lose the digits that a distance of a few units is made of.
 
-Draws come from numpy's legacy generator, whose stream is frozen: in its published order (first set, then second, subset
-by subset) it gives the numbers of torch-fidelity, digit by digit.
+Samples come from numpy's legacy generator, whose stream is frozen: in its published order (first set, then second,
+subset by subset) it gives the numbers of torch-fidelity, digit by digit.
 
 Moments are streamed, so that features of a data set need not be in memory, and the Fréchet distance of few samples
 keeps the digits that torchmetrics and torch-fidelity lose (tests/nn/test_library_metrics.py).
@@ -92,12 +92,12 @@ def kernel_distances(first: Tensor, second: Tensor, subset: int, subsets: int, s
     Args:
         first, second: features [N, D] and [M, D] with N, M >= subset >= 2.
         subset: vectors of each set in a subset, without repetition.
-        subsets: how many are drawn.
+        subsets: how many are sampled.
     """
-    draw = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed)
     for _ in range(subsets):
-        x = first[torch.from_numpy(draw.choice(len(first), subset, replace=False))].double()
-        y = second[torch.from_numpy(draw.choice(len(second), subset, replace=False))].double()
+        x = first[torch.from_numpy(rng.choice(len(first), subset, replace=False))].double()
+        y = second[torch.from_numpy(rng.choice(len(second), subset, replace=False))].double()
         within = sum(kernel.sum() - kernel.trace() for kernel in (_kernel(x, x), _kernel(y, y)))
         yield float(within / (subset * (subset - 1)) - 2 * _kernel(x, y).mean())
 
@@ -107,7 +107,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def inception_scores(logits: Tensor, splits: int, seed: int) -> Tensor:
-    """exp of the mean KL divergence of p(class | picture) from p(class), of each of `splits` parts (Salimans et al.,
+    """exp of the mean KL divergence of p(class | image) from p(class), of each of `splits` parts (Salimans et al.,
     arXiv 1606.03498, Sec. 4). The Inception Score is their mean.
 
     Args:
@@ -140,7 +140,7 @@ def neighbour_radii(features: Tensor, k: int) -> Tensor:
 def covered_share(features: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of vectors [N, D] that lie in a ball: centres [M, D] with radii [M], from `neighbour_radii`.
 
-    Of generated pictures in balls around real ones this is the precision, the other way round the recall (Kynkaanniemi
+    Of generated images in balls around real ones this is the precision, the other way round the recall (Kynkaanniemi
     et al., arXiv 1904.06991, Eq. 1 and 2).
     """
     centres = centres.double()

@@ -1,4 +1,4 @@
-"""Structural similarity of pictures (Wang, Bovik, Sheikh and Simoncelli 2004, "Image Quality Assessment: From Error
+"""Structural similarity of images (Wang, Bovik, Sheikh and Simoncelli 2004, "Image Quality Assessment: From Error
 Visibility to Structural Similarity", Eq. 13 to 16).
 
 torchmetrics' SSIM is another number: it counts windows over reflected borders too. It takes thirty times as long and
@@ -16,7 +16,7 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # (K L)^2 with K1 = 0.01, K2 = 
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """Mean SSIM of each picture: over all windows that lie inside it and over its channels, each compared on its own.
+    """Mean SSIM of each image: over all windows that lie inside it and over its channels, each compared on its own.
 
     Nothing is padded and nothing is shrunk first; variances are those of the window's weights, without Bessel's
     correction, as in Eq. 15.
@@ -25,7 +25,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
         images, references: uint8 [B, C, H, W], H and W at least 11.
 
     Returns:
-        float64 [B] in -1 .. 1; 1 where the pictures are equal.
+        float64 [B] in -1 .. 1; 1 where the images are equal.
     """
     assert images.dtype == references.dtype == torch.uint8 and images.shape == references.shape
     height, width = images.shape[-2:]

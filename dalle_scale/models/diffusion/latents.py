@@ -1,4 +1,4 @@
-"""The latents of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4): images to noise and back, without a draw."""
+"""The latents of DDIM (arXiv 2010.02502, Sec. 5.3, 5.4): images to noise and back, without a sample."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 predict, and the variational bound; the learned variance is that of arXiv 2102.09672.
 
 Times are 0 .. T - 1; the papers' t is one more. Everything about a schedule is computed once in float64, and a factor
-is rounded when it meets a map. Maps x0 of pictures span -1 .. 1.
+is rounded when it meets a map. Maps x0 of images span -1 .. 1.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Diffusion:
         return row[times].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def noisy(self, x0: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """A draw of q(x_t | x0) (Eq. 4): maps and standard normal noise [B, ...] -> [B, ...]."""
+        """A sample of q(x_t | x0) (Eq. 4): maps and standard normal noise [B, ...] -> [B, ...]."""
         return self.factor("signal", times, x0) * x0 + self.factor("noise", times, x0) * noise
 
     def posterior_mean(self, x0: Tensor, x: Tensor, times: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Diffusion:
         return self.factor("posterior_data", times, x) * x0 + self.factor("posterior_noisy", times, x) * x
 
     def target(self, kind: Target, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What a net of this kind should predict; v = signal * noise - noise level * x0 (arXiv 2202.00512, Sec. 4)."""
+        """Target of a net of this kind; v = signal * noise - noise level * x0 (arXiv 2202.00512, Sec. 4)."""
         if kind == "v":
             return self.factor("signal", times, x0) * noise - self.factor("noise", times, x0) * x0
         return noise if kind == "eps" else x0
@@ -166,7 +166,7 @@ def rate_and_distortion(
     steps: int = 0,
     watch: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """The variational bound of pictures (Eq. 5) in bits per value, fp64 [B] each: L_T and the times above 0; time 0.
+    """The variational bound of images (Eq. 5) in bits per value, fp64 [B] each: L_T and the times above 0; time 0.
 
     Args:
         predict: (noisy maps [B, ...], times int64 [B]) -> predicted x0, log-variance of p.

@@ -1,18 +1,18 @@
-"""Pictures from noise with a trained diffusion model: DDPM's ancestral steps, DDIM, DPM-Solver++, and DDIM backwards.
+"""Images from noise with a trained diffusion model: DDPM's ancestral steps, DDIM, DPM-Solver++, and DDIM backwards.
 
     ancestral   arXiv 2006.11239, Algorithm 2; the variance of each step fixed large (beta), fixed small, or learned
                 (arXiv 2102.09672, Eq. 15). Over a part of the times with fixed large it is the sigma-hat of
                 arXiv 2010.02502, Table 1.
-    ddim        arXiv 2010.02502, Eq. 12 and 16; eta 0 draws no noise, eta 1 is ancestral with fixed small.
-    dpm++       arXiv 2211.01095, Algorithm 2: second order, two steps, of the predicted picture.
+    ddim        arXiv 2010.02502, Eq. 12 and 16; eta 0 samples no noise, eta 1 is ancestral with fixed small.
+    dpm++       arXiv 2211.01095, Algorithm 2: second order, two steps, of the predicted image.
 
-All three are one sum, x' = keep * x + data * x0 + older * x0_before + std * noise, with x0 the picture that the model
+All three are one sum, x' = keep * x + data * x0 + older * x0_before + std * noise, with x0 the image that the model
 predicts. The factors are computed in float64 and rounded once; unlike the predicted noise, x0 loses no digits at any
 time, whatever it is that the network predicts. A clipped x0 takes the noise that belongs to it: x - sqrt(a) x0 over
 sqrt(1 - a), as in the codes of DDPM and of guided diffusion.
 
-Times are 0 .. T - 1, and `alphas_cumprod` float64 [T] holds a(t), the share of the picture in the variance. Time -1
-is the picture itself, a = 1.
+Times are 0 .. T - 1, and `alphas_cumprod` float64 [T] holds a(t), the share of the image in the variance. Time -1
+is the image itself, a = 1.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def pairs(visited: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def ancestral_step(time: int, a: float, a_next: float, variance: Variance) -> Step:
-    """A draw of q(x at a_next | x at a, x0), a <= a_next (arXiv 2006.11239, Eq. 7), with the variance as named; without
-    noise into the picture itself."""
+    """A sample of q(x at a_next | x at a, x0), a <= a_next (arXiv 2006.11239, Eq. 7), with the variance as named;
+    without noise into the image itself."""
     beta = 1 - a / a_next
     keep, data = math.sqrt(1 - beta) * (1 - a_next) / (1 - a), math.sqrt(a_next) * beta / (1 - a)
     if a_next == 1:
@@ -152,7 +152,7 @@ def ddim_step(time: int, a: float, a_next: float, eta: float) -> Step:
 
 def dpm_step(time: int, a: float, a_next: float, a_before: float | None) -> Step:
     """arXiv 2211.01095, Algorithm 2. First order (which is DDIM) in the first step, where a_before is None, and into
-    the picture itself, where log-SNR is infinite."""
+    the image itself, where log-SNR is infinite."""
     if a_before is None or a_next == 1:
         return ddim_step(time, a, a_next, 0.0)
     before, now, after = (0.5 * math.log(level / (1 - level)) for level in (a_before, a, a_next))
@@ -162,7 +162,7 @@ def dpm_step(time: int, a: float, a_next: float, a_before: float | None) -> Step
 
 
 def plan(alphas_cumprod: Tensor, options: Options, learned: bool = False) -> list[Step]:
-    """The steps from noise to pictures.
+    """The steps from noise to images.
 
     Args:
         alphas_cumprod: float64 [T], falling, in (0, 1).
@@ -189,7 +189,7 @@ def plan(alphas_cumprod: Tensor, options: Options, learned: bool = False) -> lis
     return steps
 
 
-def draw(
+def sample(
     predict: Predict,
     alphas_cumprod: Tensor,
     seeds: Tensor,
@@ -197,16 +197,16 @@ def draw(
     options: Options | None = None,
     learned: bool = False,
 ) -> Tensor:
-    """Draw pictures, fp32 [B, *shape], not clipped at the end.
+    """Sample images, fp32 [B, *shape], not clipped at the end.
 
-    A picture is a function of its seed: the noise of a step comes from (seed, time), that of the start from (seed, T).
+    An image is a function of its seed: the noise of a step comes from (seed, time), that of the start from (seed, T).
     It does not depend on the batch, but for the rounding of `predict`.
 
     Args:
         predict: see `Predict`; its guidance is the caller's (`guided`).
         alphas_cumprod: float64 [T].
-        seeds: int64 [B], one a picture.
-        shape: of a picture.
+        seeds: int64 [B], one an image.
+        shape: of an image.
         learned: the model predicts its variance.
 
     Raises:
@@ -224,7 +224,7 @@ def _noise(seeds: Tensor, time: int, shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def follow(predict: Predict, steps: Sequence[Step], x: Tensor, clip: bool, seeds: Tensor | None = None) -> Tensor:
-    """Samples [B, ...] after all steps, from any x, in its type. Steps that draw no noise need no seeds."""
+    """Samples [B, ...] after all steps, from any x, in its type. Steps that sample no noise need no seeds."""
     older: Tensor | None = None
 
     def noise(time: int) -> Tensor:
@@ -253,7 +253,7 @@ def follow(predict: Predict, steps: Sequence[Step], x: Tensor, clip: bool, seeds
 def encode(
     predict: Predict, alphas_cumprod: Tensor, images: Tensor, steps: int | None = None, spacing: Spacing = "uniform"
 ) -> Tensor:
-    """Latents of pictures: DDIM backwards, from x0 to the noise that `decode` makes it from but for the error of both
+    """Latents of images: DDIM backwards, from x0 to the noise that `decode` makes it from but for the error of both
     (arXiv 2010.02502, Sec. 4.3 and 5.4). Every step predicts at the time it leaves, and the first one, since the model
     knows no time -1, at time 0.
 
@@ -275,7 +275,7 @@ def encode(
 def decode(
     predict: Predict, alphas_cumprod: Tensor, latents: Tensor, steps: int | None = None, spacing: Spacing = "uniform"
 ) -> Tensor:
-    """Pictures of latents [B, ...], as from `encode` or `interpolate`: DDIM without noise and without clipping.
+    """Images of latents [B, ...], as from `encode` or `interpolate`: DDIM without noise and without clipping.
 
     Raises:
         UserError: more steps than times.

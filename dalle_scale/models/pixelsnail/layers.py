@@ -20,7 +20,7 @@ from dalle_scale.nn.causal_conv import CausalConv
 from dalle_scale.nn.counter_rng import uniform_noise
 from dalle_scale.nn.half_on_cpu import attend_all
 
-_BLOCKS_MAX = 1 << 16  # of one net: the noise of update u and block b is number u * _BLOCKS_MAX + b
+_BLOCKS_MAX = 1 << 16  # of one net: the noise of step u and block b is number u * _BLOCKS_MAX + b
 
 
 class RowBuffer:
@@ -65,7 +65,7 @@ class Decoding:
 
     @property
     def column(self) -> int:
-        """Where the next code lies in its row."""
+        """Column of the next code."""
         return self.index % self.grid
 
     def condition_row(self) -> Tensor | None:
@@ -93,7 +93,7 @@ class CausalBlock(nn.Module):
     def forward(
         self, x: Tensor, embedded: Tensor, condition: Tensor | None, seeds: Tensor | None = None, step: int = 0
     ) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]; with seeds int64 [B], dropout of update `step`. Leaves `embedded` alone."""
+        """[B, H, W, C] -> [B, H, W, C]; with seeds int64 [B], dropout of step `step`. Leaves `embedded` alone."""
         y = self.first(F.elu(self.norm(x)))
         if self.condition is not None:
             y = y + self.condition(condition)

@@ -157,7 +157,7 @@ class PixelSNAIL(nn.Module):
             upper: int64 [B, sum of the upper grids squared], where there are any.
             text: int64 [B, T], where the net takes captions.
             seeds: int64 [B], source of the dropout; None = no dropout. In training mode only.
-            step: update number, for the dropout.
+            step: step number, for the dropout.
 
         Returns:
             fp32 [B, grid * grid, vocab]; row p depends on codes before p only.
@@ -193,7 +193,7 @@ class PixelSNAIL(nn.Module):
         return self._logits(x)
 
     def _condition(self, upper: Tensor | None, text: Tensor | None) -> Tensor | None:
-        """What conditions every pixel: [B, grid or 1, grid or 1, C], None without condition."""
+        """Condition of every pixel: [B, grid or 1, grid or 1, C], None without condition."""
         condition: Tensor | None = None
         if self.upper is not None:
             assert upper is not None

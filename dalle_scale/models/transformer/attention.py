@@ -42,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one kind; every projection is its own matrix, for optimisers that work by matrix."""
+    """Multi-head attention of one kind; every projection is its own matrix, for optimizers that work by matrix."""
 
     def __init__(self, width: int, heads: int, kind: Kind, layout: Layout) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def sampling_memory(model: Transformer, guided: bool) -> SampleMemory:
 
 
 def cache_bytes(model: Transformer) -> int:
-    """Of the keys and values of one picture in all layers, without those of its caption."""
+    """Of the keys and values of one image in all layers, without those of its caption."""
     states = {kind: image_buffer(kind, model.layout).states for kind in set(model.kinds)}
     return sum(states[kind] for kind in model.kinds) * 2 * _state_bytes(model)
 

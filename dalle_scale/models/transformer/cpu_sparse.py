@@ -30,7 +30,7 @@ GROUP_BYTES = 1 << 23  # of keys copied at a time; glibc uses blocks below 32 Mi
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the image states of one kind of layer are cut."""
+    """Division of the image states of one kind of layer into blocks."""
 
     size: int  # queries of a block: so many in raster order, or the states of a column
     by_column: bool
@@ -42,7 +42,7 @@ class Blocks:
         blocked = image.unflatten(1, (-1, self.size))
         return blocked.transpose(1, 2) if self.by_column else blocked
 
-    def joined(self, blocked: Tensor) -> Tensor:
+    def unblocked(self, blocked: Tensor) -> Tensor:
         """Back to [B, grid^2, ...]."""
         return (blocked.transpose(1, 2) if self.by_column else blocked).flatten(1, 2)
 
@@ -120,7 +120,8 @@ def blocks(kind: Kind, layout: Layout, dtype: torch.dtype, device: torch.device)
 
 
 def _reach(kind: Kind, layout: Layout, size: int) -> Tensor:
-    """Where, from its first state, a block of `size` states in raster order sees keys: int64 [keys], rising."""
+    """Offsets from its first state at which a block of `size` states in raster order sees keys: int64 [keys],
+    rising."""
     if kind == "row":
         return torch.arange(-layout.grid, size)
     offsets = conv_offsets(layout)
@@ -152,7 +153,7 @@ class _Attention(Function):
             share = (near_sums - both).exp_()[..., None].to(out.dtype)
             group.set_queries(mixed, torch.lerp(group.queries(far), near, share))
             group.set_queries(sums, both)
-        ctx.save_for_backward(query, key, value, out, text_sums, blocks.joined(sums))
+        ctx.save_for_backward(query, key, value, out, text_sums, blocks.unblocked(sums))
         ctx.blocks, ctx.prefix = blocks, prefix
         return out
 

@@ -72,7 +72,7 @@ def attend_windows(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout
 def works(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout: Layout) -> bool:
     """Whether `attend_windows` can be computed for such tensors, backward pass included, and skips anything.
 
-    Tries it on zeros, once for each shape, which also compiles it. What went wrong is said in one line.
+    Tries it on zeros, once for each shape, which also compiles it. A failure is reported in one line.
     """
     if layout.length <= BLOCK:
         return False

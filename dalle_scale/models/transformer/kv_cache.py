@@ -168,7 +168,7 @@ class SlidingWindow:
         return self._visible, self._empty(index)
 
     def _empty(self, index: int | Tensor) -> Tensor:
-        """Which of the visible slots are empty still: bool [states]."""
+        """Mask of the visible slots that are still empty: bool [states]."""
         ahead = index + self.reach
         newest = ahead - (ahead - self._column_index) % self.columns  # that entered each column's slots; < 0: none did
         return torch.cat([(self._row_index >= (newest // self.grid)[:, None]).flatten(), self._own_index > index])

@@ -1,4 +1,4 @@
-"""Which states a query sees, for each kind of attention (arXiv 2102.12092, App. B.1).
+"""Masks of each kind of attention (arXiv 2102.12092, App. B.1).
 
 The sequence is `prefix` states (start of text, caption, start of image) and then grid x grid image states in raster
 order. Prefix states see the prefix up to themselves. Image states see the whole prefix and, of the image:
@@ -8,7 +8,7 @@ order. Prefix states see the prefix up to themselves. Image states see the whole
              row, across row ends (figure 11a)
     column   their own column up to themselves (11b)
     conv     a conv_kernel x conv_kernel window around themselves, its past half; like the row window it is one of
-             raster offsets, so it goes on across row ends (11d)
+             raster offsets, so it continues across row ends (11d)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = Literal["full", "row", "column", "conv"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a sequence is laid out: `prefix` states, then `grid` x `grid` image states in raster order."""
+    """Layout of a sequence: `prefix` states, then `grid` x `grid` image states in raster order."""
 
     prefix: int
     grid: int
@@ -37,7 +37,7 @@ class Layout:
 
 
 def visible(kind: Kind, layout: Layout) -> Tensor:
-    """Which keys each query sees: bool [L, L], row = query. Every query sees at least itself."""
+    """Mask of the keys that each query sees: bool [L, L], row = query. Every query sees at least itself."""
     states = torch.arange(layout.length)
     query, key = states[:, None], states[None, :]
     offset = query - key  # between two image states: how far back in raster order

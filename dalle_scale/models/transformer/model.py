@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Draw the weights and mark embeddings and unembeddings for the optimiser."""
+        """Sample the weights and mark embeddings and unembeddings for the optimizer."""
         residual_std = 0.02 * (2 * len(self.blocks)) ** -0.5
         for name, parameter in self.named_parameters():
             block = name.startswith("blocks.")

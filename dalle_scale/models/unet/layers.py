@@ -134,7 +134,7 @@ class _NormSwish(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Dropout:
-    """What all blocks of a net drop in one pass: functions of the seed and step of a sample and of the place alone.
+    """Dropout of all blocks of a net in one pass: functions of the seed and step of a sample and of the place alone.
 
     A value falls if the product of a random number of its place and a random odd number of its sample and block, both
     made once a pass, is small modulo 2^32: one multiplication a value. Places of one sample are independent of each

@@ -145,7 +145,7 @@ class UNet(nn.Module):
         return out.float()
 
     def _time(self, times: Tensor, text: Tensor | None) -> Tensor:
-        """What each residual block adds, side by side: [B, sum of their widths]."""
+        """Time term of each residual block, side by side: [B, sum of their widths]."""
         embedded = time_embedding(times, self.width).to(self.input.weight.dtype)
         embedded = self.time2(F.silu(self.time1(embedded)))
         if self.caption is not None:

@@ -35,7 +35,7 @@ RELATIVE = """logsumexp linalg_vector_norm var.correction std.correction nll_los
     native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"""
 PROCESSOR = os.environ.get("OTHER_ROUNDING", "1")
-SHORT = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 inside = threading.local()
 kept: list[torch.library.Library] = []
 
@@ -78,7 +78,7 @@ def rounded_otherwise(name: str, of_sums: bool) -> Callable[..., Any]:
         found = kernel.call_boxed(keys, *given, **named)
         results = [found] if isinstance(found, Tensor) else found
         exact = found
-        if any(isinstance(one, Tensor) and one.dtype in SHORT for one in results):  # rounds once, at the end
+        if any(isinstance(one, Tensor) and one.dtype in HALF for one in results):  # rounds once, at the end
             given, named = (each(Tensor.float, part) for part in (given, list(named.items())))
             named = dict(named)
             exact = kernel.call_boxed(keys, *given, **named)

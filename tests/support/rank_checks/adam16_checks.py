@@ -15,21 +15,21 @@ from support.rank_checks.engine_checks import BATCH, build_one, fresh_net, image
 
 from dalle_scale import dist
 from dalle_scale.engine import masters, optim, state
-from dalle_scale.engine.player import Player
+from dalle_scale.engine.trained_net import TrainedNet
 
 STEPS = 8
 
 
-def player_of(zero: int, seed: int = 0, **settings: Any) -> Player:
-    """A player without fp32 around a fresh net."""
+def trained_net_of(zero: int, seed: int = 0, **settings: Any) -> TrainedNet:
+    """A net without fp32 around a fresh net."""
     config = make_config(zero, dtype="bf16", kind="adamw16", clip_norm=0.0, betas=(0.9, 0.96), **settings)
-    player = build_one(config, seed)["model"]
-    optim.set_lr(player.engine.optimizer, 1.0)
-    return player
+    trained_net = build_one(config, seed)["model"]
+    optim.set_lr(trained_net.engine.optimizer, 1.0)
+    return trained_net
 
 
 def engine_of(zero: int, seed: int = 0, **settings: Any) -> Any:
-    return player_of(zero, seed, **settings).engine
+    return trained_net_of(zero, seed, **settings).engine
 
 
 def train(engine: Any, start: int = 0, stop: int = STEPS) -> list[float]:
@@ -104,18 +104,18 @@ def check_resume_is_exact(zero: int) -> None:
 def check_the_average_of_weights_is_fp32(zero: int) -> None:
     if zero == 0:
         return
-    player = player_of(zero, ema_decay=0.999)
-    want = [tensor.float() for tensor in masters.owned(player.engine)]
+    trained_net = trained_net_of(zero, ema_decay=0.999)
+    want = [tensor.float() for tensor in masters.owned(trained_net.engine)]
     for step in range(3):
-        train(player.engine, step, step + 1)
-        player.ema.update()
-        for average, tensor in zip(want, masters.owned(player.engine), strict=True):
+        train(trained_net.engine, step, step + 1)
+        trained_net.ema.update()
+        for average, tensor in zip(want, masters.owned(trained_net.engine), strict=True):
             average.lerp_(tensor.float(), 0.001)
-    before = [tensor.clone() for tensor in masters.owned(player.engine)]
-    with player.ema.in_place_of_weights():
-        for tensor, average in zip(masters.owned(player.engine), want, strict=True):
+    before = [tensor.clone() for tensor in masters.owned(trained_net.engine)]
+    with trained_net.ema.half_precision_parameters():
+        for tensor, average in zip(masters.owned(trained_net.engine), want, strict=True):
             assert torch.equal(tensor, average.bfloat16())
-    for pair in zip([*masters.owned(player.engine), *player.ema.average], [*before, *want], strict=True):
+    for pair in zip([*masters.owned(trained_net.engine), *trained_net.ema.average], [*before, *want], strict=True):
         assert torch.equal(*pair) and pair[0].dtype == pair[1].dtype
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.engine import build, masters
 from dalle_scale.engine.adam16 import AdamW16
-from dalle_scale.engine.machines import shards
+from dalle_scale.engine.nodes import shards
 from dalle_scale.engine.optim import param_groups
-from dalle_scale.engine.player import Player
+from dalle_scale.engine.trained_net import TrainedNet
 from dalle_scale.models.transformer.model import Transformer
 from dalle_scale.nn.residual_scaling import branches_of
 
@@ -42,7 +42,9 @@ def loss_of(net: Any, text: Tensor, codes: Tensor) -> Tensor:
     return sum(nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten()) for scores, wanted in parts)
 
 
-def player_of(zero: int, dtype: str = "bf16", micro: int | None = None, seed: int = 0, **settings: Any) -> Player:
+def trained_net_of(
+    zero: int, dtype: str = "bf16", micro: int | None = None, seed: int = 0, **settings: Any
+) -> TrainedNet:
     settings = {"rounding": "nearest", "betas": (0.9, 0.96), **settings}
     config = make_config(zero, dtype=dtype, kind="adamw16", micro=micro, **settings)
     nets = {"model": fresh_net(seed)}
@@ -50,27 +52,27 @@ def player_of(zero: int, dtype: str = "bf16", micro: int | None = None, seed: in
     return build.build(config, nets)["model"]
 
 
-def backward(player: Player, step: int, micro: int | None = None, factor: float = 1.0) -> float:
+def backward(trained_net: TrainedNet, step: int, micro: int | None = None, factor: float = 1.0) -> float:
     """The loss of this rank's share."""
     share = [part.chunk(dist.world_size())[dist.rank()] for part in tokens(step)]
     total, size = torch.zeros(()), micro or len(share[0])
     for text, codes in zip(*(part.split(size) for part in share), strict=True):
-        loss = loss_of(player.engine, text, codes)
-        player.backward(loss * factor)
+        loss = loss_of(trained_net.engine, text, codes)
+        trained_net.backward(loss * factor)
         total += loss.detach() * size / len(share[0])
     return dist.all_reduce(total, "mean").item()
 
 
-def train(player: Player, start: int = 0, stop: int = STEPS, micro: int | None = None) -> list[float]:
+def train(trained_net: TrainedNet, start: int = 0, stop: int = STEPS, micro: int | None = None) -> list[float]:
     losses = []
     for step in range(start, stop):
-        losses.append(backward(player, step, micro))
-        player.step(step)
+        losses.append(backward(trained_net, step, micro))
+        trained_net.step(step)
     return losses
 
 
-def everywhere(player: Player) -> dict[str, Tensor]:
-    return masters.full_state(player.engine, everywhere=True)
+def everywhere(trained_net: TrainedNet) -> dict[str, Tensor]:
+    return masters.full_state(trained_net.engine, everywhere=True)
 
 
 def reference(dtype: str, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
@@ -100,12 +102,12 @@ def check_equals_plain_torch(zero: int) -> None:
     for dtype, tolerance in (("bf16", 1e-2), ("fp16", 2e-3)):
         want, weights = reference(dtype)
         for micro in (None, 2):
-            player = player_of(zero, dtype, micro)
-            torch.testing.assert_close(train(player, micro=micro), want, rtol=tolerance, atol=0.0)
-            got = everywhere(player)
+            trained_net = trained_net_of(zero, dtype, micro)
+            torch.testing.assert_close(train(trained_net, micro=micro), want, rtol=tolerance, atol=0.0)
+            got = everywhere(trained_net)
             for name in weights.keys() - {f"blocks.{block}.attention.key.bias" for block in (0, 1)}:  # no gradient
                 error = (got[name] - weights[name]).norm() / (weights[name] - before[name]).norm()
-                assert error < 0.5, (dtype, micro, name, error)  # an update left out is 1
+                assert error < 0.5, (dtype, micro, name, error)  # a step left out is 1
 
 
 def check_stages_agree(zero: int) -> None:
@@ -113,7 +115,7 @@ def check_stages_agree(zero: int) -> None:
     norm for clipping over other slices, so that other kernels, or the same in another order, round otherwise."""
     if zero > 1:
         for dtype, half in HALF.items():
-            losses, want = train(player_of(zero, dtype)), train(player_of(1, dtype))
+            losses, want = train(trained_net_of(zero, dtype)), train(trained_net_of(1, dtype))
             torch.testing.assert_close(losses, want, rtol=torch.finfo(half).eps, atol=0.0)
 
 
@@ -124,11 +126,11 @@ def check_fp32_stays_fp32(zero: int) -> None:
         return
     shares = {}
     for dtype in HALF:
-        player = player_of(zero, dtype)
-        train(player, stop=2)
-        backward(player, 2)
-        gradients = [gradient for gradient, _, _ in shards(player.engine)]
-        for name, found in (("gradients", gradients), ("weights", masters.owned(player.engine))):
+        trained_net = trained_net_of(zero, dtype)
+        train(trained_net, stop=2)
+        backward(trained_net, 2)
+        gradients = [gradient for gradient, _, _ in shards(trained_net.engine)]
+        for name, found in (("gradients", gradients), ("weights", masters.owned(trained_net.engine))):
             numbers = torch.cat([torch.zeros(0), *(t.flatten() for t in found if t.dtype == torch.float32)])
             numbers = numbers[numbers != 0]
             shares[name, dtype] = float((numbers.view(torch.int32) & 63 != 0).float().mean())
@@ -138,36 +140,36 @@ def check_fp32_stays_fp32(zero: int) -> None:
 def check_types_and_no_second_copy(zero: int) -> None:
     if zero == 0:
         return
-    player = player_of(zero, "fp16")
-    train(player, stop=1)
-    parameters = dict(player.module.named_parameters())
+    trained_net = trained_net_of(zero, "fp16")
+    train(trained_net, stop=1)
+    parameters = dict(trained_net.module.named_parameters())
     short = {name for name, parameter in parameters.items() if parameter.dtype == torch.float16}
     ends = ("query.weight", "key.weight", "value.weight", "output.weight", "expand.weight", "contract.weight_t")
     assert short == {name for name in parameters if name.endswith(ends)}
     assert {p.dtype for name, p in parameters.items() if name not in short} == {torch.float32}
     held = [p.ds_tensor if zero == 3 else p for p in parameters.values()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in held}
-    assert all(tensor.untyped_storage().data_ptr() in weights for tensor in masters.owned(player.engine))
+    assert all(tensor.untyped_storage().data_ptr() in weights for tensor in masters.owned(trained_net.engine))
 
 
-def check_an_overflow_skips_the_update_and_one_scale(zero: int) -> None:
-    """On one rank alone, in the second of two updates."""
+def check_an_overflow_skips_the_step_and_one_scale(zero: int) -> None:
+    """On one rank alone, in the second of two steps."""
     if zero == 0:
         return
-    player = player_of(zero, "fp16")
-    train(player, stop=1)
-    before, scales = everywhere(player), [scale.value for scale in player._scaling.scales]
-    backward(player, 1)
+    trained_net = trained_net_of(zero, "fp16")
+    train(trained_net, stop=1)
+    before, scales = everywhere(trained_net), [scale.value for scale in trained_net._scaling.scales]
+    backward(trained_net, 1)
     if dist.rank() == 1 or zero == 3:
-        gradient = next(gradient for gradient, group, _ in shards(player.engine) if group["branch"] == 2)
+        gradient = next(gradient for gradient, group, _ in shards(trained_net.engine) if group["branch"] == 2)
         gradient.view(-1)[0] = torch.inf
-    player.step(1)
-    for name, tensor in everywhere(player).items():
+    trained_net.step(1)
+    for name, tensor in everywhere(trained_net).items():
         assert torch.equal(tensor, before[name]), name
     want = [scale * (2**-0.5 if branch == 2 else 2**0.001) for branch, scale in enumerate(scales)]
-    assert [scale.value for scale in player._scaling.scales] == want
-    assert player.numbers()["skipped_updates"] == 1 and "log2_scale_min" in player.numbers()
-    losses = train(player, 2)
+    assert [scale.value for scale in trained_net._scaling.scales] == want
+    assert trained_net.numbers()["skipped_steps"] == 1 and "log2_scale_min" in trained_net.numbers()
+    losses = train(trained_net, 2)
     assert all(torch.tensor(losses).isfinite()) and losses[-1] < losses[0]
 
 
@@ -177,13 +179,13 @@ def check_scales_rescue_what_fp16_loses(zero: int) -> None:
         return
 
     def trained(factor: float, value: float) -> dict[str, Tensor]:
-        player = player_of(zero, "fp16", eps=1e-30, clip_norm=0.0, states="fp32")
+        trained_net = trained_net_of(zero, "fp16", eps=1e-30, clip_norm=0.0, states="fp32")
         for step in range(2):
-            for scale in player._scaling.scales:
+            for scale in trained_net._scaling.scales:
                 scale.value = value
-            backward(player, step, factor=factor)
-            player.step(step)
-        return everywhere(player)
+            backward(trained_net, step, factor=factor)
+            trained_net.step(step)
+        return everywhere(trained_net)
 
     def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         name = "blocks.0.expand.weight"
@@ -196,17 +198,17 @@ def check_scales_rescue_what_fp16_loses(zero: int) -> None:
 def check_resume_is_exact(zero: int) -> None:
     if zero == 0:
         return
-    player = player_of(zero, "fp16", rounding="stochastic", ema_decay=0.9)
-    train(player, stop=3)
+    trained_net = trained_net_of(zero, "fp16", rounding="stochastic", ema_decay=0.9)
+    train(trained_net, stop=3)
     folder = Path(sys.argv[-1]).parent / f"mixed_{zero}"
-    player.save(folder)
+    trained_net.save(folder)
     dist.barrier()
-    resumed = player_of(zero, "fp16", seed=1, rounding="stochastic", ema_decay=0.9)
+    resumed = trained_net_of(zero, "fp16", seed=1, rounding="stochastic", ema_decay=0.9)
     resumed.load(folder)
-    assert train(player, 3) == train(resumed, 3)
-    want, got = everywhere(player), everywhere(resumed)
+    assert train(trained_net, 3) == train(resumed, 3)
+    want, got = everywhere(trained_net), everywhere(resumed)
     assert all(torch.equal(got[name], want[name]) for name in want)
-    assert player._scaling.state() == resumed._scaling.state()
+    assert trained_net._scaling.state() == resumed._scaling.state()
 
 
 if __name__ == "__main__":

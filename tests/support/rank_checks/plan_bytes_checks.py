@@ -1,4 +1,4 @@
-"""Started by test_plan_bytes.py through the deepspeed launcher: what goes through torch's collectives in one update,
+"""Started by test_plan_bytes.py through the deepspeed launcher: what goes through torch's collectives in one step,
 beside what the plan says."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dalle_scale.config import RunConfig, parse
 from dalle_scale.engine import build, ds_config
 from dalle_scale.nn.residual_scaling import BranchScale
 
-UPDATES = 3  # at ZeRO 3 DeepSpeed looks on in the first ones
+STEPS = 3  # at ZeRO 3 DeepSpeed looks on in the first ones
 derive = ds_config.derive
 
 
@@ -54,8 +54,8 @@ class Mixed(Net):
 
 
 def make(zero: int, dtype: str, micro: int, kind: str = "adamw", **engine: Any) -> RunConfig:
-    tree = {"stage": "x", "run": "x", "updates": UPDATES, "batch_samples": 16, "data": {"train": "x"}}
-    tree |= {"engine": {"zero": zero, "dtype": dtype, "micro_batch_samples": micro, **engine}}
+    tree = {"stage": "x", "run": "x", "steps": STEPS, "global_batch_size": 16, "data": {"train": "x"}}
+    tree |= {"engine": {"zero": zero, "dtype": dtype, "micro_batch_size": micro, **engine}}
     return parse(RunConfig, {**tree, "optim": {"model": {"kind": kind, "lr": 0.01, "clip_norm": 1.0}}}, "test")
 
 
@@ -81,15 +81,15 @@ def count_collectives() -> None:
         setattr(torch.distributed, name, counted(name))
 
 
-def update(players: build.Players, config: RunConfig, step: int) -> None:
-    micro = config.micro_batch_samples(dist.world_size())
-    with players.turn("model") as nets:
+def update(trained_nets: build.TrainedNets, config: RunConfig, step: int) -> None:
+    micro = config.micro_batch_size(dist.world_size())
+    with trained_nets.updating("model") as nets:
         for _ in range(config.accumulation(dist.world_size())):
-            players["model"].backward(nets["model"](torch.arange(micro)).float().square().mean())
-        players["model"].step(step)
+            trained_nets["model"].backward(nets["model"](torch.arange(micro)).float().square().mean())
+        trained_nets["model"].step(step)
 
 
-def built(config: RunConfig, kind: type[nn.Module]) -> tuple[nn.Module, build.Players]:
+def built(config: RunConfig, kind: type[nn.Module]) -> tuple[nn.Module, build.TrainedNets]:
     """A net without memory, for the plan, and engines around one with it."""
     nets = {"model": kind()}
     with torch.device("meta"):
@@ -100,10 +100,10 @@ def built(config: RunConfig, kind: type[nn.Module]) -> tuple[nn.Module, build.Pl
 
 def compare(config: RunConfig, kind: type[nn.Module] = Net) -> None:
     dist.use_shared_memory(None)  # what goes through it is not sent
-    shapes, players = built(config, kind)
-    for step in range(UPDATES):
+    shapes, trained_nets = built(config, kind)
+    for step in range(STEPS):
         sent.clear()
-        update(players, config, step)
+        update(trained_nets, config, step)
     world_size = dist.world_size()
     planned = plan.sent_bytes(plan.collective_bytes(config, shapes, "model", world_size), world_size)
     assert abs(sum(sent) / planned - 1) < 0.01, f"sent {sum(sent):.0f} bytes, planned {planned:.0f}"
@@ -119,16 +119,16 @@ def check_bytes(zero: int) -> None:
             compare(make(zero, "fp32", 4))
 
 
-def check_bytes_between_machines(zero: int) -> None:
+def check_bytes_between_nodes(zero: int) -> None:
     """Two machines of one rank each. Comes last: DeepSpeed keeps an mpu for all engines of a process."""
     for dtype, kind, net in (("fp32", "adamw", Net), ("bf16", "adamw16", Mixed)) if zero else ():
         for rank in (0, 3):
-            config = make(zero, dtype, 8, kind, machines=2, compression_rank=rank)
-            shapes, players = built(config, net)
-            for step in range(UPDATES):
-                update(players, config, step)
-            counted = players.numbers()["between_machines_mib"] * 2**20 / UPDATES
-            planned = plan.between_machines_bytes(config, shapes, "model", 2)
+            config = make(zero, dtype, 8, kind, nodes=2, compression_rank=rank)
+            shapes, trained_nets = built(config, net)
+            for step in range(STEPS):
+                update(trained_nets, config, step)
+            counted = trained_nets.numbers()["between_nodes_mib"] * 2**20 / STEPS
+            planned = plan.between_nodes_bytes(config, shapes, "model", 2)
             assert abs(counted / planned - 1) < 0.01, f"{dtype} {rank}: {counted:.0f} bytes, planned {planned:.0f}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle_scale import dist
 from dalle_scale.engine import build, masters
-from dalle_scale.engine.player import Player
+from dalle_scale.engine.trained_net import TrainedNet
 from dalle_scale.nn.residual_scaling import BranchScale
 from dalle_scale.types import UserError
 
@@ -69,7 +69,7 @@ def folder_of(case: str, zero: int) -> Path:
     return Path(sys.argv[-1]).parent / f"{case}_{zero}"
 
 
-def player_of(case: str, zero: int, seed: int) -> tuple[build.Players, Any]:
+def trained_net_of(case: str, zero: int, seed: int) -> tuple[build.TrainedNets, Any]:
     config = make_config(zero, ema_decay=0.7, **CASES[case])
     torch.manual_seed(seed)
     nets: dict[str, nn.Module] = {"model": Odd()}
@@ -86,13 +86,13 @@ def derived(weights: Tensor, like: Tensor, kind: str) -> Tensor:
     return torch.stack(values, dim=-1).flatten().view(like.dtype).view(like.shape)
 
 
-def states_of(player: Player) -> list[tuple[Tensor, Tensor, str]]:
+def states_of(trained_net: TrainedNet) -> list[tuple[Tensor, Tensor, str]]:
     """(weights, state, its name) of all that lies number by number beside this rank's weights."""
     found = []
-    assert player.ema is not None
-    for index, key in enumerate(masters.keys(player.engine)):
-        found.append((key.data, player.ema.average[index], "average"))
-        state = masters.states(player.engine)[key]
+    assert trained_net.ema is not None
+    for index, key in enumerate(masters.keys(trained_net.engine)):
+        found.append((key.data, trained_net.ema.average[index], "average"))
+        state = masters.states(trained_net.engine)[key]
         found += [(key.data, value, name) for name, value in state.items() if torch.is_tensor(value) and value.ndim]
     return found
 
@@ -105,19 +105,19 @@ def save(zero: int) -> None:
     """`trained` in the middle of a training, with the losses that followed, and `marked`, with the whole weights."""
     for case in cases(zero):
         folder = folder_of(case, zero)
-        players, config = player_of(case, zero, seed=0)
-        player = players["model"]
-        train(players, config, 0, 2)
-        player.save(folder / "trained")
-        (folder / "losses.json").write_text(json.dumps(train(players, config, 2, 5)))
-        for weights, state, kind in states_of(player):
+        trained_nets, config = trained_net_of(case, zero, seed=0)
+        trained_net = trained_nets["model"]
+        train(trained_nets, config, 0, 2)
+        trained_net.save(folder / "trained")
+        (folder / "losses.json").write_text(json.dumps(train(trained_nets, config, 2, 5)))
+        for weights, state, kind in states_of(trained_net):
             state.copy_(derived(weights, state, kind))
-        player.engine.skipped_steps = 3
+        trained_net.engine.skipped_steps = 3
         if case == "fp16":
-            vars(player.engine.optimizer.loss_scaler).update(COUNTS)
-        player.module.seen.fill_(7.0)
-        player.save(folder / "marked")
-        whole = masters.full_state(player.engine)
+            vars(trained_net.engine.optimizer.loss_scaler).update(COUNTS)
+        trained_net.module.seen.fill_(7.0)
+        trained_net.save(folder / "marked")
+        whole = masters.full_state(trained_net.engine)
         if dist.is_main():
             save_file(whole, folder / "whole.safetensors")
 
@@ -131,15 +131,15 @@ def check_whole(zero: int) -> None:
     for case in cases(zero):
         for before in STAGES.get(case, checks.STAGES):
             with fp16_on_cpu():
-                player = player_of(case, zero, seed=1 + dist.rank())[0]["model"]
-            player.load(folder_of(case, before) / "marked")
+                trained_net = trained_net_of(case, zero, seed=1 + dist.rank())[0]["model"]
+            trained_net.load(folder_of(case, before) / "marked")
             want = load_file(folder_of(case, before) / "whole.safetensors")
-            compare(player, want)
-            assert player.engine.skipped_steps == 3
+            compare(trained_net, want)
+            assert trained_net.engine.skipped_steps == 3
             if case == "fp16":
-                assert COUNTS.items() <= vars(player.engine.optimizer.loss_scaler).items()
+                assert COUNTS.items() <= vars(trained_net.engine.optimizer.loss_scaler).items()
             checked = 0
-            for weights, state, kind in states_of(player):
+            for weights, state, kind in states_of(trained_net):
                 real = weights.view(-1) != 0  # padding is zero
                 assert real.any() or weights.numel() < 8
                 expected = derived(weights, state, kind)
@@ -150,29 +150,29 @@ def check_whole(zero: int) -> None:
             assert checked >= 3
 
 
-def compare(player: Player, want: dict[str, Tensor]) -> None:
+def compare(trained_net: TrainedNet, want: dict[str, Tensor]) -> None:
     """Masters, working weights, frozen parameters and buffers, on every rank."""
-    got = masters.full_state(player.engine, everywhere=True)
+    got = masters.full_state(trained_net.engine, everywhere=True)
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
-    with GatheredParameters(list(player.module.parameters())):
-        for name, parameter in player.module.named_parameters():
+    with GatheredParameters(list(trained_net.module.parameters())):
+        for name, parameter in trained_net.module.named_parameters():
             assert torch.equal(parameter, want[name].to(parameter.dtype)), name
-    assert torch.equal(player.module.seen, torch.full((3,), 7.0))
+    assert torch.equal(trained_net.module.seen, torch.full((3,), 7.0))
 
 
 def check_goes_on(zero: int) -> None:
-    """The losses after loading are those that the 2 processes went on with, to rounding."""
+    """The losses after loading are those that the 2 processes continued with, to rounding."""
     if dist.world_size() > 1:
         return
     for case in cases(zero):
         tolerance = 1e-5 if CASES[case]["dtype"] == "fp32" else 0.01
         for before in STAGES.get(case, checks.STAGES):
             with fp16_on_cpu():
-                players, config = player_of(case, zero, seed=1)
-                players["model"].load(folder_of(case, before) / "trained")
-                losses = train(players, config, 2, 5)
+                trained_nets, config = trained_net_of(case, zero, seed=1)
+                trained_nets["model"].load(folder_of(case, before) / "trained")
+                losses = train(trained_nets, config, 2, 5)
             want = json.loads((folder_of(case, before) / "losses.json").read_text())
             torch.testing.assert_close(losses, want, rtol=tolerance, atol=0.0)
 
@@ -180,14 +180,14 @@ def check_goes_on(zero: int) -> None:
 def check_other_parameters_are_refused(zero: int) -> None:
     if dist.world_size() > 1:
         return
-    player = player_of("fp32", zero, seed=0)[0]["model"]
+    trained_net = trained_net_of("fp32", zero, seed=0)[0]["model"]
     folder = folder_of("fp32", zero) / "other"
     layout = shutil.copytree(folder_of("fp32", zero) / "marked", folder) / "model" / "layout.json"
     document = json.loads(layout.read_text())
     document["parameters"]["down.bias"]["shape"] = [6]
     layout.write_text(json.dumps(document))
     try:
-        player.load(folder)
+        trained_net.load(folder)
     except UserError as error:
         assert "parameter down.bias was saved with shape [6], this net has [5]" in str(error)
         assert "\n" not in str(error)

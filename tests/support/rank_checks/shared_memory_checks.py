@@ -11,7 +11,7 @@ from torch import nn
 
 from dalle_scale import dist
 from dalle_scale.engine import shared_memory
-from dalle_scale.engine.machines import GradientMeans
+from dalle_scale.engine.nodes import GradientMeans
 from dalle_scale.engine.optim import Muon, orthogonalise
 
 
@@ -59,10 +59,10 @@ def check_gradients_without(zero: int) -> None:
 def assert_rows_are_right() -> None:
     """Of fewer elements than there is room for."""
     room = shared_memory.room(10)
-    for turn in range(3):
-        room.mine(7 - turn).fill_(dist.rank() + 10 * turn)
-        with room.gathered(7 - turn) as rows:
-            want = torch.arange(dist.world_size())[:, None].expand(-1, 7 - turn) + 10.0 * turn
+    for net_name in range(3):
+        room.mine(7 - net_name).fill_(dist.rank() + 10 * net_name)
+        with room.gathered(7 - net_name) as rows:
+            want = torch.arange(dist.world_size())[:, None].expand(-1, 7 - net_name) + 10.0 * net_name
             assert torch.equal(rows, want)
 
 

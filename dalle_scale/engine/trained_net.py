@@ -16,46 +16,49 @@ from dalle_scale import dist
 from dalle_scale.config import RunConfig
 from dalle_scale.engine import masters, optim, state
 from dalle_scale.engine.ema import Ema
-from dalle_scale.engine.machines import GradientMeans, Machines, shards
+from dalle_scale.engine.nodes import GradientMeans, Nodes, shards
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.engine.schedule import Schedule
 from dalle_scale.types import UserError
 
 SCALES = "gradient_scales.json"
-MAX_SKIPS = 50  # fp16 updates in a row that overflow before the run stops
+MAX_SKIPS = 50  # fp16 steps in a row that overflow before the run stops
 
 
-class Player:
-    """Made by `build`. `twin` is a copy of the net without weights, for evaluation where the net itself cannot serve:
-    because it has an average, or because ZeRO 3 cuts its weights."""
+class TrainedNet:
+    """A net in its DeepSpeed engine, made by `build`.
+
+    `evaluation_copy` is the net without weights. It serves for evaluation if the net has an average, or if ZeRO 3
+    shards its weights.
+    """
 
     def __init__(
         self,
         name: str,
         engine: Any,
         config: RunConfig,
-        twin: nn.Module | None,
-        machines: Machines | None = None,
+        evaluation_copy: nn.Module | None,
+        nodes: Nodes | None = None,
         scaling: Scaling | None = None,
     ) -> None:
         optim_config = config.optim[name]
         self.name = name
         self.engine = engine
         self.module: nn.Module = engine.module
-        self.schedule = Schedule(optim_config.schedule, config.updates)
+        self.schedule = Schedule(optim_config.schedule, config.steps)
         self.ema = Ema(engine, optim_config.ema_decay) if optim_config.ema_decay > 0 else None
-        self._twin = twin
-        self._machines, self._scaling = machines, scaling
+        self._evaluation_copy = evaluation_copy
+        self._nodes, self._scaling = nodes, scaling
         averages = config.engine.zero == 0 and dist.world_size() > 1
         self._means = GradientMeans(self.module) if averages else None
         self._skips_allowed = MAX_SKIPS if config.engine.dtype == "fp16" else 0
-        self._skipped = 0  # updates in a row
-        self._totals: list[Tensor] = []  # losses of this update's micro-batches
+        self._skipped = 0  # steps in a row
+        self._totals: list[Tensor] = []  # losses of this step's micro-batches
         self._finite = torch.ones((), dtype=torch.bool, device=dist.device())
 
     @staticmethod
-    def twin_of(net: nn.Module, config: RunConfig, name: str) -> nn.Module | None:
-        """The `twin` of a net that is not yet in an engine, if it will need one."""
+    def evaluation_copy_of(net: nn.Module, config: RunConfig, name: str) -> nn.Module | None:
+        """The `evaluation copy` of a net that is not yet in an engine, if it will need one."""
         if config.engine.zero < 3 and config.optim[name].ema_decay == 0:
             return None
         memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in net.buffers()}
@@ -63,15 +66,15 @@ class Player:
         return copy.deepcopy(net, memo)  # everything but the tensors
 
     def numbers(self) -> dict[str, float]:
-        """For the log: learning rate of the first param group; fp16: scales, and updates skipped so far;
+        """For the log: learning rate of the first param group; fp16: scales, and steps skipped so far;
         several machines: what this rank has averaged between them since the start."""
         numbers = {"lr": float(self.engine.optimizer.param_groups[0]["lr"])}
-        if self._machines is not None:
-            numbers["between_machines_mib"] = self._machines.sent_bytes / 2**20
+        if self._nodes is not None:
+            numbers["between_nodes_mib"] = self._nodes.sent_bytes / 2**20
         if self._scaling is not None:
             numbers |= self._scaling.numbers()
         elif self._skips_allowed:
-            numbers |= {"loss_scale": self.engine.optimizer.loss_scale, "skipped_updates": self.engine.skipped_steps}
+            numbers |= {"loss_scale": self.engine.optimizer.loss_scale, "skipped_steps": self.engine.skipped_steps}
         return numbers
 
     def backward(self, total: Tensor) -> None:
@@ -81,13 +84,13 @@ class Player:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts
 
-    def step(self, update: int) -> None:
-        """Finish update `update` (counted from 0) after its last micro-batch: optimizer step and average.
+    def step(self, step: int) -> None:
+        """Finish step `step` (counted from 0) after its last micro-batch: optimizer step and average.
 
         Raises:
             UserError: gradients are not finite (fp16: many times in a row).
         """
-        optim.set_lr(self.engine.optimizer, self.schedule.factor(update))
+        optim.set_lr(self.engine.optimizer, self.schedule.factor(step))
         taken = self._finish_gradients()
         self.engine.step()
         taken &= self.engine.was_step_applied()
@@ -98,27 +101,27 @@ class Player:
         self._skipped = 0 if taken else self._skipped + 1
         if self._skipped > self._skips_allowed:
             raise UserError(
-                f"update {update + 1}: the gradients of '{self.name}' are not finite; lower optim.{self.name}.lr or "
-                f"set optim.{self.name}.clip_norm, and go on from the last checkpoint"
+                f"update {step + 1}: the gradients of '{self.name}' are not finite; lower optim.{self.name}.lr or "
+                f"set optim.{self.name}.clip_norm, and resume from the last checkpoint"
             )
         if self.ema is not None:
             self.ema.update()
 
     def _finish_gradients(self) -> bool:
         """Average over the ranks at ZeRO 0 and between machines, clip, find the divisors; whether the optimizer will
-        take this update. Collective. Without adamw16 DeepSpeed does the rest, within a machine."""
-        scaling, machines = self._scaling, self._machines
+        take this step. Collective. Without adamw16 DeepSpeed does the rest, within a machine."""
+        scaling, nodes = self._scaling, self._nodes
         if self._means is not None:
             self._means.average()
         if scaling is None:
-            if machines is not None:
-                machines.average(self.engine)
+            if nodes is not None:
+                nodes.average(self.engine)
             return True
         finite = scaling.finite((gradient, group) for gradient, group, _ in shards(self.engine))
-        if machines is not None:
-            machines.average(self.engine, scaling.of)
+        if nodes is not None:
+            nodes.average(self.engine, scaling.of)
         gradients = ((gradient, group) for gradient, group, _ in shards(self.engine))
-        sum_over_shards = dist.all_reduce if machines is None else machines.sum_inside
+        sum_over_shards = dist.all_reduce if nodes is None else nodes.sum_inside
         optimizer = self.engine.optimizer.optimizer
         taken = scaling.apply(optimizer.param_groups, gradients, finite, sum_over_shards)
         optimizer.skip = not taken
@@ -129,7 +132,7 @@ class Player:
         return bool(self._finite)
 
     def healthy(self) -> bool:
-        """Whether the losses on this rank and the weights that it updates are finite. Waits for the device."""
+        """Whether the losses on this rank and the weights that it steps are finite. Waits for the device."""
         return self.losses_finite() and all(bool(t.isfinite().all()) for t in masters.owned(self.engine))
 
     def full_state(self) -> dict[str, Tensor]:
@@ -142,9 +145,9 @@ class Player:
     def evaluating(self) -> Iterator[nn.Module]:
         """The net with whole, averaged weights in eval mode; any of its methods may be called. Collective.
 
-        Where there is a twin, it takes the memory of the working weights, whole, until the block ends.
+        Where there is a evaluation copy, it takes the memory of the working weights, whole, until the block ends.
         """
-        module = self.module if self._twin is None else self._filled_twin()
+        module = self.module if self._evaluation_copy is None else self._filled_evaluation_copy()
         modes = [(child, child.training) for child in module.modules()]
         module.eval()
         try:
@@ -152,14 +155,14 @@ class Player:
         finally:
             for child, mode in modes:
                 child.training = mode
-            if self._twin is not None:
-                self._twin.to("meta")
+            if self._evaluation_copy is not None:
+                self._evaluation_copy.to("meta")
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of engine and average below `folder`. Collective."""
         state.save(self.engine, folder / self.name, self.ema.average if self.ema else ())
-        if self._machines is not None:
-            self._machines.save(folder / self.name)
+        if self._nodes is not None:
+            self._nodes.save(folder / self.name)
         if self._scaling is not None and dist.is_main():
             (folder / self.name / SCALES).write_text(json.dumps(self._scaling.state()), encoding="utf-8")
 
@@ -167,23 +170,24 @@ class Player:
         """Read back what `save` wrote on any number of ranks at any ZeRO stage, for the same net and optimizer.
         Collective."""
         state.load(self.engine, folder / self.name, self.ema.average if self.ema else ())
-        if self._machines is not None:
-            self._machines.load(folder / self.name)
+        if self._nodes is not None:
+            self._nodes.load(folder / self.name)
         if self._scaling is not None:
             self._scaling.load(json.loads((folder / self.name / SCALES).read_text(encoding="utf-8")))
 
     @torch.no_grad()
-    def _filled_twin(self) -> nn.Module:
-        """The twin on this rank's device, with the working precision's averaged weights and the net's buffers."""
-        assert self._twin is not None
+    def _filled_evaluation_copy(self) -> nn.Module:
+        """The evaluation copy on this rank's device, with the working precision's averaged weights and the net's
+        buffers."""
+        assert self._evaluation_copy is not None
         with self._average_in_place():
             weights = masters.full_state(self.engine, everywhere=True)
-        twin = self._twin.to_empty(device=dist.device())
-        for name, parameter in twin.named_parameters():
+        evaluation_copy = self._evaluation_copy.to_empty(device=dist.device())
+        for name, parameter in evaluation_copy.named_parameters():
             parameter.data = weights[name].to(self.module.get_parameter(name).dtype)
-        for name, buffer in twin.named_buffers():
+        for name, buffer in evaluation_copy.named_buffers():
             buffer.copy_(self.module.get_buffer(name))
-        return twin
+        return evaluation_copy
 
     def _average_in_place(self) -> Any:
-        return nullcontext() if self.ema is None else self.ema.in_place_of_weights()
+        return nullcontext() if self.ema is None else self.ema.half_precision_parameters()

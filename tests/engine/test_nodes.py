@@ -1,4 +1,4 @@
-"""Two machines of two ranks against one of four: the same losses and weights; resuming, and wrong numbers."""
+"""Two nodes of two ranks against one of four: the same losses and weights; resuming, and wrong numbers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from support.runs import write_config, write_images
 from dalle_scale.checkpoint import export
 
 ZEROS = (1, 2, 3)
-UPDATES = 6
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs `one_<zero>` (four ranks), `two_<zero>` (2 x 2), `low_<zero>` (2 x 2, compressed), and `..._resumed` of the
-    last two, on from the third update."""
-    folder = tmp_path_factory.mktemp("machines")
+    last two, on from the third step."""
+    folder = tmp_path_factory.mktemp("nodes")
     for split, count in (("train", 40), ("valid", 13)):
         write_images(folder / "shards" / split, count, size=32, seed=count)
     text = (ROOT / "configs" / "tiny" / "dvae.yaml").read_text().replace("runs/tiny/", f"{folder}/")
-    tree = yaml.safe_load(text) | {"updates": UPDATES, "batch_samples": 8}
+    tree = yaml.safe_load(text) | {"steps": STEPS, "global_batch_size": 8}
     tree["optim"]["model"] |= {"ema_decay": 0.8, "eps": 1e-5, "clip_norm": 0.3}
     tree["log"] = {"every": 1, "valid_every": 3, "valid_samples": 13, "save_every": 3}
     config = write_config(folder / "dvae.yaml", tree)
     todo: list[list[Any]] = [[config, f"run={folder}/one_{zero}", f"engine.zero={zero}"] for zero in ZEROS]
-    for zero in ZEROS:  # after the others: DeepSpeed remembers the machines
-        two = [config, "engine.machines=2", "engine.micro_batch_samples=1", f"engine.zero={zero}"]
+    for zero in ZEROS:  # after the others: DeepSpeed remembers the nodes
+        two = [config, "engine.nodes=2", "engine.micro_batch_size=1", f"engine.zero={zero}"]
         for name, rank in (("two", 0), ("low", 2)):
             run = [*two, f"engine.compression_rank={rank}"]
             third = folder / f"{name}_{zero}" / "checkpoints" / "00000003"
@@ -62,9 +62,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-def test_two_machines_are_one(runs: Path, zero: int) -> None:
+def test_two_nodes_are_one(runs: Path, zero: int) -> None:
     want, got = metrics(runs / f"one_{zero}"), metrics(runs / f"two_{zero}")
-    assert len(want) == UPDATES + 2 and len(got) == len(want)
+    assert len(want) == STEPS + 2 and len(got) == len(want)
     for line, reference in zip(got, want, strict=True):
         losses = {key: value for key, value in reference.items() if "/" in key}
         assert {key: line[key] for key in losses} == pytest.approx(losses, rel=1e-5)
@@ -90,7 +90,7 @@ def test_compression_follows_closely(runs: Path, zero: int) -> None:
 @pytest.mark.parametrize("zero", ZEROS)
 def test_resume_is_bit_exact(runs: Path, zero: int, kind: str) -> None:
     whole, resumed = runs / f"{kind}_{zero}", runs / f"{kind}_{zero}_resumed"
-    later = [row for row in metrics(whole) if row["update"] > 3]
+    later = [row for row in metrics(whole) if row["step"] > 3]
     windows = ("train/codes_used", "train/perplexity", "train/psnr_db")  # of the last samples; start empty on resume
     for line, reference in zip(metrics(resumed), later, strict=True):
         losses = {key: value for key, value in reference.items() if "/" in key and key not in windows}
@@ -100,17 +100,17 @@ def test_resume_is_bit_exact(runs: Path, zero: int, kind: str) -> None:
 
 
 def test_other_numbers_of_machines_go_on(runs: Path) -> None:
-    """From two machines of one rank to one and to four: what compression left behind comes along."""
-    for machines in (2, 1, 4):
-        run = runs / f"machines_{machines}"
-        options = [f"run={run}", "engine.zero=1", f"engine.machines={machines}", "engine.compression_rank=2"]
-        if machines != 2:
+    """From two nodes of one rank to one and to four: what compression left behind comes along."""
+    for nodes in (2, 1, 4):
+        run = runs / f"machines_{nodes}"
+        options = [f"run={run}", "engine.zero=1", f"engine.nodes={nodes}", "engine.compression_rank=2"]
+        if nodes != 2:
             options += ["--resume", str(runs / "machines_2" / "checkpoints" / "00000003")]
         (runs / "todo.json").write_text(json.dumps([[str(runs / "dvae.yaml"), *options]]))
-        launch(runs / "todo.json", processes=machines)
-    want = [row for row in metrics(runs / "machines_2") if row["update"] > 3]
-    for machines in (1, 4):
-        for line, reference in zip(metrics(runs / f"machines_{machines}"), want, strict=True):
+        launch(runs / "todo.json", processes=nodes)
+    want = [row for row in metrics(runs / "machines_2") if row["step"] > 3]
+    for nodes in (1, 4):
+        for line, reference in zip(metrics(runs / f"machines_{nodes}"), want, strict=True):
             losses = {key: value for key, value in reference.items() if key.endswith("loss")}
             assert {key: line[key] for key in losses} == pytest.approx(losses, rel=1e-5)
 
@@ -124,5 +124,5 @@ def test_bytes_between_machines(runs: Path, kind: str, rank: int) -> None:
         factors = rank * (rows + columns)
         matrix = parameter.ndim > 1 and not getattr(parameter, "is_embedding", False) and len(parameter) % 2 == 0
         numbers += factors if rank and matrix and factors < rows * columns else -(-parameter.numel() // 2)
-    [sent] = [row["between_machines_mib"] for row in metrics(runs / f"{kind}_3")[:3] if row["update"] == 3]
+    [sent] = [row["between_nodes_mib"] for row in metrics(runs / f"{kind}_3")[:3] if row["step"] == 3]
     assert sent == pytest.approx(3 * 4 * numbers / 2**20)  # at the first save errors are averaged as well

@@ -1,9 +1,9 @@
-"""Two levels of data parallelism: ZeRO among the ranks of a machine, gradients averaged, and if wanted compressed
-(powersgd.py), between machines by us.
+"""Two levels of data parallelism: ZeRO among the ranks of a node, gradients averaged, and if wanted compressed
+(powersgd.py), between nodes by us.
 
-Ranks are numbered machine by machine. Those of the same place in every machine hold the same slice of the same weights
-("replicas"); each update they average their gradients, which makes all machines one large batch (arXiv 2102.12092,
-Sec. 2.5). DeepSpeed sees one machine: its data-parallel group is the machine's.
+Ranks are numbered node by node. Those of the same place in every node hold the same slice of the same weights
+("data-parallel replicas"); each step they average their gradients, which makes all nodes one large batch (arXiv
+2102.12092, Sec. 2.5). DeepSpeed sees one node: its data-parallel group is the node's.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from dalle_scale.engine.shared_memory import room
 BUCKET_ELEMENTS = 16 * 1024 * 1024  # of gradients that travel together
 
 
-class Machines:
+class Nodes:
     """The groups, and DeepSpeed's view of them (the `mpu` of `deepspeed.initialize`). Collective to make."""
 
-    def __init__(self, machines: int, compression_rank: int = 0, seed: int = 0) -> None:
+    def __init__(self, nodes: int, compression_rank: int = 0, seed: int = 0) -> None:
         """
         Args:
-            machines: number of them; divides the world size.
+            nodes: number of them; divides the world size.
             compression_rank: r of PowerSGD; 0 = exact means.
             seed: of the run.
         """
         world_size = dist.world_size()
-        assert world_size % machines == 0, "checked by ds_config.check"
-        self.machines, self.ranks_each = machines, world_size // machines
-        self.machine, self.place = divmod(dist.rank(), self.ranks_each)
-        ranks = torch.arange(world_size).view(machines, self.ranks_each)
-        self._inside = _groups(ranks)[self.machine]
+        assert world_size % nodes == 0, "checked by ds_config.check"
+        self.nodes, self.ranks_each = nodes, world_size // nodes
+        self.node, self.place = divmod(dist.rank(), self.ranks_each)
+        ranks = torch.arange(world_size).view(nodes, self.ranks_each)
+        self._inside = _groups(ranks)[self.node]
         self._between = _groups(ranks.T)[self.place]
         self._alone = _groups(ranks.reshape(-1, 1))[dist.rank()]
-        self.sent_bytes = 0  # what this rank has given to collectives between machines, since the start
+        self.sent_bytes = 0  # what this rank has given to collectives between nodes, since the start
         self.compressor = PowerSGD(compression_rank, seed + self.place) if compression_rank else None
 
     @torch.no_grad()
     def average(self, engine: Any, scale_of: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> None:
-        """Replace this rank's gradients by their mean over its replicas, after the last backward of an update.
+        """Replace this rank's gradients by their mean over its data-parallel replicas, after the last backward of a
+        step.
 
         Args:
             engine: DeepSpeed's.
@@ -68,20 +69,20 @@ class Machines:
             self._mean(bucket)
 
     def sum_inside(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks of this machine, in place."""
+        """Sum over the ranks of this node, in place."""
         torch.distributed.all_reduce(tensor, group=self._inside)
         return tensor
 
     def save(self, folder: Path) -> None:
-        """Write what compression has left behind: one file for each place in a machine. Collective.
+        """Write what compression has left behind: one file for each place in a node. Collective.
 
         Replicas take the mean of their errors, which is all that counts for what they will send together, so that a run
-        that goes on is the run that did not stop, on any number of machines.
+        that continues is the run that did not stop, on any number of nodes.
         """
         if self.compressor and self.compressor.errors:
             for bucket in _buckets(self.compressor.errors):
                 self._mean(bucket)
-            if self.machine == 0:
+            if self.node == 0:
                 errors = {str(index): error.contiguous() for index, error in enumerate(self.compressor.errors)}
                 save_file(errors, folder / self._errors_file)
 
@@ -98,13 +99,13 @@ class Machines:
         return f"compression_errors_{self.place:05d}.safetensors"
 
     def _mean(self, tensors: list[Tensor]) -> None:
-        """Means over the replicas, in place, in one collective for each type."""
+        """Means over the data-parallel replicas, in place, in one collective for each type."""
         by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
             by_type[tensor.dtype].append(tensor)
         for alike in by_type.values():
             flat = torch.cat([tensor.flatten() for tensor in alike])
-            flat /= self.machines  # first: a sum of fp16 gradients might overflow
+            flat /= self.nodes  # first: a sum of fp16 gradients might overflow
             torch.distributed.all_reduce(flat, group=self._between)
             self.sent_bytes += flat.numel() * flat.element_size()
             for tensor, mean in zip(alike, torch.split(flat, [tensor.numel() for tensor in alike]), strict=True):
@@ -117,7 +118,7 @@ class Machines:
     # What DeepSpeed asks of an mpu
 
     def get_data_parallel_group(self) -> Any:
-        """The machine."""
+        """The node."""
         return self._inside
 
     def get_data_parallel_rank(self) -> int:
