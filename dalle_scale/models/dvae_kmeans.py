@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dalle_scale import log
 from dalle_scale.models.dvae import Bottleneck, Decoder, Encoder
 from dalle_scale.nn import kmeans
-from dalle_scale.nn.likelihoods import PHI_EPS, Likelihood, phi
+from dalle_scale.nn.likelihoods import PHI_EPS, Gaussian, LogitLaplace, phi
 
 _ITERATIONS = 10
 _NEVER = -1e4  # logit of a code without a centroid; those of the others are >= 0 at the chosen code
@@ -42,7 +42,12 @@ def codebook(patches: Tensor, vocab: int) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def start_from_centroids(
-    encoder: Encoder, decoder: Decoder, centroids: Tensor, error: float, sharpness: float, likelihood: Likelihood
+    encoder: Encoder,
+    decoder: Decoder,
+    centroids: Tensor,
+    error: float,
+    sharpness: float,
+    likelihood: LogitLaplace | Gaussian,
 ) -> None:
     """Set the weights of both nets, in place.
 

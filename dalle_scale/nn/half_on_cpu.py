@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dalle_scale.nn.residual_scaling import HALF
+from dalle_scale.nn.residual_scaling import HALF_TYPES
 
 
 def is_half_on_cpu(x: Tensor) -> bool:
     """Whether x has 16 bits and lies on a CPU."""
-    return x.dtype in HALF.values() and x.device.type == "cpu"
+    return x.dtype in HALF_TYPES.values() and x.device.type == "cpu"
 
 
 def widened(*states: Tensor) -> tuple[Tensor, ...]:

@@ -53,10 +53,6 @@ class Likelihood(Protocol):
         """The image that the maps stand for, in phi space [B, 3, H, W]."""
         ...
 
-    def location(self, target: Tensor) -> Tensor:
-        """The location maps of which `mean` is `target`."""
-        ...
-
 
 @dataclass(frozen=True)
 class LogitLaplace:
@@ -80,6 +76,7 @@ class LogitLaplace:
         return torch.sigmoid(maps[:, :3].float())
 
     def location(self, target: Tensor) -> Tensor:
+        """The location maps of which `mean` is `target`."""
         return torch.logit(target)
 
 
@@ -110,6 +107,7 @@ class Gaussian:
         return maps[:, :3].float()
 
     def location(self, target: Tensor) -> Tensor:
+        """As `LogitLaplace.location`."""
         return target
 
 
@@ -130,10 +128,6 @@ class Bernoulli:
 
     def mean(self, maps: Tensor) -> Tensor:
         return phi(torch.sigmoid(maps.float()) * 255)
-
-    def location(self, target: Tensor) -> Tensor:
-        """Infinite for bytes 0 and 255."""
-        return torch.logit(phi_inverse(target) / 255)
 
 
 @dataclass(frozen=True)
@@ -167,9 +161,6 @@ class DiscretisedLogistic:
     def mean(self, maps: Tensor) -> Tensor:
         """The location, which lies outside the bytes where an end byte is all but certain."""
         return phi((maps[:, :3].float() + 1) * 127.5)
-
-    def location(self, target: Tensor) -> Tensor:
-        return phi_inverse(target) / 127.5 - 1
 
 
 def _edge(level: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ MOST_ROWS = {"cpu": 1024, "cuda": 65536}  # of a matrix product, or positions of
 MOST_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of a timed call
 LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS or MOST_FLOPS
 CALLS = 3  # whose best counts
-TYPES = {"fp32": torch.float32, **residual_scaling.HALF}
+TYPES = {"fp32": torch.float32, **residual_scaling.HALF_TYPES}
 MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
 ASKED = ("fp32", "bf16", "auto")  # what --dtype takes
 

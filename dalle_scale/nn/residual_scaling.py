@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BranchScale:
@@ -75,6 +75,6 @@ def in_16_bits(net: nn.Module) -> set[nn.Parameter]:
 
 
 def cast(net: nn.Module, dtype: str) -> None:
-    """Give `in_16_bits` a type of `HALF`, in place."""
+    """Give `in_16_bits` a type of `HALF_TYPES`, in place."""
     for parameter in in_16_bits(net):
-        parameter.data = parameter.data.to(HALF[dtype])
+        parameter.data = parameter.data.to(HALF_TYPES[dtype])

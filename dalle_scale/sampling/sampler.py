@@ -23,7 +23,7 @@ from dalle_scale.sampling import batch_size
 from dalle_scale.types import ImageSampler, ImageTokenizer, OnCode, SampleRequest, StrictModel, UserError
 
 FIXED_BATCH_SIZE = 256  # sampled at a time by stages whose memory nobody counts
-DTYPES = ("fp32", *residual_scaling.HALF, "auto")
+DTYPES = ("fp32", *residual_scaling.HALF_TYPES, "auto")
 
 
 @dataclass(frozen=True)

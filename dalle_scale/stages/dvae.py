@@ -22,7 +22,7 @@ from dalle_scale.models.reconstruction import TokenizerStage, squared_error
 from dalle_scale.nn.field_checks import check_downsampling
 from dalle_scale.nn.flops import flops
 from dalle_scale.nn.gumbel import gumbel_softmax, kl_to_uniform
-from dalle_scale.nn.likelihoods import Gaussian, Likelihood, LogitLaplace, phi, phi_inverse, to_bytes
+from dalle_scale.nn.likelihoods import Gaussian, LogitLaplace, phi, phi_inverse, to_bytes
 from dalle_scale.nn.schedules import cosine
 from dalle_scale.types import Batch, Losses, Nets, StrictModel
 
@@ -140,7 +140,7 @@ class Stage(TokenizerStage):
     def __init__(self, config: DVAEConfig, upstream: types.ImageTokenizer | None = None) -> None:
         super().__init__(config, upstream, config.vocab, (config.grid,))
         self.config: DVAEConfig = config
-        self.likelihood: Likelihood = (
+        self.likelihood: LogitLaplace | Gaussian = (
             Gaussian(config.l2_std) if config.likelihood == "l2" else LogitLaplace(config.ln_b_floor)
         )
 

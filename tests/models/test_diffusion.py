@@ -54,12 +54,19 @@ def test_cosine_schedule_by_its_formula(steps: int) -> None:
     assert float(diffusion.betas[-1]) == 0.999 and float(diffusion.betas[:-1].max()) < 0.999
 
 
+def posterior_mean(diffusion: Diffusion, x0: Tensor, x: Tensor, times: Tensor) -> Tensor:
+    """Mean of q(x_{t-1} | x_t = x, x0) (arXiv 2006.11239, Eq. 7): the factor of x0 is the library's."""
+    level = diffusion.alphas_cumprod[times]
+    noisy = (1 - level / (1 - diffusion.betas[times])) * (1 - diffusion.betas[times]).sqrt() / (1 - level)
+    return diffusion.factor("posterior_data", times, x) * x0 + noisy.view(-1, *[1] * (x.ndim - 1)) * x
+
+
 @pytest.mark.parametrize(("schedule", "steps"), [("linear", 1000), ("cosine", 50)])
 def test_posterior_by_the_rule_of_bayes(schedule: str, steps: int) -> None:
     diffusion = Diffusion(betas_of(schedule, steps))  # type: ignore[arg-type]
     torch.manual_seed(0)
     x0, x = torch.randn(steps, dtype=torch.float64), torch.randn(steps, dtype=torch.float64)
-    found = diffusion.posterior_mean(x0, x, torch.arange(steps))
+    found = posterior_mean(diffusion, x0, x, torch.arange(steps))
     for time in range(1, steps):
         beta, before = float(diffusion.betas[time]), float(diffusion.alphas_cumprod[time - 1])
         # N(x; sqrt(1 - beta) y, beta) N(y; sqrt(before) x0, 1 - before) as a density of y: precisions add up
@@ -173,7 +180,7 @@ def test_terms_of_the_bound_against_torch() -> None:
     log_variance = diffusion.log_variance("learned", times, x, share)
     found = diffusion.bound_bits(images, x0, predicted, log_variance, times)
     doubles = (x0.double(), x.double(), predicted.double())
-    q_mean, p_mean = (diffusion.posterior_mean(image, doubles[1], times) for image in doubles[::2])
+    q_mean, p_mean = (posterior_mean(diffusion, image, doubles[1], times) for image in doubles[::2])
     p = Normal(p_mean, torch.exp(0.5 * log_variance.double()))
     q = Normal(q_mean[1:], diffusion.posterior_variance[1:, None, None, None].sqrt().expand_as(q_mean[1:]))
     expected = kl_divergence(q, Normal(p.mean[1:], p.stddev[1:])).flatten(1).mean(dim=1) / math.log(2)
@@ -210,8 +217,8 @@ def test_bound_against_numeric_integration() -> None:
             bits = -torch.log2(normal.cdf(torch.tensor(106 / 255)) - normal.cdf(torch.tensor(104 / 255)))
         else:
             real = torch.full_like(x, x0)
-            q = Normal(diffusion.posterior_mean(real, x, times), diffusion.posterior_variance[time].sqrt())
-            p = Normal(diffusion.posterior_mean(mean, x, times), torch.exp(log_variance / 2))
+            q = Normal(posterior_mean(diffusion, real, x, times), diffusion.posterior_variance[time].sqrt())
+            p = Normal(posterior_mean(diffusion, mean, x, times), torch.exp(log_variance / 2))
             bits = kl_divergence(q, p) / math.log(2)
         sums.append(float((weights * bits[:, 0]).sum()))
     share = float(diffusion.alphas_cumprod[-1])

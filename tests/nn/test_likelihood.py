@@ -165,6 +165,9 @@ def test_inverses() -> None:
     assert torch.equal(to_bytes(phi(levels)), levels)
     torch.testing.assert_close(phi_inverse(phi(levels)), levels.float(), rtol=0, atol=1e-3)
     assert phi_inverse(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
-    for likelihood in (LogitLaplace(), Gaussian(0.1), Gaussian(None), Bernoulli(), DiscretisedLogistic()):
-        maps = likelihood.location(phi(levels)).view(1, 1, 16, 16).expand(1, likelihood.channels, 16, 16)
+    locations = {likelihood: likelihood.location(phi(levels)) for likelihood in (LogitLaplace(), Gaussian(0.1))}
+    locations[Gaussian(None)] = Gaussian(None).location(phi(levels))
+    locations[Bernoulli()], locations[DiscretisedLogistic()] = torch.logit(levels / 255), levels / 127.5 - 1
+    for likelihood, location in locations.items():
+        maps = location.view(1, 1, 16, 16).expand(1, likelihood.channels, 16, 16)
         assert torch.equal(to_bytes(likelihood.mean(maps))[0, 0].flatten(), levels)

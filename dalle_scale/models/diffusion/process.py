@@ -68,7 +68,6 @@ class Diffusion:
             "signal": self.alphas_cumprod.sqrt(),
             "noise": noise_share.sqrt(),
             "posterior_data": betas * before.sqrt() / noise_share,
-            "posterior_noisy": (1 - before) * (1 - betas).sqrt() / noise_share,
             "log_small": torch.cat([second, self.posterior_variance[1:].log()]),
             "log_large": torch.cat([second, betas[1:].log()]),
             "log_beta": betas.log(),
@@ -88,10 +87,6 @@ class Diffusion:
     def noisy(self, x0: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """A sample of q(x_t | x0) (Eq. 4): maps and standard normal noise [B, ...] -> [B, ...]."""
         return self.factor("signal", times, x0) * x0 + self.factor("noise", times, x0) * noise
-
-    def posterior_mean(self, x0: Tensor, x: Tensor, times: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t = x, x0) (Eq. 7); at time 0 it is x0."""
-        return self.factor("posterior_data", times, x) * x0 + self.factor("posterior_noisy", times, x) * x
 
     def target(self, kind: Target, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Target of a net of this kind; v = signal * noise - noise level * x0 (arXiv 2202.00512, Sec. 4)."""

@@ -1,4 +1,4 @@
-"""Memory that a transformer takes to sample: keys and values, logits, joined matrices."""
+"""Memory that a transformer takes to sample: keys and values, logits, fused QKV projections."""
 
 from __future__ import annotations
 

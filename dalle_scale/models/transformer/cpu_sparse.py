@@ -42,7 +42,7 @@ class Blocks:
         blocked = image.unflatten(1, (-1, self.size))
         return blocked.transpose(1, 2) if self.by_column else blocked
 
-    def unblocked(self, blocked: Tensor) -> Tensor:
+    def merge(self, blocked: Tensor) -> Tensor:
         """Back to [B, grid^2, ...]."""
         return (blocked.transpose(1, 2) if self.by_column else blocked).flatten(1, 2)
 
@@ -153,7 +153,7 @@ class _Attention(Function):
             share = (near_sums - both).exp_()[..., None].to(out.dtype)
             group.set_queries(mixed, torch.lerp(group.queries(far), near, share))
             group.set_queries(sums, both)
-        ctx.save_for_backward(query, key, value, out, text_sums, blocks.unblocked(sums))
+        ctx.save_for_backward(query, key, value, out, text_sums, blocks.merge(sums))
         ctx.blocks, ctx.prefix = blocks, prefix
         return out
 

@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         return logits
 
     def _prefix(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The states before the image, to be joined: [B, 1, D], [B, T, D], [B, 1, D]."""
+        """The states before the image, to be concatenated: [B, 1, D], [B, T, D], [B, 1, D]."""
         start_of_text, start_of_image = self.start[:, None].unbind()
         shape = (len(text), 1, self.start.shape[1])
         if self.text_length:

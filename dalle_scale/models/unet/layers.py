@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
+from dalle_scale.nn.blocks import run
 from dalle_scale.nn.counter_rng import uniform_noise
 from dalle_scale.nn.half_on_cpu import GroupNorm, attend_all, widened
 from dalle_scale.nn.winograd import conv3x3
@@ -182,11 +182,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, dropout: Dropout | None) -> Tensor:
         """[B, n_in, H, W] and [B, n_out] -> [B, n_out, H, W]."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            arguments = (x, time, dropout)
-            branch: Tensor = checkpoint(self._branch, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            branch = self._branch(x, time, dropout)
+        branch = run(self._branch, x, time, dropout, recompute=self.activation_checkpointing)
         # in place: no convolution needs its output in the backward pass
         skip: Tensor = x if self.skip is None else self.skip(x)
         return branch.add_(skip)
@@ -209,11 +205,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], same shape."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            branch: Tensor = checkpoint(self._branch, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            branch = self._branch(x)
-        return x + branch
+        return x + run(self._branch, x, recompute=self.activation_checkpointing)
 
     def _branch(self, x: Tensor) -> Tensor:
         rows = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C]
