@@ -200,7 +200,7 @@ def _open(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.pop("format") != FORMAT:
         raise UserError(
-            f"{folder}: a checkpoint of another version of dalle_scale; end the run with that version, or start anew "
+            f"{folder}: written by another version of dalle_scale; end the run with that version, or start anew "
             "with another run=..."
         )
     return Checkpoint(folder=folder, **state)
