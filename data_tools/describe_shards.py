@@ -10,7 +10,6 @@ languages are found in about --samples captions, chosen by a hash of the key. La
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from itertools import pairwise
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = document(manifest, summary)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_page(out, statistics_page.page(numbers))
-    io.write(out.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
+    io.write_json(out.with_suffix(".json"), numbers)
     log.say(f"{out}: {summary.ok:,} of {manifest.num_samples:,} samples can be read")
 
 
@@ -91,12 +90,12 @@ def document(manifest: Manifest, summary: Summary) -> dict[str, Any]:
         }
     if summary.characters.counts or summary.empty_captions:
         distinct, seen = len(summary.repeats.seen), sum(summary.repeats.seen.values())
-        names = (name for name in ("characters", "words", "tokens") if getattr(summary, name).counts)
+        lengths = [name for name in ("characters", "words", "tokens") if getattr(summary, name).counts]
         result["captions"] = {
             "empty": summary.empty_captions,
             "repeated_share": round(1 - distinct / seen, 6) if seen else 0.0,
             "repeated_is_estimate": summary.repeats.halvings > 0,
-            **{name: distribution(getattr(summary, name)) for name in names},
+            **{name: distribution(getattr(summary, name)) for name in lengths},
             "words_from_samples": summary.word_samples,
             "frequent_words": dict(ranked(summary.frequent_words)[:TOP_WORDS]),
             "languages": dict(ranked(summary.languages)),

@@ -39,9 +39,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation.duplicate_keys import repeated
-from dalle_scale.curation.shard_writer import atomic, commit, write_table
+from dalle_scale.curation.shard_writer import commit, write_table
 from dalle_scale.curation.webdataset_import import Row, Sample, finalize, scan, to_rows
 from dalle_scale.data import manifest
 from dalle_scale.data.cache import PROTOCOLS, FetchError, open_remote, remote_size, retry
@@ -273,8 +273,7 @@ def write_part(job: Job, size_bytes: int, sha256: str, samples: list[Sample], ro
     """Put down what one tar holds; the .json comes last and says that all is there."""
     write_table(to_table(job.url, size_bytes, sha256, samples), job.part)
     facts = {"url": job.url, "size_bytes": size_bytes, "sha256": sha256, "options": asdict(job.options), "rows": rows}
-    with atomic(job.part.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
+    io.write(job.part.with_suffix(".json"), json.dumps(facts))
 
 
 def to_table(url: str, size_bytes: int, sha256: str, samples: list[Sample]) -> pa.Table:
@@ -309,7 +308,7 @@ def finish(out: Path, jobs: list[Job]) -> None:
     (out / manifest.INDEX).mkdir()
     reasons: Counter[str] = Counter()
     num_shards = num_samples = 0
-    with atomic(out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
+    with io.atomic(out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
         for job in log.progress(jobs, "write", "tars"):
             facts = json.loads(job.part.with_suffix(".json").read_text(encoding="utf-8"))
             samples, rows = from_table(pq.read_table(job.part)), facts["rows"]

@@ -10,15 +10,15 @@ Writes <out>/train and <out>/valid (tar shards with a manifest, through the same
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import random
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.curation.toy import world as world
 from dalle_scale.types import UserError
@@ -62,7 +62,7 @@ def write_split(folder: Path, count: int, two_objects: float, rng: random.Random
 def write_prompts(out: Path, count: int, rng: random.Random) -> None:
     """Write `count` distinct captions of each group with their scenes and true images."""
     (out / "truth").mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group, (num_things, held_out) in GROUPS.items():
         captions: set[str] = set()
         while len(captions) < count:
@@ -74,12 +74,12 @@ def write_prompts(out: Path, count: int, rng: random.Random) -> None:
             file = f"truth/{len(rows):05d}.png"
             Image.fromarray(world.render(scene, rng)).save(out / file)
             rows.append({"prompt": text, "group": group, "scene": asdict(scene), "truth": file})
-    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    io.write_rows(out / "prompts.jsonl", rows)
 
 
 def png(image: Image.Image) -> bytes:
     """The image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 

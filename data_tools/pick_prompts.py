@@ -9,9 +9,9 @@ Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sampl
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,15 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.count < 1 or (args.size is not None and args.size < 1):
         raise UserError("--count and --size: at least 1")
     (args.out / "truth").mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key, caption, pixels in pick(Manifest.open(args.shards), args.count, args.seed):
         file = f"truth/{len(rows):05d}.png"
         Image.fromarray(pixels if args.size is None else square(pixels, args.size)).save(args.out / file)
         rows.append({"prompt": caption, "key": key, "truth": file})
     if not rows:
         raise UserError(f"{args.shards}: none of its samples can be read")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    io.write(args.out / "prompts.jsonl", "".join(lines))
+    io.write_rows(args.out / "prompts.jsonl", rows)
     log.say(f"{args.out / 'prompts.jsonl'}: {len(rows)} captions")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.checkpoint import export
 from dalle_scale.config import DataConfig
 from dalle_scale.curation.toy import judge
@@ -64,7 +64,7 @@ def main() -> None:
         shown = zip(members[:ROWS_OF_GROUP], judged, strict=False)
         rows += [gallery.Row(prompts[index]["prompt"], images, title) for index, images in shown]
     report["tokenizer"] = tokenizer_quality(run)
-    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    io.write_json(run / "report.json", report)
     columns = ("true scene", "first candidate", "best of 16")
     gallery.save(run, "Text to image on a small world", columns, rows, notes=summary(report))
 

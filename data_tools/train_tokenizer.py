@@ -9,15 +9,14 @@ bytes. The same data set gives the same file on every run.
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from dalle_scale import log
-from dalle_scale.curation.shard_writer import atomic
+from dalle_scale import io, log
 from dalle_scale.data import text
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import sample_seeds
@@ -40,8 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     captions = list(read_captions(args.shards, args.max_captions))
     model = train(captions, args.vocab, args.character_coverage, byte_fallback=not args.no_byte_fallback)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(args.out) as temporary:
-        temporary.write_bytes(model)
+    io.write(args.out, model)
     log.say(f"{args.out}: {describe(args.out, captions)}")
 
 
@@ -70,7 +68,7 @@ def train(captions: list[str], vocab: int, character_coverage: float, byte_fallb
     Raises:
         UserError: the captions do not give that many pieces, or the vocabulary has no room for their characters.
     """
-    file = io.BytesIO()
+    file = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),

@@ -34,9 +34,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation.duplicate_keys import repeated
-from dalle_scale.curation.shard_writer import atomic
 from dalle_scale.curation.tar import Member, Tar, TarError
 from dalle_scale.data import codes, ledger, manifest
 from dalle_scale.data.cache import FetchError, ShardCache
@@ -101,7 +100,7 @@ def verify(folder: Path, workers: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     size_bytes = 0
     facts: dict[str, Any] = {"digest": None, "shards": 0, "samples": 0}
-    with atomic(folder / FAULTS) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with io.atomic(folder / FAULTS) as temporary, temporary.open("w", encoding="utf-8") as file:
         for faults in find(folder, workers, facts):
             size_bytes += faults.size_bytes
             counts.update(row["fault"] for row in faults.rows)
@@ -116,8 +115,7 @@ def verify(folder: Path, workers: int) -> dict[str, Any]:
         "samples_per_second": round(facts["samples"] / seconds, 1),
         "megabytes_per_second": round(size_bytes / seconds / 1e6, 1),
     }
-    with atomic(folder / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    io.write_json(folder / REPORT, report)
     return report
 
 

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dalle_scale import dist, log
+from dalle_scale import dist, io, log
 from dalle_scale.checkpoint import export
 from dalle_scale.curation import encode, shard_writer
 from dalle_scale.data import codes, manifest
@@ -53,8 +53,7 @@ def main() -> None:
     dist.join()
     if dist.is_main():
         plan_path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        with shard_writer.atomic(plan_path(args.out)) as temporary:
-            temporary.write_text(json.dumps(info), encoding="utf-8")
+        io.write_json(plan_path(args.out), info)
     dist.barrier()
     encode.encode_shards(
         source,

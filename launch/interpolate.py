@@ -11,7 +11,6 @@ squared error of values from 0 to 1. Writes <out>/grid.png, a row for each path,
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ def main() -> None:
         **space.options.model_dump(),
         "round_trip_mse": paths.round_trip_mse,
     }
-    io.write(args.out / "interpolation.json", json.dumps(record, indent=1) + "\n")
+    io.write_json(args.out / "interpolation.json", record)
     if paths.round_trip_mse is not None:
         log.say(f"there and back: mean squared error {paths.round_trip_mse:.4f} of values from 0 to 1")
     log.say(f"{len(paths.images)} paths: {args.out / 'grid.png'}")

@@ -77,7 +77,7 @@ def save(run: Path, step: int, config: RunConfig, parts: Mapping[str, Part], str
         keep: checkpoints to keep, this one included.
     """
     final = run / "checkpoints" / f"{step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = io.unfinished(final)
     if dist.is_main():
         for leftover in final.parent.glob(".*"):
             if not (leftover / "COMMIT").exists():
@@ -100,7 +100,7 @@ def save(run: Path, step: int, config: RunConfig, parts: Mapping[str, Part], str
             "stream": stream,
             "schedules": schedules,
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        io.write_json(temporary / "state.json", state)
         _commit(temporary, final)
         for old in committed(run)[:-keep]:
             (old.folder / "COMMIT").unlink()  # first, so that a deletion cut short leaves no half checkpoint behind
@@ -210,7 +210,7 @@ def _commit(temporary: Path, final: Path) -> None:
     """Give the finished folder its name, then the marker."""
     files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
     io.publish(temporary, final)
-    io.write(final / "COMMIT", json.dumps(files, indent=1))
+    io.write_json(final / "COMMIT", files)
 
 
 def _differences(saved: Any, wanted: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

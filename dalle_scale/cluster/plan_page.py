@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ Rows = list[list[str]]
 def write(out: Path, numbers: dict[str, Any]) -> None:
     """Write `out`/plan.json, .md and .html from `plan.document`; the folder is made."""
     out.mkdir(parents=True, exist_ok=True)
-    io.write(out / "plan.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    io.write_json(out / "plan.json", numbers, allow_nan=False)
     io.write(out / "plan.md", markdown(numbers))
     write_page(out / "plan.html", page(numbers))
 

@@ -33,11 +33,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation import chunks, dedupe, sources, workers
 from dalle_scale.curation.chunks import KEPT, SPLITS, Duplicates, Fetch, Job, Recipe
 from dalle_scale.curation.items import Options
-from dalle_scale.curation.shard_writer import atomic, commit, write_table
+from dalle_scale.curation.shard_writer import commit, write_table
 from dalle_scale.data import manifest
 from dalle_scale.types import UserError
 
@@ -119,8 +119,7 @@ def _pass(task: workers.Task, job: Job, table: Callable[[int], Path], what: str,
 def _find_fatal(job: Job, rows: list[int]) -> bool:
     """Note those of the rows that end the process that looks at them: they are left out from now on."""
     found = {row: how for row in rows if (how := workers.cause_of_failure(chunks.try_row, job, row))}
-    with atomic(job.fatal) as temporary:
-        temporary.write_text(json.dumps({**job.fatal_rows(), **found}), encoding="utf-8")
+    io.write_json(job.fatal, {**job.fatal_rows(), **found})
     for row, how in found.items():
         log.say(f"row {row} ends the process that decodes it ({how}) and is left out")
     return bool(found)
@@ -170,8 +169,7 @@ def _take_stage(out: Path, stage: Path, plan: dict[str, Any], overwrite: bool) -
     for folder in [path for path in stage.iterdir() if path.is_dir()]:
         shutil.rmtree(folder)
     (stage / _DUPLICATES).unlink(missing_ok=True)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    io.write_json(path, plan)
 
 
 def _clear(out: Path) -> None:
@@ -259,7 +257,7 @@ def _finish(job: Job, rows: int, started: float) -> None:
     """Write ledger, report and manifests, and print the result. `rows`: built by this run."""
     reasons: Counter[str] = Counter()
     kept: Counter[str] = Counter()
-    with atomic(job.out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
+    with io.atomic(job.out / "ledger.jsonl") as temporary, temporary.open("w", encoding="utf-8") as ledger:
         for chunk in log.progress(range(job.num_chunks), "account", "chunks", total=job.num_chunks):
             table = pq.read_table(job.finished(chunk), columns=["source", "name", "status", "split"], use_threads=False)
             good = pc.equal(table["status"], KEPT)
@@ -276,8 +274,7 @@ def _finish(job: Job, rows: int, started: float) -> None:
         "left_out": dict(sorted(reasons.items())),
         "last_run": {"rows": rows, "seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)},
     }
-    with atomic(job.out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    io.write_json(job.out / "report.json", report)
     for reason, count in reasons.most_common():
         log.say(f"left out: {count:,} x {reason}")
     for split in SPLITS if job.recipe.valid_share else SPLITS[:1]:

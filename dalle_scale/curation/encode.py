@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_scale import log
-from dalle_scale.curation.shard_writer import Shard, atomic
+from dalle_scale import io, log
+from dalle_scale.curation.shard_writer import Shard
 from dalle_scale.data import codes as image_codes
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest, index_path
@@ -57,8 +57,8 @@ def encode_shards(
                 shard.add(key, {**members, image_codes.MEMBER: image_codes.pack(codes)})
             lost += bad
             if last:
-                with atomic(_ledger_part(out, number)) as temporary:  # first: an index says that all is there
-                    temporary.write_text("".join(json.dumps(row) + "\n" for row in lost), encoding="utf-8")
+                rows_left_out = "".join(json.dumps(row) + "\n" for row in lost)
+                io.write(_ledger_part(out, number), rows_left_out)  # first: an index says that all is there
                 shard.close()
                 shard, lost = None, []
     reader.close()
@@ -67,8 +67,7 @@ def encode_shards(
 def join_ledger(out: Path) -> None:
     """Make <out>/ledger.jsonl of the shards' parts, in their order, and remove the parts."""
     parts = sorted(_ledger_part(out, 0).parent.glob("*.jsonl"))
-    with atomic(out / "ledger.jsonl") as temporary:
-        temporary.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
+    io.write(out / "ledger.jsonl", "".join(part.read_text(encoding="utf-8") for part in parts))
     for part in parts:
         part.unlink()
 

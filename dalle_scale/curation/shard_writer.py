@@ -9,13 +9,10 @@ work that was cut off continues at the first shard without an index. No manifest
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,6 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dalle_scale import io
 from dalle_scale.data import manifest
 from dalle_scale.types import UserError
 
@@ -108,7 +106,7 @@ class Shard:
         self._position = 0
         self._index = manifest.index_path(folder, number)
         self._index.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._temporary = io.unfinished(self.path)
         self._file: BinaryIO = self._temporary.open("wb")
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
@@ -134,7 +132,7 @@ class Shard:
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._position % tarfile.RECORDSIZE))
         self._file.close()
-        _publish(self._temporary, self.path)
+        io.publish_file(self.path)
         table = manifest.index_table(self.path.name, self._position, self._sha.hexdigest(), self._keys, self._members)
         write_table(table, self._index)
 
@@ -164,34 +162,13 @@ def commit(folder: str | Path, info: dict[str, Any]) -> None:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a parquet file, whole or not at all."""
-    with atomic(path) as temporary:
+    with io.atomic(path) as temporary:
         pq.write_table(table, temporary)
 
 
 def shard_name(number: int) -> str:
     """File name of shard `number`."""
     return f"shard-{number:06d}.tar"
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on success it is flushed to disk and renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    _publish(temporary, path)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name; after a crash it is there in full or not at all."""
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _clear(folder: Path) -> None:

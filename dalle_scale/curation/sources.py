@@ -7,12 +7,12 @@ start at any row. Nothing is unpacked to disk and no link is followed inside a t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dalle_scale import log
+from dalle_scale import io, log
 from dalle_scale.curation.items import (
     Lost,
     Options,
@@ -33,7 +33,6 @@ from dalle_scale.curation.items import (
     read_span,
     to_text,
 )
-from dalle_scale.curation.shard_writer import atomic
 from dalle_scale.curation.tables import TABLES, ParquetTable, Records, TextTable
 from dalle_scale.curation.tar import Tar, TarError
 from dalle_scale.data.reader import BadSample
@@ -251,7 +250,7 @@ def _read_captions(path: Path, name: str, place: Place, options: Options) -> dic
         data = _Reading(path, name, {"offset": place[0], "size": place[1]})()
     except BadSample as error:
         raise UserError(f"{path}/{name}: cannot read the captions: {error}") from None
-    for columns in Records(f"{path}/{name}", io.BytesIO(data)):
+    for columns in Records(f"{path}/{name}", BytesIO(data)):
         file = pick(columns, options.image_columns)
         if not isinstance(file, str):
             raise UserError(f"{name}: a row names no file; its columns are {', '.join(columns)}; see --image-column")
@@ -271,7 +270,7 @@ def _write_listing(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     place = pa.struct({"offset": pa.int64(), "size": pa.int64()})
     texts = {name: pa.string() for name in ("caption", "columns", "reason")}
     schema = pa.schema({"name": pa.binary(), **dict.fromkeys(_PARTS, place), **texts})
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with io.atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         part: list[dict[str, Any]] = []
         for row in rows:
             part.append(row)

@@ -28,6 +28,7 @@ import aiohttp
 import fsspec
 
 from dalle_scale import log
+from dalle_scale.io import unfinished
 from dalle_scale.types import UserError
 
 PROTOCOLS = ("http", "https", "s3", "gs")
@@ -95,7 +96,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{sha256}.tar"
         while not _is_there(path, size_bytes):
-            temporary = path.with_name(f".{path.name}.tmp")
+            temporary = unfinished(path)
             with _locked(temporary) as file:  # waits for who fetches it now
                 if file is not None and not _is_there(path, size_bytes):
                     self._fill(file, temporary, path, url, size_bytes, sha256)

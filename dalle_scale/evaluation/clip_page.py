@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -13,13 +12,13 @@ import numpy as np
 import torch
 
 from dalle_scale import io
-from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data.decode import decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
 from dalle_scale.evaluation.clip import RECALLS, TIE, Classes, Pairs, Row, Subject
 from dalle_scale.evaluation.reconstruction import Images
+from dalle_scale.io import digest
 from dalle_scale.report import gallery, tables
 from dalle_scale.report.page import GalleryImage
 
@@ -89,8 +88,7 @@ def write(out: Path, numbers: Row) -> None:
             `best_of`; all but `models` may be missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"definitions": DEFINITIONS, **numbers}, indent=2, ensure_ascii=False, allow_nan=False)
-    io.write(out / "clip.json", text + "\n")
+    io.write_json(out / "clip.json", {"definitions": DEFINITIONS, **numbers}, allow_nan=False)
     io.write(out / "clip.md", markdown(numbers))
     (out / "best_of.csv").unlink(missing_ok=True)
     if "best_of" in numbers:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dalle_scale.checkpoint.digest import digest
+from dalle_scale.io import digest
 from dalle_scale.nn.torchvision_compat import declare_missing_operators
 from dalle_scale.sampling import rerank
 from dalle_scale.types import UserError

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_scale import dist, log
+from dalle_scale import dist, io, log
 from dalle_scale.evaluation import result_schema as results
 from dalle_scale.evaluation.feature_extractors import Extractor
 from dalle_scale.evaluation.image_sets import Source
@@ -206,9 +206,8 @@ def save_statistics(path: Path, statistics: Statistics, extractor: Extractor) ->
     }
     tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "features": statistics.features}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
-    temporary.rename(path)
+    with io.atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
 
 
 def load_statistics(path: Path, extractor: Extractor, image_size: int) -> Statistics:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from dalle_scale import dist
-from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data import manifest
 from dalle_scale.data.reader import ahead
 from dalle_scale.evaluation import reconstruction
 from dalle_scale.evaluation.result_schema import MADE_BY, UNKNOWN, Images
+from dalle_scale.io import digest
 from dalle_scale.sampling import rerank
 from dalle_scale.types import ImageTokenizer, UserError
 

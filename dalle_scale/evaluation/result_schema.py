@@ -6,7 +6,6 @@ each move them by units), so a result with a field missing is no result: `read` 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -136,7 +135,7 @@ class Result(StrictModel):
 
 def write(out: Path, result: Result) -> None:
     """Write `out`/fidelity.json and fidelity.md."""
-    io.write(out / "fidelity.json", json.dumps(result.model_dump(), indent=2, ensure_ascii=False) + "\n")
+    io.write_json(out / "fidelity.json", result.model_dump())
     io.write(out / "fidelity.md", markdown(result))
 
 

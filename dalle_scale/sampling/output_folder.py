@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_scale import dist, io, log
-from dalle_scale.checkpoint.digest import digest
+from dalle_scale.io import digest
 from dalle_scale.sampling.sampler import candidate_seed
 from dalle_scale.types import UserError
 
@@ -80,7 +80,7 @@ class Store:
             if missing.any():
                 for whole in ("samples.jsonl", "grid.png"):
                     (self.folder / whole).unlink(missing_ok=True)
-            io.write(self.folder / "sampling.json", json.dumps(record, indent=1) + "\n")
+            io.write_json(self.folder / "sampling.json", record)
         flags = dist.broadcast(missing).tolist()
         return [place for place, flag in zip(self.places, flags, strict=True) if flag]
 
@@ -91,12 +91,11 @@ class Store:
     def save(self, prompt_index: int, candidate: int, image: Tensor) -> None:
         """An image uint8 [3, H, W], which appears whole or not at all."""
         path = self.path(prompt_index, candidate)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with io.unfinished(path).open("wb") as file:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(path)
+        io.unfinished(path).rename(path)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row of samples.jsonl for each image."""
@@ -119,8 +118,7 @@ class Store:
             images = torch.stack([torch.from_numpy(np.array(Image.open(self.path(*place)))) for place in self.places])
             columns = self.candidates if len(self.prompts) > 1 else min(self.candidates, GRID_COLUMNS)
             log.grid(images.permute(0, 3, 1, 2), columns).save(show)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
-        io.write(self.folder / "samples.jsonl", "".join(lines))
+        io.write_rows(self.folder / "samples.jsonl", self.rows())
         return show
 
 

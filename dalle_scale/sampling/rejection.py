@@ -19,7 +19,6 @@ A judge of the images is another model, or people. Diversity, too, is measured i
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,8 +168,3 @@ def lines(table: Sequence[dict[str, Any]]) -> list[str]:
         for row in table
     ]
     return [*words, CAVEAT] if table else []
-
-
-def document(about: dict[str, Any], table: Sequence[dict[str, Any]]) -> str:
-    """The table as JSON, after the entries of `about` and what the measures mean."""
-    return json.dumps(about | {"measures": MEASURES, "shares": table}, indent=2, ensure_ascii=False) + "\n"

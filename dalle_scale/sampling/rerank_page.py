@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -51,11 +50,11 @@ def save(out: Path, ranking: Ranking) -> list[str]:
             if row["kept"]:
                 name = f"{row['prompt_index']:05d}_{row['rank']:04d}.png"
                 shutil.copyfile(ranking.samples / row["file"], best / name)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in ranking.rows)
-    io.write(out / "scores.jsonl", "".join(lines))
+    io.write_rows(out / "scores.jsonl", ranking.rows)
     if ranking.trade_off:
         about = {"classifier": ranking.clip, "classes": str(ranking.classes)}
-        io.write(out / "trade_off.json", rejection.document(about, ranking.trade_off))
+        document = {**about, "measures": rejection.MEASURES, "shares": ranking.trade_off}
+        io.write_json(out / "trade_off.json", document)
     every, best_one = (
         fmean(row["score"] for row in ranking.rows if row["rank"] <= last) for last in (len(ranking.rows), 1)
     )

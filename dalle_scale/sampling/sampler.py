@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dalle_scale import config
 from dalle_scale.checkpoint import export
-from dalle_scale.checkpoint.digest import digest
 from dalle_scale.data.decode import decode
 from dalle_scale.data.reader import BadSample
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
+from dalle_scale.io import digest
 from dalle_scale.nn import precision, residual_scaling
 from dalle_scale.sampling import batch_size
 from dalle_scale.types import ImageSampler, ImageTokenizer, OnCode, SampleRequest, StrictModel, UserError

@@ -16,8 +16,8 @@ from support.exports import export_stage
 from support.processes import ROOT
 
 from dalle_scale.checkpoint import export
-from dalle_scale.checkpoint.digest import digest
 from dalle_scale.evaluation.result_schema import MADE_BY
+from dalle_scale.io import digest
 from dalle_scale.models.diffusion import samplers
 from dalle_scale.nn import precision, residual_scaling
 from dalle_scale.sampling import batch_size
