@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_scale.nn.blocks import Halve, conv, double, no_autocast, on_cpu, own_conv, run
+from dalle_scale.nn.blocks import Halve, conv, double, embedding_parameter, no_autocast, on_cpu, own_conv, run
 from dalle_scale.nn.conv import Conv
 
 
@@ -65,28 +65,32 @@ class Bottleneck(nn.Module):
         return run(branch, x, double(residual) if doubled else residual, recompute=self.activation_checkpointing)
 
 
-class CodeHead(nn.Module):
+class _CodeMatrix(nn.Module):
+    """A matrix with one row a code, weights ~ N(0, 1 / sqrt(inputs)), and biases 0 of the outputs."""
+
+    def __init__(self, vocab: int, width: int, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = embedding_parameter(torch.empty(vocab, width))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(inputs))
+
+
+class CodeHead(_CodeMatrix):
     """1x1 convolution to the K logits, in fp32: [B, C, h, w] -> [B, h, w, K]."""
 
     def __init__(self, n_in: int, vocab: int) -> None:
-        super().__init__()
-        self.weight = _code_parameter(torch.empty(vocab, n_in))
-        self.bias = nn.Parameter(torch.zeros(vocab))
-        nn.init.normal_(self.weight, std=1 / math.sqrt(n_in))
+        super().__init__(vocab, n_in, outputs=vocab, inputs=n_in)
 
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x.device.type):
             return F.linear(x.permute(0, 2, 3, 1).float(), self.weight.float(), self.bias.float())
 
 
-class CodeEmbedding(nn.Module):
+class CodeEmbedding(_CodeMatrix):
     """1x1 convolution from the K codes, in fp32: relaxed [B, h, w, K] or hard int64 [B, h, w] -> [B, n_out, h, w]."""
 
     def __init__(self, vocab: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = _code_parameter(torch.empty(vocab, n_out))
-        self.bias = nn.Parameter(torch.zeros(n_out))
-        nn.init.normal_(self.weight, std=1 / math.sqrt(vocab))
+        super().__init__(vocab, n_out, outputs=n_out, inputs=vocab)
 
     def forward(self, assignment: Tensor) -> Tensor:
         with no_autocast(assignment.device.type):
@@ -111,8 +115,9 @@ class Encoder(nn.Module):
         self.patch, pools = _folding(downsampling, stem)
         self.input = conv(3 * self.patch**2, widths[0], 1 if stem == "patch" else 7)
         layers: list[nn.Module] = []
+        gain = 1 / (len(widths) * blocks) ** 2  # the paper's
         for group, width in enumerate(widths):
-            layers += _group(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), len(widths))
+            layers += bottlenecks(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), gain)
             if group < pools:
                 layers.append(Halve())
         self.trunk = nn.Sequential(*layers)
@@ -144,9 +149,10 @@ class Decoder(nn.Module):
         self.patch, pools = _folding(downsampling, stem)
         self.input = CodeEmbedding(vocab, n_init)
         layers: list[nn.Module] = []
+        gain = 1 / (len(widths) * blocks) ** 2
         for group in reversed(range(len(widths))):
             before = n_init if group == len(widths) - 1 else widths[group + 1]
-            layers += _group(before, widths[group], blocks, (1, 3, 3, 3), len(widths))
+            layers += bottlenecks(before, widths[group], blocks, (1, 3, 3, 3), gain)
             if 0 < group <= pools:  # where the encoder pooled between this group and the one before it
                 layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
         self.trunk = nn.Sequential(*layers)
@@ -168,14 +174,6 @@ def _folding(downsampling: int, stem: str) -> tuple[int, int]:
     return (downsampling, 0) if stem == "patch" else (1, downsampling.bit_length() - 1)
 
 
-def _group(n_in: int, width: int, blocks: int, kernels: Sequence[int], groups: int) -> list[nn.Module]:
-    """`blocks` residual blocks, each with the paper's gain 1 / (number of blocks in the whole net)^2."""
-    gain = 1 / (groups * blocks) ** 2
+def bottlenecks(n_in: int, width: int, blocks: int, kernels: Sequence[int], gain: float) -> list[nn.Module]:
+    """`blocks` residual blocks, n_in -> width, each branch with this gain."""
     return [Bottleneck(width if index else n_in, width, kernels, gain) for index in range(blocks)]
-
-
-def _code_parameter(values: Tensor) -> nn.Parameter:
-    """A matrix with one row a code: never decayed and never orthogonalised, like every vocabulary's."""
-    parameter = nn.Parameter(values)
-    parameter.is_embedding = True  # type: ignore[attr-defined]
-    return parameter

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from dalle_scale.models.image_tokenizer import FrozenNet
 from dalle_scale.types import UserError
 
 
-class Latents:
-    """Images to latents and back, a limited number at a time; tensors on any device, answers on the net's."""
+class Latents(FrozenNet):
+    """Images to latents and back."""
 
     def __init__(
         self,
@@ -23,32 +23,23 @@ class Latents:
         image_size: int,
         samples_at_once: int = 64,
     ) -> None:
-        """net: put into eval mode.
+        """encode: uint8 images [B, 3, S, S] -> latents [B, C, side, side], without noise.
 
-        encode: uint8 images [B, 3, S, S] -> latents [B, C, side, side], without noise.
         decode: the reverse.
         shape: [C, side, side].
         """
-        self.shape, self.image_size = shape, image_size
-        self._net, self._encode, self._decode = net.eval(), encode, decode
-        self._samples_at_once = samples_at_once
+        super().__init__(net, image_size, samples_at_once)
+        self.shape, self._encode, self._decode = shape, encode, decode
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] -> latents fp32 [B, C, side, side]."""
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, self.image_size, self.image_size)
-        parts = torch.split(images.to(self._device), self._samples_at_once)
-        return torch.cat([self._encode(part).float() for part in parts])
+        self._check_images(images)
+        return self._in_parts(lambda part: self._encode(part).float(), images)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, side, side] -> uint8 images [B, 3, S, S]."""
         assert latents.shape[1:] == self.shape
-        return torch.cat([self._decode(part) for part in torch.split(latents.to(self._device), self._samples_at_once)])
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._net.parameters()).device
+        return self._in_parts(self._decode, latents)
 
 
 def fitting(upstream: object, channels: int, size: int, image_size: int) -> Latents | None:

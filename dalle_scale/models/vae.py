@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dalle_scale.models.dvae import Bottleneck
+from dalle_scale.models.dvae import bottlenecks
 from dalle_scale.nn.blocks import conv, initialized
 
 
@@ -52,9 +52,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.input = conv(3, widths[0], 3)
         layers: list[nn.Module] = []
+        gain = 1 / math.sqrt(len(widths) * blocks)  # the sum of all branches starts about as large as one
         for group, width in enumerate(widths):
             layers += [nn.MaxPool2d(2)] if group else []
-            layers += _group(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), len(widths))
+            layers += bottlenecks(widths[max(group - 1, 0)], width, blocks, (3, 3, 3, 1), gain)
         self.trunk = nn.Sequential(*layers)
         output = nn.Conv2d(widths[-1], 2 * channels, kernel)
         self.output = initialized(output, std=1 / math.sqrt(widths[-1] * kernel**2))
@@ -72,9 +73,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.input = initialized(nn.ConvTranspose2d(channels, widths[-1], kernel), std=1 / math.sqrt(channels))
         layers: list[nn.Module] = []
+        gain = 1 / math.sqrt(len(widths) * blocks)
         for group in reversed(range(len(widths))):
             before = widths[min(group + 1, len(widths) - 1)]
-            layers += _group(before, widths[group], blocks, (1, 3, 3, 3), len(widths))
+            layers += bottlenecks(before, widths[group], blocks, (1, 3, 3, 3), gain)
             layers += [nn.Upsample(scale_factor=2, mode="nearest")] if group else []
         self.trunk = nn.Sequential(*layers)
         self.output = conv(widths[0], maps, 3)
@@ -83,10 +85,3 @@ class Decoder(nn.Module):
         x = self.trunk(self.input(z.to(self.input.weight.dtype)))
         maps: Tensor = self.output(torch.relu(x))
         return maps
-
-
-def _group(n_in: int, width: int, blocks: int, kernels: Sequence[int], groups: int) -> list[nn.Module]:
-    """`blocks` residual blocks, each with gain 1 / sqrt(number of blocks in the whole net): the sum of all branches
-    starts about as large as one."""
-    gain = 1 / math.sqrt(groups * blocks)
-    return [Bottleneck(width if index else n_in, width, kernels, gain) for index in range(blocks)]

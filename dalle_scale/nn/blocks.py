@@ -36,6 +36,13 @@ def own_conv(n_in: int, n_out: int, kernel: int) -> Conv:
     return initialized(Conv(n_in, n_out, kernel), std=1 / math.sqrt(n_in * kernel**2))
 
 
+def embedding_parameter(values: Tensor) -> nn.Parameter:
+    """A parameter with one row a code, token or place: never decayed and never orthogonalised."""
+    parameter = nn.Parameter(values)
+    parameter.is_embedding = True  # type: ignore[attr-defined]
+    return parameter
+
+
 def run(module: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:
     """module(*inputs); with `recompute`, what it computes inside is computed again in the backward pass, not kept."""
     if recompute and torch.is_grad_enabled():  # no module draws from torch's generator, whose state need not be kept

@@ -45,13 +45,18 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def cache_folder() -> Path:
+    """Folder of what is kept for this machine. Raises RuntimeError where nobody knows this user's home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle_scale"
+
+
 def _loaded(source: Path) -> ctypes.CDLL:
     name, *options = _WAYS[source.suffix]
     compiler = shutil.which(name)
     if compiler is None:
         raise RuntimeError(f"no compiler {name}")
     command = [compiler, *options, "-shared", "-fPIC"]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle_scale"
+    folder = cache_folder()
     path = folder / f"{source.stem}-{_digest(source, command)}.so"
     if not _whole(path):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

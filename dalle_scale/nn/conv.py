@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dalle_scale.nn import winograd_tiles, winograd_transforms
+from dalle_scale.nn.winograd import plain_conv
 from dalle_scale.nn.winograd_transforms import put_rows, relu_of, workspace
 
 _FEWEST_PRODUCTS = 2**24  # positions x channels x outputs; below, calls from Python take more time than they save
@@ -59,11 +60,7 @@ def convolve(
             origins = (_origin(x), None if residual is None else _origin(residual))
             _ORIGINS[out] = _Origin(given, origins, _versions(out, *given))
         return out
-    x, padding = F.relu(x) if relu else x, weight.shape[2] // 2
-    if bias.ndim == 1:
-        out = F.conv2d(x, weight, bias, padding=padding)
-    else:
-        out = F.conv2d(x, weight, padding=padding).add_(bias[:, :, None, None])
+    out = plain_conv(F.relu(x) if relu else x, weight, bias)
     if residual is not None:
         return torch.add(residual, out, alpha=gain)
     return out if gain == 1 else gain * out

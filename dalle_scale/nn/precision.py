@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import platform
 import tempfile
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from dalle_scale import dist
 from dalle_scale.nn import residual_scaling
 from dalle_scale.nn.causal_conv import CausalConv
+from dalle_scale.nn.compiled import cache_folder
 from dalle_scale.nn.linear import TransposedLinear
 
 WIN = 1.5  # auto takes bf16 from so many times the rate of fp32 on
@@ -37,6 +37,7 @@ LEAST_SECONDS = 0.004  # of a timed call, unless it has MOST_ROWS or MOST_FLOPS
 CALLS = 3  # whose best counts
 TYPES = {"fp32": torch.float32, **residual_scaling.HALF_TYPES}
 MATRICES, MAPS = nn.Linear | TransposedLinear, nn.Conv2d | nn.ConvTranspose2d | CausalConv
+_FILE = "matrix_rates.json"
 ASKED = ("fp32", "bf16", "auto")  # what --dtype takes
 
 
@@ -191,13 +192,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle_scale" / "matrix_rates.json"
-
-
 def _read() -> dict[str, Any]:
     try:
-        kept = json.loads(_path().read_text(encoding="utf-8"))
+        kept = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody knows this user's home
         return {}
     return kept if isinstance(kept, dict) else {}
@@ -209,7 +206,7 @@ def _is_rates(kept: Any, names: list[str]) -> bool:
 
 def _write(kept: dict[str, Any]) -> None:
     try:
-        path = _path()
+        path = cache_folder() / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             json.dump(kept, file, indent=1)

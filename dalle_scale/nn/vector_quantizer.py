@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_scale import dist
-from dalle_scale.nn.blocks import no_autocast
+from dalle_scale.nn.blocks import embedding_parameter, no_autocast
 from dalle_scale.nn.gumbel import gumbel_noise
 from dalle_scale.nn.kmeans import Progress, assign, kmeans, silent
 from dalle_scale.types import StrictModel, UserError
@@ -100,8 +100,7 @@ class Quantizer(nn.Module):
             codebook = F.normalize(torch.randn(config.vocab, width), dim=1)
         self._counted = False  # whether there are statistics that `after_step` has not seen
         if config.update == "loss":
-            self.codebook = nn.Parameter(codebook)
-            self.codebook.is_embedding = True  # type: ignore[attr-defined]  # never decayed
+            self.codebook = embedding_parameter(codebook)
             return
         self.register_buffer("codebook", codebook)
         # N and m of App. A.1 start at 0, and `mass` is the same average of ones: N / mass is a count without the pull

@@ -56,9 +56,15 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if _pays(x, weight):
         out: Tensor = _Winograd.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
+    return plain_conv(x, weight, bias)
+
+
+def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """torch's convolution that keeps the size; bias [O], or [B, O]: one for each sample."""
+    padding = weight.shape[2] // 2
     if bias.ndim == 1:
-        return F.conv2d(x, weight, bias, padding=1)
-    return F.conv2d(x, weight, padding=1).add_(bias[:, :, None, None])
+        return F.conv2d(x, weight, bias, padding=padding)
+    return F.conv2d(x, weight, padding=padding).add_(bias[:, :, None, None])
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

@@ -101,13 +101,6 @@ class Diffusion:
         signal, level = self.factor("signal", times, x), self.factor("noise", times, x)
         return (x - level * predicted) / signal if kind == "eps" else signal * x - level * predicted
 
-    def eps(self, kind: Target, predicted: Tensor, x: Tensor, times: Tensor) -> Tensor:
-        """The noise that a prediction at x means."""
-        if kind == "eps":
-            return predicted
-        signal, level = self.factor("signal", times, x), self.factor("noise", times, x)
-        return (x - signal * predicted) / level if kind == "x0" else level * x + signal * predicted
-
     def log_variance(self, kind: Variance, times: Tensor, like: Tensor, share: Tensor | None = None) -> Tensor:
         """ln of the variance of p(x_{t-1} | x_t): [B, 1, ...], or the shape of `like` [B, ...] if learned.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_scale.models.transformer.kv_cache import RingBuffer
-from dalle_scale.nn.blocks import initialized
+from dalle_scale.nn.blocks import embedding_parameter, initialized
 from dalle_scale.nn.causal_conv import CausalConv
 from dalle_scale.nn.counter_rng import uniform_noise
 from dalle_scale.nn.half_on_cpu import attend_all
@@ -217,9 +217,7 @@ def embedding(vocab: int, width: int) -> nn.Embedding:
 
 def positions(count: int, width: int) -> nn.Parameter:
     """One row ~ N(0, 0.1) a place; never decayed."""
-    rows = nn.Parameter(0.1 * torch.randn(count, width))
-    rows.is_embedding = True  # type: ignore[attr-defined]
-    return rows
+    return embedding_parameter(0.1 * torch.randn(count, width))
 
 
 def _dropout(x: Tensor, share: float, seeds: Tensor, counter: int) -> Tensor:
