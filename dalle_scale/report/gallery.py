@@ -127,9 +127,9 @@ def _join(blocks: Sequence[Image.Image], gap: int, align: str = "", before: int 
 
 def _cell(name: str, image: GalleryImage, side: int, frame: int) -> Image.Image:
     """A framed image; below it its mark, the column's name and its note."""
-    image, width = to_pillow(image.image), side + 2 * frame
-    method = Image.Resampling.NEAREST if side >= max(image.size) else Image.Resampling.LANCZOS
-    framed = ImageOps.expand(ImageOps.contain(image, (side, side), method), frame, _COLOURS[image.right])
+    pixels, width = to_pillow(image.image), side + 2 * frame
+    method = Image.Resampling.NEAREST if side >= max(pixels.size) else Image.Resampling.LANCZOS
+    framed = ImageOps.expand(ImageOps.contain(pixels, (side, side), method), frame, _COLOURS[image.right])
     if image.right is None:
         label = _text_block(name, _SMALL, width, _FAINT)
     else:
