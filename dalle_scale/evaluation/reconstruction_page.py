@@ -80,7 +80,7 @@ def markdown(numbers: dict[str, Any]) -> str:
 
 def page(numbers: dict[str, Any], shown: dict[str, dict[int, Example]]) -> Page:
     """Return a document and its images as a page; arguments as in `write`."""
-    sections = [Section("Numbers", [Table(table(numbers["exports"]), text_columns=2), Definitions(_definitions())])]
+    sections = [Section("Results", [Table(table(numbers["exports"]), text_columns=2), Definitions(_definitions())])]
     if cards := _cards(shown):
         sections.append(Section("Images", [Cards.of(cards)]))
     return Page(_TITLE, _notes(numbers), sections)

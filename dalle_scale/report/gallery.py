@@ -139,7 +139,7 @@ def _cell(name: str, image: GalleryImage, side: int, frame: int) -> Image.Image:
 
 
 def _badge(right: bool) -> Image.Image:
-    """A tick or a cross on a coloured tile; drawn large and shrunk for smooth edges."""
+    """A tick or a cross on a coloured tile, made large and shrunk for smooth edges."""
     unit = 4 * _BADGE / 10
     tile = Image.new("RGB", (4 * _BADGE, 4 * _BADGE), _PAPER)
     pen = ImageDraw.Draw(tile)

@@ -1,6 +1,6 @@
 """HTML pages of plain data: one template a kind of block, one stylesheet.
 
-    write_page(path, Page("Title", ["a line"], [Section("Numbers", [Table(rows)])]))
+    write_page(path, Page("Title", ["a line"], [Section("Results", [Table(rows)])]))
 
 A page stands alone: it holds its images and charts, needs no script and no network, and escapes every text.
 """

@@ -42,7 +42,7 @@ _OF_TRANSFORMER = {"text_vocab", "text_length", "image_vocab", "grid", "width", 
 
 
 class SamplingOptions(StrictModel):
-    """How codes are sampled."""
+    """Sampling options of codes."""
 
     temperature: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="of the softmax; near 0 takes the likeliest code"

@@ -98,7 +98,7 @@ class VAEConfig(StrictModel):
 
 
 class SamplingOptions(StrictModel):
-    """How images are sampled."""
+    """Sampling options of images."""
 
     temperature: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="standard deviation of z; 0 = one image for all seeds"

@@ -34,7 +34,7 @@ PREVIEW_SAMPLES = 8
 
 
 class SamplingOptions(StrictModel):
-    """How codes are sampled."""
+    """Sampling options of codes."""
 
     temperature: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="of the softmax; near 0 takes the likeliest code"

@@ -271,7 +271,7 @@ def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
     need, lengths = weigh.memory(config)["peak"], []
     for share in (0.99, 0.6, 0.35, 0.25):
         weigh.cluster = cluster(gpus=4, memory_gib=share * need / plan.USABLE_SHARE / 2**30)
-        found = plan.fix(config, weigh)
+        found = plan.fixes(config, weigh)
         assert found and weigh.fits(weigh.memory(tiny("dalle", *base, *found)))
         for left_out in found:
             rest = [override for override in found if override != left_out]

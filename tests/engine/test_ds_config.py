@@ -119,8 +119,8 @@ def test_several_machines() -> None:
     ds_config.check(make(engine), 4, cpu)
     for changes, message in (
         ({"nodes": 3}, "engine.nodes: 3, but 4 processes do not divide among them"),
-        ({"zero": 0}, "need engine.zero=1, 2 or 3 inside a machine"),
-        ({"zero": 0, "nodes": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a machine"),
+        ({"zero": 0}, "need engine.zero=1, 2 or 3 inside a node"),
+        ({"zero": 0, "nodes": 1, "compression_rank": 4}, "need engine.zero=1, 2 or 3 inside a node"),
         ({"dtype": "fp16", "compression_rank": 4}, "goes with engine.dtype=fp16 only where optim kind is adamw16"),
     ):
         with pytest.raises(UserError, match=message):

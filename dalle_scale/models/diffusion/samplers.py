@@ -41,8 +41,8 @@ Predict: TypeAlias = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor | None]"]
 
 
 class Options(StrictModel):
-    """How images are sampled. An option left at None takes the model's own value, or that of DDPM: every time,
-    ancestral."""
+    """Sampling options of diffusion models. One left at None takes the model's own value, or that of DDPM: every
+    time, ancestral."""
 
     method: Method | None = Field(default=None, description="None = as the model was configured")
     steps: int | None = Field(
