@@ -1,4 +1,5 @@
 # make demo   train the whole text-to-image chain on a small world and show the images (MINUTES=8)
+# make quick  the tests that start no process, in under two minutes
 # make test   every check and test, on two workers (WORKERS=2)
 # make test-all                    the same and proofs that take long
 # make test-processors             which rows of tests/processors.py have passed at this code, and which are missing
@@ -14,7 +15,7 @@ STAMP := $(VENV)/installed
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: demo test test-all test-processors lint install clean
+.PHONY: demo quick test test-all test-processors lint install clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ lint: $(STAMP)
 # a file's tests stay on one worker, which share what they have set up; two threads in each of two processes would
 # wait for each other most of the time
 SHARED := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) -m 'not slow and not distributed and not long'
+
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED)
 

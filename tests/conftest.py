@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 import torch.multiprocessing
+from support.marks import marks_of, refuse_processes
 from support.processes import HANG_SECONDS, TESTS, Launch, environment, short_command
 from support.runs import write_images
 
@@ -29,7 +30,7 @@ FOREIGN = (
 
 LONGEST = (
     "launch/test_train.py", "engine/test_vqgan_engines.py", "engine/test_mixed.py", "benchmarks/test_gpu_benchmark.py",
-    "engine/test_machines.py", "smoke/test_readme.py", "launch/test_killed_phases.py", "smoke/test_demo.py",
+    "engine/test_nodes.py", "smoke/test_readme.py", "launch/test_killed_phases.py", "smoke/test_demo.py",
     "data/test_exactly_once.py", "cluster/test_dead_rank.py", "curation/test_build.py", "launch/test_doctor.py",
     "engine/test_reshard.py", "golden/test_golden.py", "engine/test_engine.py", "curation/test_fetch.py",
     "benchmarks/test_scale.py", "launch/test_slurm.py",
@@ -41,6 +42,19 @@ NUMERICS = (
     "evaluation/test_ssim.py", "models/", "nn/", "stages/",
 )  # fmt: skip
 
+# Tests that take more than about 5 s or start processes through the library, by how their names begin: marked `slow`
+SLOW = (
+    "benchmarks/test_fault_accounting.py::test_the_project_under", "benchmarks/test_gpu_benchmark.py",
+    "curation/test_build.py::test_a_killed_worker", "curation/test_build.py::test_any_number_of_workers",
+    "curation/test_build.py::test_images_that_end_their", "curation/test_fetch.py::test_a_host_that_never",
+    "cluster/test_plan.py::test_nothing_mends", "data/test_cache.py::test_a_killed_process",
+    "data/test_cache.py::test_after_a_fork", "data/test_cache.py::test_one_who_waited",
+    "data/test_cache.py::test_processes_at_once", "data/test_exactly_once.py", "data/test_pipeline.py",
+    "data/test_pool.py", "data/test_remote.py::test_batches_are_those",
+    "data_tools/test_describe_shards.py::test_workers",
+    "data_tools/test_download.py", "engine/test_leave.py", "golden/", "smoke/",
+)  # fmt: skip
+
 
 def pytest_configure() -> None:
     """Not when a rank imports this file, which has such variables of its own."""
@@ -50,12 +64,26 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the numerical tests. The files that take longest come first, so that all workers end together."""
+    """Mark tests by their files and by the processes that they start. The files that take longest come first, so
+    that all workers end together."""
     places = {item: item.path.relative_to(TESTS).as_posix() for item in items}
     for item, place in places.items():
         if place.startswith(NUMERICS):
             item.add_marker("numerics")
+        if f"{place}::{item.name}".startswith(SLOW):
+            item.add_marker("slow")
+        for mark in marks_of(item):
+            item.add_marker(mark)
     items.sort(key=lambda item: LONGEST.index(places[item]) if places[item] in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test without a mark starts no process, so that `make quick` is what it says."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(request.node.get_closest_marker(mark) for mark in ("slow", "distributed", "long")):
+            refuse_processes(patch)
+        yield
 
 
 @pytest.fixture
