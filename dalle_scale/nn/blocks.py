@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_scale.nn.conv import Conv
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+Layer = TypeVar("Layer", bound="nn.Conv2d | nn.ConvTranspose2d | nn.Linear")
 
 
 def initialized(layer: Layer, std: float) -> Layer:

@@ -12,7 +12,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ class Block(NamedTuple):
 
     def tiles(self, maps: Tensor) -> int:
         """Number of tiles."""
-        return self.count * (self.rows.stop - self.rows.start) * (maps.shape[2] // TILE)
+        return self.count * int(self.rows.stop - self.rows.start) * (maps.shape[2] // TILE)
 
 
 def workspace(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory of this thread that is the same at each call with one name: unset, and lost at the next call. Large ones
     are new, and not kept."""
-    kept: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__
+    kept: dict[Any, Tensor] = _local.__dict__
     values = math.prod(shape)
     if values > _KEPT_VALUES:
         return like.new_empty(shape)
@@ -175,7 +175,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     function = library[f"{name}_{'float' if dtype == torch.float32 else 'double'}"]
     pointer, block, count = ctypes.c_void_p, ctypes.POINTER(_Block), ctypes.c_ssize_t
     last = [pointer, count, pointer, pointer]
-    function.argtypes = {
+    arguments: dict[str, list[Any]] = {
         "take_windows": [pointer, pointer, pointer, block, ctypes.c_int],
         "take_tiles": [pointer, pointer, pointer, block, ctypes.c_int],
         "take_filters": [pointer, pointer, pointer, *[count] * 5, ctypes.c_int, count],
@@ -183,8 +183,8 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
         "put_tiles": [pointer, pointer, pointer, block, *last],
         "put_windows": [pointer, pointer, pointer, block, pointer, *last],
         "put_rows": [pointer, pointer, count, count, count, count, pointer, pointer, pointer],
-    }[name]
-    function.restype = None
+    }
+    function.argtypes, function.restype = arguments[name], None
     return function
 
 

@@ -34,7 +34,6 @@ from dalle_scale.models.pixelsnail.layers import (
     Block,
     CausalAttention,
     CausalBlock,
-    CausalConv,
     Decoding,
     PixelBlock,
     RowBuffer,
@@ -43,6 +42,7 @@ from dalle_scale.models.pixelsnail.layers import (
     positions,
 )
 from dalle_scale.nn.blocks import run
+from dalle_scale.nn.causal_conv import CausalConv
 
 
 class UpperLevels(nn.Module):

@@ -18,7 +18,7 @@ class DecodeGraph:
         """step: (codes int64 [N], index int64 [1]) -> logits; calling it twice for an index does no harm. codes, index:
         of the first call."""
         self._codes, self._index = codes.clone(), torch.tensor([index], device=codes.device)
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step(self._codes, self._index)  # libraries set themselves up at the first call, which cannot be recorded

@@ -124,12 +124,12 @@ class RingBuffer:
 
         With the index in a tensor, int64 [1], all shapes are the same at every state, as a CUDA graph requires.
         """
-        ring, slot = index % self.rings, index // self.rings % self.slots
         if isinstance(index, int):
-            buffer = self._buffer[ring]
-            _put(buffer, slot, newest)
+            buffer = self._buffer[index % self.rings]
+            _put(buffer, index // self.rings % self.slots, newest)
             return buffer.narrow(2, 0, min(index // self.rings + 1, self.slots)), None
-        self._buffer[ring, :, :, slot] = newest.flatten(1, 2)
+        ring = index % self.rings
+        self._buffer[ring, :, :, index // self.rings % self.slots] = newest.flatten(1, 2)
         buffer = self._buffer[0] if self.rings == 1 else self._buffer.index_select(0, ring)[0]
         return buffer, self._slot_index > index // self.rings
 
@@ -154,16 +154,15 @@ class SlidingWindow:
 
     def append(self, newest: Tensor, index: int | Tensor) -> VisibleKeys:
         """As `RingBuffer.append`."""
-        reach, ahead = self.reach, index + self.reach
-        column, start = ahead % self.grid, ahead % self.columns * reach  # of the column that enters, and its slots
-        own = self.above + index % (reach + 1)
+        reach, entering = self.reach, index + self.reach  # the state whose column comes into the window
+        start = entering % self.columns * reach  # of that column's slots
         if isinstance(index, int):
-            self._visible.narrow(2, start, reach).copy_(self._waiting[column])
-            _put(self._visible, own, newest)
+            self._visible.narrow(2, int(start), reach).copy_(self._waiting[entering % self.grid])
+            _put(self._visible, self.above + index % (reach + 1), newest)
             _put(self._waiting[index % self.grid], index // self.grid % reach, newest)
             return self._visible, self._empty(index) if index < reach * (self.grid + 1) else None
-        self._visible[:, :, start + self._row_index] = self._waiting.index_select(0, column)[0]
-        self._visible[:, :, own] = newest.flatten(1, 2)[:, :, None]
+        self._visible[:, :, start + self._row_index] = self._waiting.index_select(0, (index + reach) % self.grid)[0]
+        self._visible[:, :, self.above + index % (reach + 1)] = newest.flatten(1, 2)[:, :, None]
         self._waiting[index % self.grid, :, :, index // self.grid % reach] = newest.flatten(1, 2)
         return self._visible, self._empty(index)
 
