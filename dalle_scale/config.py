@@ -19,12 +19,6 @@ from dalle_scale.types import StrictModel, UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-RENAMED: dict[str, str] = {  # keys of 0.1 -> keys of today; of no effect where a section has no such key
-    "steps": "steps",
-    "global_batch_size": "global_batch_size",
-    "micro_batch_size": "micro_batch_size",
-    "nodes": "nodes",
-}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -254,6 +248,7 @@ def _numbers_from_strings(value: Any) -> Any:
 
 
 RENAMED = {  # last part of a key of 0.1 -> its name since 0.2
+    "update": "step",
     "updates": "steps",
     "batch_samples": "global_batch_size",
     "micro_batch_samples": "micro_batch_size",
@@ -279,7 +274,5 @@ def _nearest(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
             fields = inner.model_fields
     if (renamed := RENAMED.get(str(location[-1]))) in fields:
         return f"it is called '{renamed}' since 0.2"
-    if RENAMED.get(str(location[-1])) in fields:
-        return f"it is called '{RENAMED[str(location[-1])]}' since 0.2"
     near = difflib.get_close_matches(str(location[-1]), list(fields), n=1, cutoff=0.4)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"

@@ -76,7 +76,7 @@ def test_16_bits_draw_nearly_the_same(folder, dtype):
     exact, short = Sampler([folder]), Sampler([folder], dtype=dtype)
     assert short.record(short.options())["dtype"] == dtype and exact.record(exact.options())["dtype"] == "fp32"
     nets = [sampler.models[0].nets["model"] for sampler in (exact, short)]
-    assert nets[1].blocks[0].attention.query.weight.dtype == residual_scaling.HALF[dtype]
+    assert nets[1].blocks[0].attention.query.weight.dtype == residual_scaling.HALF_TYPES[dtype]
     assert nets[1].image_head.weight.dtype == torch.float32
     text, prefix_index = exact.text.encode(PROMPTS, 8), torch.arange(3)
     with torch.inference_mode():
@@ -334,7 +334,7 @@ def test_exports_that_cannot_draw(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"candidates": 0}, {"global_batch_size": 0}, {"top_p": 2.0}, {"temperature": -1.0}],
+    [{"candidates": 0}, {"images_per_batch": 0}, {"top_p": 2.0}, {"temperature": -1.0}],
 )
 def test_wrong_parameters_are_said_before_the_first_batch(folder, options):
     with pytest.raises(UserError):
