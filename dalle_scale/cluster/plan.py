@@ -252,7 +252,7 @@ def document(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         "activation_bytes": {"with_checkpointing": with_it, "without_checkpointing": without},
         "zero": rows,
         "fits": fits,
-        "fix": [] if fits else fixes(config, weigh),
+        "fixes": [] if fits else fixes(config, weigh),
     }
 
 

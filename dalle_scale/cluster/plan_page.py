@@ -92,8 +92,8 @@ def _verdict(numbers: dict[str, Any]) -> str:
     room = f"{cluster['usable_share'] * cluster['memory_gib']:,.2f} GiB"
     if numbers["fits"]:
         return f"fits at ZeRO {zero}: {need} of {room}"
-    if numbers["fix"]:
-        return f"does not fit at ZeRO {zero}: {need} of {room}; fits with {' '.join(numbers['fix'])}"
+    if numbers["fixes"]:
+        return f"does not fit at ZeRO {zero}: {need} of {room}; fits with {' '.join(numbers['fixes'])}"
     return f"does not fit at ZeRO {zero}: {need} of {room}, and with no setting of engine; take more ranks or memory"
 
 

@@ -253,7 +253,7 @@ def test_time() -> None:
 @pytest.mark.parametrize("path", sorted(TINY.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_stage_can_be_planned(path: Path) -> None:
     found = planned(configs.load(path), gpus=2)
-    assert found["fits"] and not found["fix"]
+    assert found["fits"] and not found["fixes"]
     assert all(row["memory_bytes"]["activations"] > 0 and row["step_seconds"]["compute"] > 0 for row in found["zero"])
     assert (
         found["activation_bytes"]["with_checkpointing"]["saved"]
@@ -261,7 +261,7 @@ def test_every_stage_can_be_planned(path: Path) -> None:
     )
 
 
-def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_proposed_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The named settings fit, without any of them the rest does not, and the less room the more of them."""
     monkeypatch.setattr(ds_config, "BUCKET_ELEMENTS", 1000)
     base = ["global_batch_size=16", "engine.zero=0", "engine.dtype=bf16"]
@@ -280,10 +280,10 @@ def test_what_mends_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lengths[0] == 1 < lengths[-1] and lengths == sorted(lengths)
 
 
-def test_nothing_mends_what_is_too_large() -> None:
+def test_nothing_fixes_what_is_too_large() -> None:
     found = planned(tiny("dalle", "model.layers=1"), memory_gib=1e-5)
-    assert not found["fits"] and not found["fix"] and "take more ranks" in plan_page.notes(found)[-1]
-    assert plan_page.notes({**found, "fix": ["engine.zero=3"]})[-1].endswith("fits with engine.zero=3")
+    assert not found["fits"] and not found["fixes"] and "take more ranks" in plan_page.notes(found)[-1]
+    assert plan_page.notes({**found, "fixes": ["engine.zero=3"]})[-1].endswith("fits with engine.zero=3")
 
 
 @pytest.mark.parametrize(
