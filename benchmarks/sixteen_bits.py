@@ -43,7 +43,7 @@ from dalle_scale.config import DataConfig, EngineConfig, OptimConfig, RunConfig
 from dalle_scale.engine import optim
 from dalle_scale.engine.scaling import Scaling
 from dalle_scale.models.transformer.model import Transformer
-from dalle_scale.nn.residual_scaling import HALF, branches_of, cast, in_16_bits
+from dalle_scale.nn.residual_scaling import HALF_TYPES, branches_of, cast, in_16_bits
 
 STEPS, SEEDS, BATCH = 2_000, 4, 8
 IMAGES, HELD_OUT = 8_192, 256
@@ -301,7 +301,7 @@ class ProductsInFp32(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._overloadpacket in self.products and args[0].dtype in HALF.values():  # type: ignore[attr-defined]
+        if func._overloadpacket in self.products and args[0].dtype in HALF_TYPES.values():  # type: ignore[attr-defined]
             wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
             return func(*wide, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))

@@ -52,7 +52,8 @@ SLOW = (
     "data/test_cache.py::test_processes_at_once", "data/test_exactly_once.py", "data/test_pipeline.py",
     "data/test_pool.py", "data/test_remote.py::test_batches_are_those",
     "data_tools/test_describe_shards.py::test_workers",
-    "data_tools/test_download.py", "engine/test_leave.py", "golden/", "smoke/",
+    "data_tools/test_download.py", "engine/test_leave.py", "golden/", "launch/test_fidelity_inception.py",
+    "launch/test_steps.py", "smoke/",
 )  # fmt: skip
 
 
