@@ -47,7 +47,7 @@ SLOW = (
     "benchmarks/test_fault_accounting.py::test_the_project_under", "benchmarks/test_gpu_benchmark.py",
     "curation/test_build.py::test_a_killed_worker", "curation/test_build.py::test_any_number_of_workers",
     "curation/test_build.py::test_images_that_end_their", "curation/test_fetch.py::test_a_host_that_never",
-    "cluster/test_plan.py::test_nothing_mends", "data/test_cache.py::test_a_killed_process",
+    "cluster/test_plan.py::test_nothing_fixes", "data/test_cache.py::test_a_killed_process",
     "data/test_cache.py::test_after_a_fork", "data/test_cache.py::test_one_who_waited",
     "data/test_cache.py::test_processes_at_once", "data/test_exactly_once.py", "data/test_pipeline.py",
     "data/test_pool.py", "data/test_remote.py::test_batches_are_those",
