@@ -4,6 +4,7 @@
 # make test-all                    the same and proofs that take long
 # make test-processors             which rows of tests/processors.py have passed at this code, and which are missing
 # make test-processors VARIANT=sse   the tests as another processor would run them; PART=numerics, SEED=7
+# make wheel   the package with its programs and configs, in dist/
 # All set up .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -15,12 +16,12 @@ STAMP := $(VENV)/installed
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: demo quick test test-all test-processors lint install clean
+.PHONY: demo quick wheel test test-all test-processors lint install clean
 
 install: $(STAMP)
 
 # torch first and pinned: DeepSpeed's own set-up looks for it, and an unpinned one may pull another build
-$(STAMP): constraints.txt setup.py
+$(STAMP): constraints.txt setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,benchmarks]'
@@ -32,7 +33,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dalle_scale/types.py dalle_scale/config.py dalle_scale/stages
+	$(BIN)/mypy dalle_scale launch data_tools
 
 # a file's tests stay on one worker, which share what they have set up; two threads in each of two processes would
 # wait for each other most of the time
@@ -49,5 +50,9 @@ test-all: lint
 test-processors: $(STAMP)
 	$(BIN)/python tests/processors.py $(VARIANT) --workers $(WORKERS) $(PART:%=--part %) $(SEED:%=--seed %)
 
+wheel: $(STAMP)
+	rm -rf build
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,58 +1,23 @@
-"""Package description; the versions that the tests run with are in constraints.txt."""
+"""Bundle programs and configs into wheels, below dalle_scale/bundled. All else is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import shutil
+from pathlib import Path
 
-setup(
-    name="dalle_scale",
-    version="0.1.0",
-    description="Train image generators from captioned images at any size",
-    author="the dalle_scale authors",
-    license="MIT",
-    python_requires=">=3.10",
-    packages=find_packages(include=["dalle_scale", "dalle_scale.*"]),
-    package_data={"dalle_scale.nn": ["*.c", "*.cpp"], "dalle_scale.report": ["templates/*"]},
-    install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
-        "deepspeed>=0.19.2,<0.20",
-        "webdataset>=1.0",
-        "transformers>=5.0",
-        "sentencepiece>=0.2.3",
-        "open-clip-torch>=3.0",
-        "simplejpeg>=1.9",
-        "pillow>=12",
-        "pyarrow>=20",
-        "fsspec>=2025.3",
-        "aiohttp>=3.12",
-        "yarl>=1.17",
-        "isal>=1.7",
-        "py3langid>=0.3",
-        "numpy>=2.0",
-        "pydantic>=2.6",
-        "pyyaml>=6.0",
-        "safetensors>=0.5",
-        "jinja2>=3.1",
-        "tensorboard>=2.18",
-        "tqdm>=4.66",
-    ],
-    extras_require={
-        "test": [
-            "pytest>=9.0",
-            "pytest-random-order>=1.2",
-            "pytest-timeout>=2.4",
-            "pytest-xdist>=3.8",
-            "hypothesis>=6.100",
-            "vector-quantize-pytorch>=1.30",  # an independent quantizer
-            "diffusers>=0.42",  # independent diffusion steps
-            "torch-fidelity>=0.4,<0.5",
-            "torchmetrics>=1.4",  # other implementations of SSIM, LPIPS and the Frechet distance
-            "triton>=3.4; platform_system == 'Linux'",  # comes with torch for CUDA, not with torch for CPUs
-            "ruff",
-            "mypy",
-            "types-PyYAML",
-        ],
-        "eval": ["torch-fidelity>=0.4,<0.5"],  # the Inception of FID
-        "benchmarks": ["matplotlib>=3.10"],
-        "wandb": ["wandb"],
-    },
-)
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+BUNDLED = ("launch", "data_tools", "configs")
+
+
+class WithPrograms(build_py):
+    """Copies the folders of programs and configs beside the modules, unless the checkout itself is installed."""
+
+    def run(self) -> None:
+        super().run()
+        for folder in () if self.editable_mode else BUNDLED:
+            target = Path(self.build_lib, "dalle_scale", "bundled", folder)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+
+
+setup(cmdclass={"build_py": WithPrograms})

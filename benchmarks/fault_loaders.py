@@ -129,8 +129,8 @@ def read_dalle_scale_opened(folder: Path, say: Say) -> Iterator[Row]:
 
 def read_manifest(manifest: Any, say: Say) -> Iterator[Row]:
     """Read and decode."""
-    from dalle_scale.data.decode import decode
-    from dalle_scale.data.reader import BadSample, Reader
+    from dalle_scale.data.decode import BadSample, decode
+    from dalle_scale.data.reader import Reader
 
     reader = Reader(manifest)
     for sample in range(manifest.num_samples):

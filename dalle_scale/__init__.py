@@ -1,3 +1,3 @@
 """Train image generators from captioned images at any size."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from dalle_scale import installed
 from dalle_scale.types import StrictModel, UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -145,13 +146,16 @@ class RunConfig(StrictModel):
         return self.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key.sub=value` overrides, check everything.
+def load(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration; `overrides` are `key.sub=value`.
+
+    Args:
+        name: a file, or a shipped config as it lies in configs/ ("tiny/vae").
 
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong.
     """
-    path = Path(path)
+    path = installed.config(str(name)) or Path(name)
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:

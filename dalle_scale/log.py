@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dalle_scale import dist, rank_log
+from dalle_scale import dist, extras, rank_log
 from dalle_scale.types import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
 
 
 def guarded(main: Callable[[], None]) -> NoReturn:
-    """Run a program: a `UserError` becomes one line and exit code 2.
+    """Run a program: a `UserError`, or a missing package of an extra, becomes one line and exit code 2.
 
     Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
     An exception because another rank has died becomes one that names that rank (`rank_log`).
@@ -52,7 +52,8 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a name or caption that the terminal cannot show
     exit_code = 0
     try:
-        main()
+        with extras.named():
+            main()
         dist.leave()
     except UserError as error:
         if dist.is_main():

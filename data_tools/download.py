@@ -130,7 +130,7 @@ def check_columns(path: Path, wanted: dict[str, tuple[str, ...]]) -> None:
         else:
             with path.open("rb") as file:
                 records = Records(str(path), file)
-                names = list(records.header or next(iter(records), ()))
+                names = list(records.header) if records.header else list(next(iter(records), {}))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     for option, columns in wanted.items():

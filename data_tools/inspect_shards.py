@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw
 from dalle_scale import log
 from dalle_scale.checkpoint.export import open_tokenizer
 from dalle_scale.data import codes
-from dalle_scale.data.decode import Pixels, decode
+from dalle_scale.data.decode import BadSample, Pixels, decode
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.report import gallery
 from dalle_scale.report.page import GalleryImage
 from dalle_scale.types import ImageTokenizer, UserError

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from dalle_scale import io, log
-from dalle_scale.data.decode import decode
+from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import sample_seeds
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.data.transforms import square
 from dalle_scale.types import UserError
 

@@ -18,9 +18,10 @@ import sentencepiece
 
 from dalle_scale import io, log
 from dalle_scale.data import text
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import sample_seeds
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.types import UserError
 
 _LONGEST_BYTES = 1 << 16  # sentencepiece would leave out longer captions without a word

@@ -39,10 +39,9 @@ from dalle_scale.curation.duplicate_keys import repeated
 from dalle_scale.curation.tar import Member, Tar, TarError
 from dalle_scale.data import codes, ledger, manifest
 from dalle_scale.data.cache import FetchError, ShardCache
-from dalle_scale.data.decode import decode
+from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.manifest import IMAGES, Index, Manifest, ShardFile, index_path
 from dalle_scale.data.processes import in_processes
-from dalle_scale.data.reader import BadSample
 from dalle_scale.types import UserError
 
 REPORT, FAULTS = "verify.json", "verify.jsonl"

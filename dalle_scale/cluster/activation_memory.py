@@ -111,7 +111,7 @@ class _Live(TorchDispatchMode):
     the most so far, and what autograd saves."""
 
     def __init__(self, own: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._own = own
         self._alive: dict[int, tuple[Any, int]] = {}
         self._saved: dict[int, Tensor] = {}

@@ -37,8 +37,8 @@ from dalle_scale.curation.image_prepare import prepare
 from dalle_scale.curation.items import Lost, Row
 from dalle_scale.curation.shard_writer import Shard, shard_name, write_table
 from dalle_scale.curation.sources import Sources
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import index_path
-from dalle_scale.data.reader import BadSample
 from dalle_scale.types import UserError
 
 SPLITS = ("train", "valid")

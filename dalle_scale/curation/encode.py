@@ -15,9 +15,9 @@ from torch import Tensor
 from dalle_scale import io, log
 from dalle_scale.curation.shard_writer import Shard
 from dalle_scale.data import codes as image_codes
-from dalle_scale.data.decode import decode
+from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.manifest import Manifest, index_path
-from dalle_scale.data.reader import BadSample, Reader, ahead
+from dalle_scale.data.reader import Reader, ahead
 from dalle_scale.data.transforms import square
 
 

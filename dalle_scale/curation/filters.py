@@ -14,7 +14,7 @@ from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 
 LANGUAGES = ("en",)  # those whose rule was tried on captions
 WATERMARK_COLUMNS = ("pwatermark",)

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from dalle_scale.data.decode import Pixels, decode, extension, size_of
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample, Pixels, decode, extension, size_of
 from dalle_scale.data.transforms import square
 
 JPEG_QUALITY = 95

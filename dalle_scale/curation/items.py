@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 
 IMAGE_COLUMNS = ("path", "file", "file_name", "filename", "image_path", "image", "jpg", "png", "webp", "url")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT", "alt_text", "title")

@@ -35,7 +35,7 @@ from dalle_scale.curation.items import (
 )
 from dalle_scale.curation.tables import TABLES, ParquetTable, Records, TextTable
 from dalle_scale.curation.tar import Tar, TarError
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 from dalle_scale.types import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "j2k", "ico", "ppm", "tga")

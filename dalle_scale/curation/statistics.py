@@ -25,10 +25,10 @@ import py3langid
 from PIL import Image
 
 from dalle_scale.data import codes
-from dalle_scale.data.decode import MAX_PIXELS, extension, size_of
+from dalle_scale.data.decode import MAX_PIXELS, BadSample, extension, size_of
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.processes import forkserver, set_up
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.data.text import TextTokenizer, open_text
 
 BLOCK_SAMPLES = 1000

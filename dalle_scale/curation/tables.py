@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from dalle_scale import log
 from dalle_scale.curation.items import Lost, Options, Row, checked_caption, pick, printable, read_file
 from dalle_scale.curation.shard_writer import write_table
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 from dalle_scale.types import UserError
 
 TABLES = ("csv", "tsv", "jsonl", "parquet")

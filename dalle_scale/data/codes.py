@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 
 MEMBER = "codes"
 MAX_VOCAB = 1 << 16

@@ -16,8 +16,6 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dalle_scale.data.reader import BadSample
-
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3], RGB
 
 P = ParamSpec("P")
@@ -27,6 +25,10 @@ MAX_PIXELS = 1 << 26
 _FORMATS = ("PNG", "WEBP", "GIF", "BMP", "JPEG")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange width and height
+
+
+class BadSample(Exception):
+    """Reason why one sample cannot be used. It keeps its slot with weight 0 and becomes a row of the ledger."""
 
 
 def _strictly(function: Callable[P, T]) -> Callable[P, T]:

@@ -12,16 +12,13 @@ from typing import NamedTuple, TypeVar
 from isal import isal_zlib
 
 from dalle_scale.data.cache import FetchError, ShardCache
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import IMAGES, Entry, Manifest, ShardFile
 from dalle_scale.types import UserError
 
 _OPEN_FILES = 128
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-class BadSample(Exception):
-    """Reason why one sample cannot be used. It keeps its slot with weight 0 and becomes a row of the ledger."""
 
 
 class Span(NamedTuple):

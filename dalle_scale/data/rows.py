@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dalle_scale.data import codes, text, transforms
 from dalle_scale.data.cache import ShardCache
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import Plan, Slots
 from dalle_scale.data.pool import RetryMode
-from dalle_scale.data.reader import BadSample, Reader, Span
+from dalle_scale.data.reader import Reader, Span
 from dalle_scale.types import Batch, BatchSpec, UserError
 
 _BUFFERS = 4

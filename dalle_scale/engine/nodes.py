@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -58,7 +58,7 @@ class Nodes:
         matrices, scales, rest = [], [], []
         for gradient, group, rows in shards(engine):
             matrix = gradient.view(rows, -1) if rows else None
-            if matrix is not None and self.compressor and pays(*matrix.shape, self.compressor.rank):
+            if matrix is not None and self.compressor and pays(len(matrix), len(matrix.T), self.compressor.rank):
                 matrices.append(matrix if len(matrix) <= len(matrix.T) else matrix.T)
                 scales.append(scale_of(group))
             else:
@@ -161,7 +161,7 @@ class GradientMeans:
             for parameter in bucket:
                 if parameter.grad is None:  # the other ranks may have one
                     parameter.grad = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in bucket]
+            gradients = [cast(Tensor, parameter.grad) for parameter in bucket]
             torch._foreach_copy_(_views(self._room.mine(sum(sizes)), sizes, gradients), gradients)
             with self._room.mean(sum(sizes)) as mean:
                 torch._foreach_copy_(gradients, _views(mean, sizes, gradients))

@@ -28,7 +28,7 @@ def pays(rows: int, columns: int, rank: int) -> bool:
 
 def orthonormal(matrix: Tensor) -> Tensor:
     """Columns of a basis [m, r] by Householder reflections; Gram-Schmidt loses digits where columns are alike."""
-    basis, _ = torch.linalg.qr(matrix + REGULARISATION * torch.eye(*matrix.shape, device=matrix.device))
+    basis: Tensor = torch.linalg.qr(matrix + REGULARISATION * torch.eye(*matrix.shape, device=matrix.device))[0]
     return basis
 
 

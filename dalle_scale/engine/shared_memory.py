@@ -136,7 +136,8 @@ class SharedMemory:
     def mine(self, elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """See Room. Waits while another rank reads what was there."""
         self._wait()
-        return self._parts.view(dtype)[self.rank, :elements]
+        own: Tensor = self._parts.view(dtype)[self.rank, :elements]
+        return own
 
     def mean(self, elements: int) -> AbstractContextManager[Tensor]:
         """See Room."""

@@ -22,9 +22,10 @@ import yaml
 from torch import Tensor
 
 from dalle_scale import dist, log
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.ledger import Ledger
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.evaluation import reconstruction
 from dalle_scale.io import digest
 from dalle_scale.sampling import rerank

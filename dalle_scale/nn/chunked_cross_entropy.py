@@ -24,7 +24,7 @@ def weighted_entropy(states: Tensor, weight: Tensor, targets: Tensor, shares: Te
         targets: int64 [N], below V.
         shares: fp32 [N]; no gradient is computed for them.
     """
-    total: Tensor = _WeightedEntropy.apply(states, weight, targets, shares)
+    total: Tensor = _WeightedEntropy.apply(states, weight, targets, shares)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -62,7 +62,7 @@ class UsageWindow:
             self._chunks.popleft()
             sizes.pop(0)
         total = torch.stack(list(self._chunks)).sum(dim=0)
-        values = {}
+        values: dict[str, Tensor] = {}
         for ending, counts in zip(self._endings, total[:-2].split(self.vocab), strict=True):
             values |= {f"codes_used{ending}": used_share(counts), f"perplexity{ending}": perplexity(counts)}
         return {**values, "psnr_db": psnr_db(total[-2] / total[-1])}

@@ -41,7 +41,7 @@ class DiscriminatorConfig(StrictModel):
     @property
     def smallest_pixels(self) -> int:
         """Smallest side of an image that gives a logit."""
-        return 3 * 2**self.layers
+        return int(3 * 2**self.layers)
 
 
 class PatchDiscriminator(nn.Module):

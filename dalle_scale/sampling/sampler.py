@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dalle_scale import config
 from dalle_scale.checkpoint import export
-from dalle_scale.data.decode import decode
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.text import TextTokenizer, open_text
 from dalle_scale.data.transforms import square
 from dalle_scale.io import digest

@@ -26,7 +26,7 @@ from yarl import URL
 
 from dalle_scale.curation.download.client import Fetched, FetchOptions, fetch
 from dalle_scale.curation.download.policy import backoff_seconds, check_url, retry_after_seconds
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 from dalle_scale.types import UserError
 
 HASTY = replace(OPTIONS, read_seconds=0.5, total_seconds=1.5, retries=0)  # for servers that never answer

@@ -3,7 +3,7 @@
 import pytest
 
 from dalle_scale.curation.filters import Filters, is_boilerplate, other_language
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 
 BOILERPLATE = """
 photographed on 12 May 2007 | Photographed on May 12, 2007 | photo taken on 2007-05-12 | Taken on 12/05/2007 at 10:15

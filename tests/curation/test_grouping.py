@@ -21,8 +21,9 @@ from support.damage import (
 from support.foreign import grouped, index, read_ledger, read_samples, write_tars
 
 from dalle_scale.curation.webdataset_import import finalize, scan, to_rows
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.types import UserError
 
 

@@ -8,8 +8,7 @@ from PIL import Image
 
 from dalle_scale.curation import image_prepare
 from dalle_scale.data import transforms
-from dalle_scale.data.decode import decode
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample, decode
 
 
 def scene(height: int, width: int, seed: int = 0) -> np.ndarray:

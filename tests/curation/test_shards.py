@@ -11,8 +11,9 @@ import pytest
 import webdataset
 
 from dalle_scale.curation.shard_writer import Shard, ShardWriter, commit
+from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import Manifest, index_path
-from dalle_scale.data.reader import BadSample, Reader
+from dalle_scale.data.reader import Reader
 from dalle_scale.types import UserError
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_scale.data.decode import decode, extension
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample, decode, extension
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -25,9 +25,8 @@ from dalle_scale.curation import statistics
 from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.curation.statistics import Distribution, Repeats, image_header
 from dalle_scale.data import codes
-from dalle_scale.data.decode import decode
+from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.manifest import Manifest
-from dalle_scale.data.reader import BadSample
 from dalle_scale.types import UserError
 
 describe_shards = load_program("describe_shards")

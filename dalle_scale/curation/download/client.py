@@ -39,7 +39,7 @@ from dalle_scale.curation.download.policy import (
     opt_out,
     retry_after_seconds,
 )
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 from dalle_scale.types import UserError
 
 _IDLE_SECONDS = 0.25  # for which a connection waits for its host's next row; short, so that few of them are open

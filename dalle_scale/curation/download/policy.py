@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 import aiohttp
 from yarl import URL
 
-from dalle_scale.data.reader import BadSample
+from dalle_scale.data.decode import BadSample
 from dalle_scale.types import UserError
 
 MAX_URL_LETTERS = 8_000
