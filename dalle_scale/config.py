@@ -104,7 +104,7 @@ class LogConfig(StrictModel):
     valid_samples: int = Field(default=512, gt=0)
     save_every: int = Field(default=0, ge=0)  # the last step is always saved
     keep: int = Field(default=2, gt=0)  # checkpoints kept
-    wandb: str | None = None  # project name; needs `pip install wandb`
+    wandb: str | None = None  # project name; needs the extra [wandb]
 
 
 class RunConfig(StrictModel):

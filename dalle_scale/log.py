@@ -25,6 +25,7 @@ from dalle_scale.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+extras.name_at_import()  # each program imports this module first
 Item = TypeVar("Item")
 _PATIENCE_SECONDS = 20  # in which rank 0 finds an error that another rank has found
 
@@ -138,9 +139,7 @@ class Log:
 
 
 def _open_wandb(project: str, folder: Path) -> Any:
-    """Start a Weights & Biases run; the package is optional."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"log.wandb: '{project}' was asked for, but wandb is missing: pip install wandb") from None
+    """Start a Weights & Biases run."""
+    import wandb  # of an extra
+
     return wandb.init(project=project, dir=str(folder), name=folder.name)

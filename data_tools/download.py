@@ -27,6 +27,7 @@ import os
 import warnings
 from pathlib import Path
 
+import dalle_scale.log  # noqa: F401 names the extra if pyarrow is missing  # isort: skip
 import pyarrow as pa
 import pyarrow.parquet as pq
 from build_shards import add_filters, add_output, checked, make_recipe

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dalle_scale.log  # noqa: F401 names the extra if pyarrow is missing  # isort: skip
 import pyarrow as pa
 import pyarrow.parquet as pq
 

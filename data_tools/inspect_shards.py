@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+import dalle_scale.log  # noqa: F401 names the extra if pyarrow is missing  # isort: skip
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch

@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import dalle_scale.log  # noqa: F401 names the extra if pyarrow is missing  # isort: skip
 import pyarrow as pa
 import pyarrow.parquet as pq
 

@@ -119,6 +119,16 @@ def test_one_line_and_exit_code_2(core: Path, tmp_path: Path, arguments: list[st
     assert (done.returncode, done.stderr) == (2, f"{line}\n")
 
 
+@pytest.mark.parametrize("program", ["verify_shards", "index_shards", "inspect_shards", "download", "pick_prompts"])
+def test_a_program_started_as_a_file_names_the_extra(core: Path, tmp_path: Path, program: str) -> None:
+    """Its imports at the top fail before its `main` begins."""
+    done = run(
+        [core.with_name("python"), ROOT / "data_tools" / f"{program}.py", "a", "--out", "b"], **outside(tmp_path)
+    )
+    line = "error: this needs the package pyarrow: pip install 'dalle_scale[data]'\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_alone_it_lists_every_program(core: Path, tmp_path: Path) -> None:
     done = run([core], **outside(tmp_path))
     programs = [

@@ -172,8 +172,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # which its caller may be in; torch's own knows nothing of it backwards
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    # its caller may be in autocast, of which torch's own knows nothing backwards
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         weight, *kept = ctx.saved_tensors
         x = kept[0] if ctx.origin is None else ctx.origin.again(iter(kept))
         of_x, of_weight, of_bias, _, of_residual, *_ = ctx.needs_input_grad

@@ -25,15 +25,15 @@ class BranchScale:
     def enter(self, x: Tensor) -> Tensor:
         """From the identity path into the branch: x as it is. Backwards the gradient is divided by the scale, and what
         is not finite becomes 0, so that one overflow does not reach all blocks before this one."""
-        entered: Tensor = x if self.value == 1 else _Enter.apply(x, self.value)
+        entered: Tensor = x if self.value == 1 else _Enter.apply(x, self.value)  # type: ignore[no-untyped-call]
         return entered
 
     def leave(self, branch: Tensor, identity: Tensor) -> Tensor:
         """Out of the branch: `identity` plus the branch, in the type of `identity`. Backwards the branch's gradient is
         multiplied by the scale before it is rounded to the branch's type."""
-        left: Tensor = (
-            branch.to(identity.dtype) if self.value == 1 else _Leave.apply(branch, identity.dtype, self.value)
-        )
+        if self.value == 1:
+            return identity + branch.to(identity.dtype)
+        left: Tensor = _Leave.apply(branch, identity.dtype, self.value)  # type: ignore[no-untyped-call]
         return identity + left
 
 

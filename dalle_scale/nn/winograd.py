@@ -89,8 +89,9 @@ class _Winograd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # which its caller may be in; torch's own knows nothing of it backwards
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    # its caller may be in autocast, of which torch's own knows nothing backwards
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         [grad] = grads
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -146,7 +147,8 @@ def _filters(weight: Tensor, flipped: bool = False) -> Tensor:
 
 def _tiles(maps: Tensor) -> Tensor:
     """[B, H, W, C] as [B, H / 4, 4, W / 4, 4, C]."""
-    return maps.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE))
+    tiles: Tensor = maps.unflatten(2, (-1, _TILE)).unflatten(1, (-1, _TILE))
+    return tiles
 
 
 def _windows(maps: Tensor, samples: slice, rows: slice) -> Tensor:

@@ -32,7 +32,7 @@ class Block(NamedTuple):
     rows: slice
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """Number of samples."""
         return int(self.samples.stop - self.samples.start)
 

@@ -39,7 +39,7 @@ class Blocks:
 
     def cut(self, image: Tensor) -> Tensor:
         """A view [B, blocks, size, ...] of image states [B, grid^2, ...]."""
-        blocked = image.unflatten(1, (-1, self.size))
+        blocked: Tensor = image.unflatten(1, (-1, self.size))
         return blocked.transpose(1, 2) if self.by_column else blocked
 
     def merge(self, blocked: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, kind: Kind, layout:
     """
     states = widened(query, key, value)
     cut = blocks(kind, layout, states[0].dtype, query.device)
-    out: Tensor = _Attention.apply(*(state.transpose(1, 2) for state in states), cut, layout.prefix)
+    out: Tensor = _Attention.apply(*(state.transpose(1, 2) for state in states), cut, layout.prefix)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).to(query.dtype)
 
 
@@ -126,7 +126,8 @@ def _reach(kind: Kind, layout: Layout, size: int) -> Tensor:
         return torch.arange(-layout.grid, size)
     offsets = conv_offsets(layout)
     back = offsets[offsets >= 0]
-    return (torch.arange(size)[:, None] - back).flatten().unique()
+    reach: Tensor = (torch.arange(size)[:, None] - back).flatten().unique()
+    return reach
 
 
 def _divisor(number: int, most: int) -> int:
@@ -191,17 +192,9 @@ def _attend(
     return out.transpose(1, 2), sums.transpose(1, 2)
 
 
-def _gradients(
-    gradient: Tensor,
-    query: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool = False,
-    bias: Tensor | None = None,
-) -> list[Tensor]:
-    """Of queries, keys and values, [N, L, H, D] each."""
-    states = (tensor.transpose(1, 2) for tensor in (gradient, query, key, value, out, sums))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*states, 0.0, causal, attn_mask=bias)
+def _gradients(*states: Tensor, causal: bool = False, bias: Tensor | None = None) -> list[Tensor]:
+    """Gradients of queries, keys and values [N, L, H, D], by gradient, query, out, sums, key and value."""
+    gradient, query, out, sums, key, value = (state.transpose(1, 2) for state in states)
+    inputs = (gradient, query, key, value, out, sums)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, causal, attn_mask=bias)
     return [grad.transpose(1, 2) for grad in grads]

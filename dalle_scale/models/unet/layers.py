@@ -105,7 +105,8 @@ class _NormSwish(torch.autograd.Function):
     ) -> Tensor:
         count, width, height, columns = x.shape
         sizes = (count, width, height * columns, groups)
-        y, mean, rstd = torch.native_group_norm(*widened(x, weight, bias), *sizes, EPS)
+        wide_x, wide_weight, wide_bias = widened(x, weight, bias)
+        y, mean, rstd = torch.native_group_norm(wide_x, wide_weight, wide_bias, *sizes, EPS)
         y = y.to(x.dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.dropout, ctx.block = groups, dropout, block
@@ -211,8 +212,8 @@ class Attention(nn.Module):
         rows = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C]
         query, key, value = self.query_key_value(rows)[:, None].chunk(3, dim=-1)
         mixed = attend_all(query, key, value)[:, 0]
-        out: Tensor = self.output(mixed)
-        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+        out: Tensor = self.output(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+        return out
 
 
 class Halve(nn.Module):
