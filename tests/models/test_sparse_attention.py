@@ -64,5 +64,5 @@ def test_a_query_meets_few_keys_that_it_does_not_see(grid):
         cut = blocks(kind, layout, torch.float32, CPU)
         states = torch.arange(grid**2)[None]
         assert torch.equal(cut.cut(states).flatten().sort().values, states[0])
-        assert torch.equal(cut.unblocked(cut.cut(states)), states)
+        assert torch.equal(cut.merge(cut.cut(states)), states)
         assert (cut.bias == 0).sum() == visible(kind, layout)[1:, 1:].sum()
