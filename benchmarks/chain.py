@@ -100,13 +100,13 @@ def steps(name: str, recipe: Recipe, run: Path, source: Path, steps: int | None)
 
     def encode(split: str) -> Command:
         return python(
-            "launch/encode.py", f"--tokenizer={run}/dvae/export", f"--shards={shards / split}", f"--out={codes / split}"
+            "launch/encode.py", f"--tokenizer={run}/dvae/export", f"--data={shards / split}", f"--out={codes / split}"
         )
 
     commands = {
         "shards": python("data_tools/build_shards.py", str(source), f"--out={shards}", *recipe.build),
         "text_tokenizer": python(
-            "data_tools/train_tokenizer.py", f"{shards}/train", f"--vocab={recipe.vocab}", f"--out={run}/text.model"
+            "data_tools/train_tokenizer.py", f"--data={shards}/train", f"--vocab={recipe.vocab}", f"--out={run}"
         ),
         "dvae": train("dvae"),
         "encode": encode("train"),
@@ -118,7 +118,7 @@ def steps(name: str, recipe: Recipe, run: Path, source: Path, steps: int | None)
         prompts, samples = f"{run}/prompts/{split}", f"{run}/samples/{split}"
         commands |= {
             f"prompts_{split}": python(
-                "data_tools/pick_prompts.py", f"{shards}/{split}", f"--count={PROMPTS}", f"--out={prompts}"
+                "data_tools/pick_prompts.py", f"--data={shards}/{split}", f"--limit={PROMPTS}", f"--out={prompts}"
             ),
             f"sample_{split}": python(
                 "launch/sample.py",

@@ -72,7 +72,9 @@ def measure(config: RunConfig, run: Path, out: Path, clip: str) -> dict[str, flo
     export, valid, prompts = f"{run}/export", str(config.data.valid), out / "prompts"
     commands = {
         "evaluate": PROGRAMS.python("launch/evaluate.py", export, f"--data={valid}", f"--out={out}/evaluation"),
-        "prompts": PROGRAMS.python("data_tools/pick_prompts.py", valid, f"--count={CAPTIONS}", f"--out={prompts}"),
+        "prompts": PROGRAMS.python(
+            "data_tools/pick_prompts.py", f"--data={valid}", f"--limit={CAPTIONS}", f"--out={prompts}"
+        ),
     }
     seconds = PROGRAMS.run(commands)
     images = [str(path) for path in sorted(prompts.glob("**/*.png"))]

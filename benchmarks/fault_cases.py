@@ -22,7 +22,7 @@ from PIL import Image
 SAMPLES, HIT = 100, 30  # how many there are, and which one most faults hit
 BAD = range(5, 100, 10)  # samples that cannot be decoded, in the fault about time lost
 FORMATS = {"mosaicml-streaming": "*.mds", "litdata": "*.bin"}  # others: *.tar
-Content = dict[str, tuple[bytes, bytes]]  # key -> image, caption
+Content = dict[str, tuple[bytes, bytes]]  # key -> picture, caption
 Entry = tuple[str, bytes]
 
 
@@ -43,21 +43,21 @@ class Fault:
 
 
 def make_samples() -> Content:
-    """Noise images as JPEG, each with a caption of its own."""
+    """Noise pictures as JPEG, each with a caption of its own."""
     content = {}
     for number in range(SAMPLES):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
-        content[f"{number:05d}"] = (file.getvalue(), f"an image with the number {number:05d}".encode())
+        content[f"{number:05d}"] = (file.getvalue(), f"a picture with the number {number:05d}".encode())
     return content
 
 
 def write_source(content: Content, folder: Path) -> None:
     """Samples as `<key>.jpg` and `<key>.txt`."""
     folder.mkdir(parents=True)
-    for key, (image, caption) in content.items():
-        (folder / f"{key}.jpg").write_bytes(image)
+    for key, (picture, caption) in content.items():
+        (folder / f"{key}.jpg").write_bytes(picture)
         (folder / f"{key}.txt").write_bytes(caption)
 
 
@@ -78,22 +78,22 @@ class Place:
     boundary: int  # ends of what can be cut off without cutting a member (tar) or a sample (others)
     header: int  # inside what tells where the payload is
     header_bytes: int
-    image: int
-    length: int  # of the image
+    picture: int
+    length: int  # of the picture
 
 
 def place(loader: str, path: Path, content: Content) -> Place:
     """Find it by what it holds; formats other than tar put three sizes of 4 bytes before a sample."""
     key = f"{HIT:05d}"
-    image = content[key][0]
-    at = path.read_bytes().index(image)
+    picture = content[key][0]
+    at = path.read_bytes().index(picture)
     if loader == "mosaicml-streaming":
-        return Place(at - 12, at - 12, 12, at, len(image))
+        return Place(at - 12, at - 12, 12, at, len(picture))
     if loader == "litdata":
-        return Place(at - 12 - len(key), at - 12 - len(key), 12, at, len(image))
+        return Place(at - 12 - len(key), at - 12 - len(key), 12, at, len(picture))
     with tarfile.open(path) as tar:
         text = tar.getmember(f"{key}.txt")
-    return Place(text.offset, text.offset_data - 512, 512, at, len(image))
+    return Place(text.offset, text.offset_data - 512, 512, at, len(picture))
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -122,7 +122,7 @@ def cut(where: str) -> Callable[[str, Path, Content, Path], None]:
         length = {
             "boundary": spot.boundary,
             "header": spot.header + spot.header_bytes // 2 - 1,
-            "payload": spot.image + spot.length // 2,
+            "payload": spot.picture + spot.length // 2,
         }[where]
         path.write_bytes(path.read_bytes()[:length])
 
@@ -130,25 +130,26 @@ def cut(where: str) -> Callable[[str, Path, Content, Path], None]:
 
 
 def flip_payload(loader: str, folder: Path, content: Content, mark: Path) -> None:
-    """A bit in the middle of the image; the first one that leaves an image which can be decoded."""
+    """A bit in the middle of the picture; the first one that leaves a picture which can be decoded."""
     path = shards(loader, folder)[0]
     spot = place(loader, path, content)
-    image = content[f"{HIT:05d}"][0]
-    for position in range(len(image) // 2, len(image)):
-        changed = bytearray(image)
+    picture = content[f"{HIT:05d}"][0]
+    for position in range(len(picture) // 2, len(picture)):
+        changed = bytearray(picture)
         changed[position] ^= 1
-        if decodes_to_something_else(bytes(changed), image):
-            flip(path, spot.image + position, 0)
+        if decodes_to_something_else(bytes(changed), picture):
+            flip(path, spot.picture + position, 0)
             return
     raise AssertionError("no bit found")
 
 
-def decodes_to_something_else(changed: bytes, image: bytes) -> bool:
-    """Whether a strict decoder takes the changed file and shows another image."""
-    from dalle_scale.data.decode import BadSample, decode
+def decodes_to_something_else(changed: bytes, picture: bytes) -> bool:
+    """Whether a strict decoder takes the changed file and shows another picture."""
+    from dalle_scale.data.decode import decode
+    from dalle_scale.data.reader import BadSample
 
     try:
-        return not np.array_equal(decode(changed), decode(image))
+        return not np.array_equal(decode(changed), decode(picture))
     except BadSample:
         return False
 
@@ -181,7 +182,7 @@ def write_tar(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def members(content: Content, keys: Iterable[str]) -> list[Entry]:
-    """Image and caption of each key, side by side."""
+    """Picture and caption of each key, side by side."""
     return [(f"{key}.{kind}", data) for key in keys for kind, data in zip(("jpg", "txt"), content[key], strict=True)]
 
 
@@ -207,7 +208,7 @@ def drop_caption(entries: list[Entry]) -> list[Entry]:
 
 
 def interleave(entries: list[Entry]) -> list[Entry]:
-    """All images, then all captions."""
+    """All pictures, then all captions."""
     return sorted(entries, key=lambda entry: entry[0].endswith(".txt"))
 
 
@@ -253,7 +254,7 @@ def pipe_address(loader: str, folder: Path, content: Content, mark: Path) -> Non
 
 
 def with_bomb(content: Content) -> Content:
-    """One image is a small file of 169 million pixels, just below what Pillow refuses."""
+    """One picture is a small file of 169 million pixels, just below what Pillow refuses."""
     file = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(file, "PNG")
     key = f"{HIT:05d}"
@@ -261,7 +262,7 @@ def with_bomb(content: Content) -> Content:
 
 
 def with_undecodable(content: Content) -> Content:
-    """Ten images are no images."""
+    """Ten pictures are no pictures."""
     bad = {key for number, key in enumerate(content) if number in BAD}
     return {
         key: (b"\xff\xd8\xff" + bytes(200) if key in bad else sample[0], sample[1]) for key, sample in content.items()
@@ -279,9 +280,9 @@ DOTTED = {"00040": "picture_1.0", "00041": "picture_1.5"}
 FAULTS = (
     Fault("none", "none", "none", for_formats=True),
     Fault("header_bit", "one bit of a header flipped", "damage", flip_header, for_formats=True),
-    Fault("cut_at_boundary", "shard cut between two members", "damage", cut("boundary"), for_formats=True),
-    Fault("cut_in_header", "shard cut inside a header", "damage", cut("header"), for_formats=True),
-    Fault("cut_in_payload", "shard cut inside an image", "damage", cut("payload"), for_formats=True),
+    Fault("cut_at_boundary", "shard truncated between two members", "damage", cut("boundary"), for_formats=True),
+    Fault("cut_in_header", "shard truncated inside a header", "damage", cut("header"), for_formats=True),
+    Fault("cut_in_payload", "shard truncated inside an image", "damage", cut("payload"), for_formats=True),
     Fault("payload_bit", "one bit of an image flipped", "damage", flip_payload, for_formats=True),
     Fault("missing_shard", "a shard is missing", "damage", remove_shard, for_formats=True),
     Fault("replaced_shard", "a shard replaced by a copy of the other", "damage", replace_shard, for_formats=True),
@@ -291,7 +292,12 @@ FAULTS = (
     Fault("hostile_keys", "keys that point out of the folder", "foreign", foreign(renamed(HOSTILE))),
     Fault("missing_member", "a caption is missing", "foreign", foreign(drop_caption)),
     Fault("interleaved", "images first, captions after them", "foreign", foreign(interleave)),
-    Fault("cut_in_caption", "shard cut inside a caption, the next begins with that key", "foreign", cut_inside_caption),
+    Fault(
+        "cut_in_caption",
+        "shard truncated inside a caption, the next begins with that key",
+        "foreign",
+        cut_inside_caption,
+    ),
     Fault("pickle", "a pickle among the members", "foreign", add_pickle, for_formats=True),
     Fault("pipe_address", "a shell command as address of a shard", "damage", pipe_address),
     Fault("bomb", "a small file of 169 million pixels", "samples", samples=with_bomb, for_formats=True),

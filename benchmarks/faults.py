@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--cache runs/benchmarks] [--faults header_bit,bomb] [--limit-seconds 200]
 
-One hundred captioned images in two shards are written by each loader's own writer, damaged, and read again in a
+One hundred captioned pictures in two shards are written by each loader's own writer, damaged, and read again in a
 process of its own. Peers are installed into <cache>/<peer>, each into its own virtual environment. Prints a table;
 a run of all faults writes benchmarks/results/faults.json and docs/faults.md. Samples and damage: fault_cases.py; the
 loaders: fault_loaders.py.
@@ -83,8 +83,8 @@ class Outcome:
     state: str  # "complete", "stopped" (an exception), "killed", "hung", "not applicable", "not installed"
     intact: int = 0
     damaged: int = 0  # delivered with other content, nothing said about it
-    half: int = 0  # delivered without image or caption
-    mispaired: int = 0  # image with the caption of another
+    half: int = 0  # delivered without picture or caption
+    mispaired: int = 0  # picture with the caption of another
     lost_with_message: int = 0
     lost_with_log: int = 0  # the caller is told nothing, but there is an error in the log
     lost_in_silence: int = 0
@@ -236,7 +236,7 @@ def classify(rows: list[dict[str, Any]], content: Content, state: str) -> Outcom
         state: what to say if it did not report its end.
     """
     keys = list(content)
-    by_image = {hashlib.sha256(image).hexdigest(): number for number, (image, _) in enumerate(content.values())}
+    by_picture = {hashlib.sha256(picture).hexdigest(): number for number, (picture, _) in enumerate(content.values())}
     by_caption = {caption.decode(): number for number, (_, caption) in enumerate(content.values())}
     states: dict[int, str] = {}
     delivered: Counter[int] = Counter()
@@ -244,18 +244,18 @@ def classify(rows: list[dict[str, Any]], content: Content, state: str) -> Outcom
     escaping = 0
     for row in (row for row in rows if "key" in row):
         escaping += row["key"].startswith("/") or ".." in row["key"].split("/")
-        image, caption = by_image.get(row["image"]), by_caption.get(row["caption"])
-        number = image if image is not None else caption
+        picture, caption = by_picture.get(row["picture"]), by_caption.get(row["caption"])
+        number = picture if picture is not None else caption
         if number is None:
             number = keys.index(row["key"]) if row["key"] in keys else None
         if number is None:
             continue
-        if row["image"] is None or row["caption"] is None:
+        if row["picture"] is None or row["caption"] is None:
             found = "half"
-        elif image is None or caption is None:
+        elif picture is None or caption is None:
             found = "damaged"
         else:
-            found = "intact" if image == caption else "mispaired"
+            found = "intact" if picture == caption else "mispaired"
         delivered[number] += 1
         states[number] = max(states.get(number, found), found, key=rank.index)
     messages = [row["message"] for row in rows if "message" in row]
@@ -291,7 +291,7 @@ def cell(outcome: Outcome) -> str:
     if outcome.state != "complete":
         parts = [f"{outcome.intact}, then {outcome.state}" if outcome.intact else f"{outcome.state} before the first"]
     elif outcome.lost_with_message:
-        parts.append(f"{outcome.lost_with_message} lost, said")
+        parts.append(f"{outcome.lost_with_message} lost, reported")
     elif outcome.lost_with_log:
         parts.append(f"**{outcome.lost_with_log} lost, only logged**")
     parts += [f"**{outcome.lost_in_silence} lost in silence**"] * (outcome.lost_in_silence > 0)
@@ -325,16 +325,17 @@ def table(faults: list[Fault], outcomes: dict[str, dict[str, Outcome]]) -> str:
 
 def page(faults: list[Fault], outcomes: dict[str, dict[str, Outcome]], result: dict[str, Any]) -> str:
     """docs/faults.md."""
-    return f"""# Faults thrown at loaders
+    return f"""# How loaders treat damaged data
 
-{SAMPLES} captioned images in two shards are written by each loader's own writer, damaged at the corresponding place
-of its format, and read again in order, in a process of its own. Foreign tars go to this project through
-`data_tools/build_shards.py`. webdataset runs with a handler that notes each error and continues, in the last row with
-its own `warn_and_continue`. mosaicml-streaming and litdata hand out bytes, which are decoded with Pillow as their own
-decoders would; an exception there ends the reading ("stopped"), as it does here where a data set is refused when it is
-opened. A number alone is the samples that arrived with their own caption and their own bytes; "said" means that the
-caller got at least one message; bold is what nobody is told of, or what must not happen; "not applicable": the format
-has no such thing.
+Each loader's own writer writes {SAMPLES} captioned images into two shards. Each fault is applied at the corresponding
+place of its format, and the shards are read again in order, in a separate process. Foreign tars go to this project
+through `data_tools/build_shards.py`. webdataset runs with a handler that records each error and continues, in the last
+row with its own `warn_and_continue`. mosaicml-streaming and litdata return bytes, which Pillow decodes as their own
+decoders would; an exception there ends the reading ("stopped"), as here if a data set is refused when it is opened.
+
+A plain number counts the samples that arrived with their own caption and their own bytes. "reported": the caller got at
+least one message. Bold: lost or changed without a report, or a thing that must not happen. "not applicable": the format
+cannot have the fault.
 
 Repeat with `{result["command"]}` (commit {result["commit"]}, {result["date"]}, {result["hardware"]}). Messages, seconds
 and memory of every case are in [benchmarks/results/faults.json](../benchmarks/results/faults.json).

@@ -92,7 +92,7 @@ def decoding(
     if not configs[drawers[0]].model.get("text_length", 0):
         return {"sample": PROGRAMS.python("launch/sample.py", *options, f"--candidates={ALONE}")}
     prompts = out / "prompts"
-    pick = PROGRAMS.python("data_tools/pick_prompts.py", valid, f"--count={CAPTIONS}", f"--out={prompts}")
+    pick = PROGRAMS.python("data_tools/pick_prompts.py", f"--data={valid}", f"--limit={CAPTIONS}", f"--out={prompts}")
     options += [f"--prompt-file={prompts}/prompts.jsonl", f"--candidates={CANDIDATES}"]
     return {"prompts": pick, "sample": PROGRAMS.python("launch/sample.py", *options)}
 

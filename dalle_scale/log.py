@@ -6,12 +6,14 @@ and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 extras.name_at_import()  # each program imports this module first
 Item = TypeVar("Item")
+_REFUSALS = {  # what a user can fix
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
 _PATIENCE_SECONDS = 20  # in which rank 0 finds an error that another rank has found
 
 
@@ -43,7 +48,10 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
 
 
 def guarded(main: Callable[[], None]) -> NoReturn:
-    """Run a program: a `UserError`, or a missing package of an extra, becomes one line and exit code 2.
+    """Run a program: an error that a user can fix becomes one line and exit code 2.
+
+    These are `UserError`, a missing package of an extra, and of the operating system a full disk, no permission, or a
+    file where a folder should be. The line begins below a progress bar, not on it.
 
     Before the ranks know each other all of them find the same error, and rank 0 says it; later one rank may be alone.
     An exception because another rank has died becomes one that names that rank (`rank_log`).
@@ -53,10 +61,11 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a name or caption that the terminal cannot show
     exit_code = 0
     try:
-        with extras.named():
+        with extras.named(), _named_by_the_system():
             main()
         dist.leave()
     except UserError as error:
+        _end_bars()
         if dist.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
@@ -65,11 +74,29 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             print(f"error on rank {dist.rank()}: {error}", file=sys.stderr, flush=True)
         exit_code = 2
     except Exception:
+        _end_bars()
         rank_log.report_failure()
         traceback.print_exc()
         exit_code = 1
     rank_log.close(exit_code)
     sys.exit(exit_code)
+
+
+@contextmanager
+def _named_by_the_system() -> Iterator[None]:
+    """Make a UserError of what the operating system refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS or not error.filename:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+def _end_bars() -> None:
+    """Leave the line of the bars that an error has interrupted."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def grid(batch: Tensor, columns: int, gap: int = 2) -> Image.Image:

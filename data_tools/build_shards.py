@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dalle_scale import log
+from dalle_scale.arguments import Parser
 from dalle_scale.curation.build import build
 from dalle_scale.curation.chunks import Recipe
 from dalle_scale.curation.filters import LANGUAGES, Filters
@@ -61,7 +62,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
     add_output(parser)
     reading = parser.add_argument_group("reading")
@@ -73,9 +74,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return checked(parser.parse_args(arguments))
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: Parser) -> None:
     """The options that say what is written."""
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_out()
     parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
     parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="input rows a shard is made of, at most")
@@ -103,7 +104,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def add_filters(parser: argparse.ArgumentParser) -> None:
+def add_filters(parser: Parser) -> None:
     """The options that leave rows out."""
     group = parser.add_argument_group("what is left out")
     group.add_argument("--preset", choices=("dalle",), help="filters of the DALL-E paper; single options change them")

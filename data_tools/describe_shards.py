@@ -1,25 +1,23 @@
 """Describe a data set: one page of plots and the same numbers as JSON.
 
-    python data_tools/describe_shards.py runs/images/shards/train [--out stats.html] [--text-tokenizer text.model]
+    python data_tools/describe_shards.py --data runs/images/shards/train [--text-tokenizer text.model]
 
 Writes <out> (default: stats.html in the data set's folder), which needs nothing from outside, and <out> with the ending
 .json. Every sample is read and its checksums verified; of images only the headers are looked at. Frequent words and
-languages are found in about --samples captions, chosen by a hash of the key. Languages of short captions are guesses.
+languages are found in about --limit captions, chosen by a hash of the key. Languages of short captions are guesses.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections import Counter
 from itertools import pairwise
 from math import exp
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser
 from dalle_scale.curation import statistics_page
 from dalle_scale.curation.statistics import LARGEST, PER_OCTAVE, Distribution, Options, Summary, blocks_of, summarise
 from dalle_scale.data.manifest import Manifest
@@ -33,22 +31,18 @@ TOP_WORDS = 24
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, count, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a data set")
-    parser.add_argument("--out", type=Path, help="the page, *.html; default: stats.html in the folder")
-    parser.add_argument("--samples", type=int, default=100_000, help="captions to tell words and languages from")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the result is the same"
-    )
+    parser = Parser(__doc__)
+    parser.add_data()
+    parser.add_out("folder of stats.html and stats.json (default: the data set's)", required=False)
+    parser.add_limit("captions to find words and languages in", 100_000)
+    parser.add_workers()
     parser.add_argument("--text-tokenizer", help="also count caption lengths in its tokens")
     args = parser.parse_args(arguments)
-    out = args.out or args.folder / "stats.html"
-    if min(args.samples, args.workers) < 1 or out.suffix != ".html":
-        raise UserError(f"--samples and --workers: at least 1; --out: a name that ends in .html, not '{out}'")
-    manifest = Manifest.open(args.folder)
+    out = (args.out or args.data) / "stats.html"
+    manifest = Manifest.open(args.data)
     if manifest.has_remote_shards:
-        raise UserError(f"{args.folder}: has remote shards; fetch the data set into a folder and describe that")
-    options = Options(args.folder, args.samples / manifest.num_samples, args.text_tokenizer)
+        raise UserError(f"{args.data}: has remote shards; fetch the data set into a folder and describe that")
+    options = Options(args.data, args.limit / manifest.num_samples, args.text_tokenizer)
     blocks = blocks_of(manifest)
     summary = Summary()
     for block in log.progress(summarise(options, blocks, args.workers), "describe", "blocks", total=len(blocks)):

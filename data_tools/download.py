@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from build_shards import add_filters, add_output, checked, make_recipe
 
 from dalle_scale import log
+from dalle_scale.arguments import Parser
 from dalle_scale.curation.build import build
 from dalle_scale.curation.download.client import FetchOptions
 from dalle_scale.curation.download.downloader import Downloads, rows_per_table
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     defaults = FetchOptions()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("lists", nargs="+", type=Path, metavar="LIST")
     add_output(parser)
     # while one worker waits for its chunk's slowest servers, another has images to decode

@@ -21,7 +21,6 @@ interruption are not read again if their size is still the same.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import glob
 import json
@@ -41,6 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser
 from dalle_scale.curation.duplicate_keys import repeated
 from dalle_scale.curation.shard_writer import commit, write_table
 from dalle_scale.curation.webdataset_import import Row, Sample, finalize, scan, to_rows
@@ -83,9 +83,9 @@ class Job:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and index."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_out()
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
     )

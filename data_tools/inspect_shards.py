@@ -1,6 +1,6 @@
 """Look at a data set: some of its samples on one sheet.
 
-    python data_tools/inspect_shards.py runs/images/shards/train [--count 48] [--match dog] [--out sheet]
+    python data_tools/inspect_shards.py --data runs/images/shards/train [--limit 48] [--match dog] [--out sheets]
 
 Writes <out>.html and <out>.png: images with their captions, each with its key, shard and size. Which samples is
 decided by --seed; --match takes only those whose caption holds a text (it reads all captions), --keys names them. A
@@ -10,7 +10,6 @@ decode to, beside the image where there is one.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import heapq
 import random
@@ -28,6 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_scale import log
+from dalle_scale.arguments import Parser
 from dalle_scale.checkpoint.export import open_tokenizer
 from dalle_scale.data import codes
 from dalle_scale.data.decode import BadSample, Pixels, decode
@@ -53,27 +53,25 @@ class Source(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, choose samples, draw them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a data set")
-    parser.add_argument("--count", type=int, default=48, help="samples; fewer where there are not as many")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(__doc__)
+    parser.add_data()
+    parser.add_limit("samples; fewer where there are not as many", 48)
+    parser.add_seed()
     parser.add_argument("--keys", help="these samples, with commas between")
     parser.add_argument("--match", help="only samples whose caption holds this text, in any case")
     parser.add_argument("--tokenizer", type=Path, help="export of an image tokenizer, to decode codes with")
-    parser.add_argument("--out", type=Path, default=Path("sheet"), help="where to write, without an ending")
+    parser.add_out("folder of sheet.html and sheet.png", Path("."))
     args = parser.parse_args(arguments)
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: at least 1")
     if args.keys is not None and args.match is not None:
         raise UserError("--keys and --match: give one of them")
-    source = open_source(args.folder, args.tokenizer)
+    source = open_source(args.data, args.tokenizer)
     manifest, total = source.manifest, source.manifest.num_samples
     if args.keys is not None:
         samples = find_keys(manifest, args.keys.split(","))
     elif args.match is not None:
-        samples = find_text(source, args.match, args.count, args.seed)
+        samples = find_text(source, args.match, args.limit, args.seed)
     else:
-        samples = sorted(random.Random(args.seed).sample(range(total), min(args.count, total)))
+        samples = sorted(random.Random(args.seed).sample(range(total), min(args.limit, total)))
     rows, bad = [], 0
     for sample in log.progress(samples, "read", "samples"):
         row, is_bad = show(source, sample)
@@ -81,8 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         bad += is_bad
     notes = [f"{len(rows):,} of {total:,} samples in {manifest.num_shards:,} shards; {bad:,} of these cannot be read"]
     columns = [COLUMNS[part] for part in source.parts]
-    gallery.save(args.out.parent, f"Data set {manifest.folder.name}", columns, rows, notes, args.out.name)
-    log.say(f"{args.out}.html, {args.out}.png: {len(rows)} samples, {bad} of them cannot be read")
+    gallery.save(args.out, f"Data set {manifest.folder.name}", columns, rows, notes, "sheet")
+    log.say(f"{args.out / 'sheet.html'}, {args.out / 'sheet.png'}: {len(rows)} samples, {bad} of them cannot be read")
 
 
 def open_source(folder: Path, export: Path | None) -> Source:

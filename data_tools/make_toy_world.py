@@ -9,7 +9,6 @@ Writes <out>/train and <out>/valid (tar shards with a manifest, through the same
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import asdict
 from io import BytesIO
@@ -19,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser, at_least, share
 from dalle_scale.curation.shard_writer import ShardWriter
 from dalle_scale.curation.toy import world as world
 from dalle_scale.types import UserError
@@ -33,13 +33,15 @@ GROUPS = {  # group of prompts: (objects, whether the combination is held out)
 
 def main() -> None:
     """Read the command line and write everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=24_000, help="training samples")
-    parser.add_argument("--valid", type=int, default=1_024, help="held-out samples of the training distribution")
-    parser.add_argument("--prompts", type=int, default=128, help="captions of each group")
-    parser.add_argument("--two-objects", type=float, default=0.55, help="share of training scenes with two objects")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(__doc__)
+    parser.add_out()
+    parser.add_argument("--train", type=at_least(1), default=24_000, help="training samples")
+    parser.add_argument(
+        "--valid", type=at_least(1), default=1_024, help="held-out samples of the training distribution"
+    )
+    parser.add_argument("--prompts", type=at_least(1), default=128, help="captions of each group")
+    parser.add_argument("--two-objects", type=share, default=0.55, help="share of training scenes with two objects")
+    parser.add_seed()
     options = parser.parse_args()
     if not 0 <= options.two_objects <= 1:
         raise UserError(f"--two-objects: {options.two_objects} is not a share; take a number from 0 to 1")

@@ -1,6 +1,6 @@
 """Captions of a data set as prompts, each with its image to compare with.
 
-    python data_tools/pick_prompts.py runs/images/shards/valid --count 64 --out runs/images/prompts
+    python data_tools/pick_prompts.py --data runs/images/shards/valid --limit 64 --out runs/images/prompts
 
 Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sample.py --prompt-file, and the images as
 <out>/truth/*.png. Captions are distinct; which ones is decided by hash, so the same command picks the same again.
@@ -8,15 +8,14 @@ Writes <out>/prompts.jsonl (rows with "prompt", "key", "truth") for launch/sampl
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser, at_least
 from dalle_scale.data.decode import BadSample, decode
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.data.order import sample_seeds
@@ -27,23 +26,23 @@ from dalle_scale.types import UserError
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, pick, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, help="folder of a data set with images and captions")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--count", type=int, default=64, help="captions; fewer where there are not as many")
-    parser.add_argument("--size", type=int, help="side of the images' centre squares in pixels; default: as they are")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(__doc__)
+    parser.add_data("folder of a data set with images and captions")
+    parser.add_out()
+    parser.add_limit("captions; fewer where there are not as many", 64)
+    parser.add_argument(
+        "--size", type=at_least(1), help="side of the images' centre squares in pixels; default: as they are"
+    )
+    parser.add_seed()
     args = parser.parse_args(arguments)
-    if args.count < 1 or (args.size is not None and args.size < 1):
-        raise UserError("--count and --size: at least 1")
     (args.out / "truth").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for key, caption, pixels in pick(Manifest.open(args.shards), args.count, args.seed):
+    for key, caption, pixels in pick(Manifest.open(args.data), args.limit, args.seed):
         file = f"truth/{len(rows):05d}.png"
         Image.fromarray(pixels if args.size is None else square(pixels, args.size)).save(args.out / file)
         rows.append({"prompt": caption, "key": key, "truth": file})
     if not rows:
-        raise UserError(f"{args.shards}: none of its samples can be read")
+        raise UserError(f"{args.data}: none of its samples can be read")
     io.write_rows(args.out / "prompts.jsonl", rows)
     log.say(f"{args.out / 'prompts.jsonl'}: {len(rows)} captions")
 

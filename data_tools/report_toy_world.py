@@ -9,7 +9,6 @@ reads every attribute of the caption's scene from it.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser
 from dalle_scale.checkpoint import export
 from dalle_scale.config import DataConfig
 from dalle_scale.curation.toy import judge
@@ -42,7 +42,7 @@ TITLES = {
 
 def main() -> None:
     """Judge, write the report, draw the gallery."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run of launch/demo.py")
     run = parser.parse_args().run
     prompts = read_rows(run / "world" / "prompts.jsonl")

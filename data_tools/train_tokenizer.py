@@ -1,6 +1,6 @@
 """Train a caption tokenizer: the captions of a data set -> a sentencepiece BPE model.
 
-    python data_tools/train_tokenizer.py runs/data/train --out runs/data/bpe.model --vocab 16384
+    python data_tools/train_tokenizer.py --data runs/data/train --out runs/data --vocab 16384
 
 Lower-casing is part of the model (normalisation nmt_nfkc_cf), and characters it has never seen are spelled out in
 bytes. The same data set gives the same file on every run.
@@ -8,7 +8,6 @@ bytes. The same data set gives the same file on every run.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import sentencepiece
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser, at_least, share
 from dalle_scale.data import text
 from dalle_scale.data.decode import BadSample
 from dalle_scale.data.manifest import Manifest
@@ -29,19 +29,20 @@ _LONGEST_BYTES = 1 << 16  # sentencepiece would leave out longer captions withou
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, print how long the captions came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path, help="folder of a data set with captions")
-    parser.add_argument("--out", type=Path, required=True, help="the .model file")
-    parser.add_argument("--vocab", type=int, default=16_384)
-    parser.add_argument("--character-coverage", type=float, default=1.0, help="share of the characters with a token")
+    parser = Parser(__doc__)
+    parser.add_data("folder of a data set with captions")
+    parser.add_out("folder of text.model")
+    parser.add_argument("--vocab", type=at_least(1), default=16_384, metavar="N", help="tokens")
+    parser.add_argument("--character-coverage", type=share, default=1.0, help="share of the characters with a token")
     parser.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become one unknown token")
-    parser.add_argument("--max-captions", type=int, default=10_000_000, help="train on at most so many, picked by hash")
+    parser.add_limit("train on at most so many captions, picked by hash", 10_000_000)
     args = parser.parse_args(arguments)
-    captions = list(read_captions(args.shards, args.max_captions))
+    captions = list(read_captions(args.data, args.limit))
     model = train(captions, args.vocab, args.character_coverage, byte_fallback=not args.no_byte_fallback)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    io.write(args.out, model)
-    log.say(f"{args.out}: {describe(args.out, captions)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "text.model"
+    io.write(path, model)
+    log.say(f"{path}: {describe(path, captions)}")
 
 
 def read_captions(folder: Path, limit: int) -> Iterator[str]:

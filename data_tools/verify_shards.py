@@ -1,19 +1,18 @@
 """Read a whole data set and find every fault in it.
 
-    python data_tools/verify_shards.py runs/data/train [--workers 8]
+    python data_tools/verify_shards.py --data runs/data/train [--workers 8]
 
 Every shard: is it there, with its size and sha256; do its tar headers say what the index says, so that other readers
 see the same samples. Every sample: the crc32 of its members, whether its image decodes, whether its caption is UTF-8
 and not empty, whether its codes are as many and as small as the manifest says, whether it lacks a member that training
 reads. The whole set: keys that come twice, files that do not belong to it. Remote shards are fetched for it.
 
-Writes FOLDER/verify.jsonl, one line a fault (fault, shard, key, reason), and FOLDER/verify.json, the counts. The exit
-code is 0 for a sound data set, 1 if there are faults, 2 for wrong usage.
+Writes <data>/verify.jsonl, one line a fault (fault, shard, key, reason), and <data>/verify.json, the counts. The exit
+code is 0 for a sound data set, 3 if there are faults, 2 for wrong usage.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dalle_scale import io, log
+from dalle_scale.arguments import Parser
 from dalle_scale.curation.duplicate_keys import repeated
 from dalle_scale.curation.tar import Member, Tar, TarError
 from dalle_scale.data import codes, ledger, manifest
@@ -75,24 +75,20 @@ class Faults:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, verify, report, exit with 1 if there are faults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a data set")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one a core"
-    )
+    """Parse the command line, verify, report, exit with 3 if there are faults."""
+    parser = Parser(__doc__)
+    parser.add_data()
+    parser.add_workers()
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1")
-    if not (args.folder / manifest.NAME).exists():
-        raise UserError(f"{args.folder}: no data set, there is no {manifest.NAME} in it")
-    report = verify(args.folder, args.workers)
+    if not (args.data / manifest.NAME).exists():
+        raise UserError(f"{args.data}: no data set, there is no {manifest.NAME} in it")
+    report = verify(args.data, args.workers)
     for fault, count in report["faults"].items():
         log.say(f"{count:,} x {fault}")
-    verdict = "sound" if report["sound"] else f"faults, see {args.folder / FAULTS}"
-    log.say(f"{args.folder}: {report['samples']:,} samples in {report['shards']:,} shards: {verdict}")
+    verdict = "sound" if report["sound"] else f"faults, see {args.data / FAULTS}"
+    log.say(f"{args.data}: {report['samples']:,} samples in {report['shards']:,} shards: {verdict}")
     if not report["sound"]:
-        sys.exit(1)
+        sys.exit(3)
 
 
 def verify(folder: Path, workers: int) -> dict[str, Any]:

@@ -9,13 +9,13 @@ Writes runs/demo below the current folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from dalle_scale import log
+from dalle_scale.arguments import Parser
 from dalle_scale.programs import Command, Programs, processes
 from dalle_scale.types import UserError
 
@@ -54,11 +54,11 @@ def steps(size: Size) -> dict[str, Command]:
         return PROGRAMS.deepspeed("launch/train.py", str(ROOT / f"configs/demo/{stage}.yaml"), f"steps={steps}")
 
     def encode(split: str) -> Command:
-        shards, out = f"--shards={RUN}/world/{split}", f"--out={RUN}/codes/{split}"
+        shards, out = f"--data={RUN}/world/{split}", f"--out={RUN}/codes/{split}"
         return python("launch/encode.py", f"--tokenizer={RUN}/dvae/export", shards, out)
 
     make_world = [f"--out={RUN}/world", f"--train={size.train_samples}", f"--prompts={size.prompts}"]
-    text_tokenizer = [f"{RUN}/world/train", "--vocab=448", f"--out={RUN}/text.model"]
+    text_tokenizer = [f"--data={RUN}/world/train", "--vocab=448", f"--out={RUN}"]
     sample = [f"--model={RUN}/dalle/export", f"--prompt-file={RUN}/world/prompts.jsonl", f"--out={RUN}/samples"]
     rerank = [f"--samples={RUN}/samples", f"--clip={RUN}/clip/export", "--keep=1", f"--out={RUN}/reranked"]
     return {
@@ -69,7 +69,7 @@ def steps(size: Size) -> dict[str, Command]:
         "encode_valid": encode("valid"),
         "transformer": train("dalle", size.dalle_steps),
         "clip": train("clip", size.clip_steps),
-        "sample": python("launch/sample.py", *sample, "--candidates=16", "--batch=1024"),
+        "sample": python("launch/sample.py", *sample, "--candidates=16", "--batch-size=1024"),
         "rerank": python("launch/rerank.py", *rerank),
         "report": python("data_tools/report_toy_world.py", f"--run={RUN}"),
     }
@@ -77,7 +77,7 @@ def steps(size: Size) -> dict[str, Command]:
 
 def main() -> None:
     """Run all steps, then add the seconds of each to the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=BASE_MINUTES, help="time to aim at on two idle cores")
     parser.add_argument("--tiny", action="store_true", help="a minute's run that only shows that every step works")
     options = parser.parse_args()

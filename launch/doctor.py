@@ -6,7 +6,7 @@
 Who does not arrive within --timeout-seconds is named. Then all ranks are compared: versions, this library's source,
 devices and their free memory, variables such as NCCL_*, clocks, and whether --run is one folder for all. An all-reduce
 must give the right sum; arithmetic and the links of a ring of ranks are timed, and whoever stays below --slow-below
-times the median is named. Prints a table and a line for each defect; exit code 2 if there is one.
+times the median is named. Prints a table and a line for each defect; exit code 3 if there is one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from dalle_scale import dist, log
+from dalle_scale.arguments import Parser, above_zero, share
 from dalle_scale.cluster import diagnostics
-from dalle_scale.types import UserError
 
 
 def main() -> None:
@@ -34,22 +34,18 @@ def main() -> None:
         num_defects[0] = len(report.defects)
     if dist.broadcast(num_defects).item():
         dist.leave()
-        sys.exit(2)
+        sys.exit(3)
     log.say(f"all is well: {dist.world_size()} ranks")
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs"), help="folder that all ranks must share (runs)")
-    parser.add_argument("--timeout-seconds", type=float, default=60, help="for each part (60)")
-    parser.add_argument("--slow-below", type=float, default=0.5, help="share of the median that is too slow (0.5)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser = Parser(__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs"), help="folder that all ranks must share")
+    parser.add_argument("--timeout-seconds", type=above_zero, default=60.0, help="for each part")
+    parser.add_argument("--slow-below", type=share, default=0.5, help="share of the median that is too slow")
+    parser.add_local_rank()
     args = parser.parse_args()
-    if args.timeout_seconds <= 0:
-        raise UserError(f"--timeout-seconds: {args.timeout_seconds:g} is not above 0")
-    if not 0 <= args.slow_below < 1:
-        raise UserError(f"--slow-below: {args.slow_below:g} is not a share from 0 to below 1")
     return args
 
 

@@ -1,11 +1,10 @@
 """Encode a data set of images into a data set of image codes, captions carried over.
 
-    deepspeed --num_gpus 8 launch/encode.py --tokenizer runs/dvae/export --shards runs/data/train --out runs/codes/train
+    deepspeed --num_gpus 8 launch/encode.py --tokenizer runs/dvae/export --data runs/data/train --out runs/codes/train
 
 Training on codes then neither decodes an image nor runs the tokenizer. Each shard of images becomes one shard of
-codes; ranks take the shards in turn and write the same files at any number of ranks. The same command continues where
-it stopped. Images are shown to the tokenizer as centre squares, once: the paper augments before it encodes
-(arXiv 2102.12092, Sec. 2.3), code shards do not. `python launch/encode.py ...` runs one process.
+codes; ranks take the shards in turn and write the same files at any number of ranks. The same command resumes.
+Images are centre squares, seen once: the paper augments before it encodes (arXiv 2102.12092, Sec. 2.3).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_scale import dist, io, log
+from dalle_scale.arguments import Parser
 from dalle_scale.checkpoint import export
 from dalle_scale.curation import encode, shard_writer
 from dalle_scale.data import codes, manifest
@@ -28,13 +28,13 @@ from dalle_scale.types import UserError
 def main() -> None:
     """Check, encode this rank's shards, then let rank 0 write the manifest."""
     args = parse_args()
-    source = Manifest.open(args.shards)
+    source = Manifest.open(args.data)
     there = begun(args.out)
     dtype = there.get("dtype", "fp32") if args.dtype == "auto" and there else args.dtype  # work continues as it began
     opened = export.load(args.tokenizer, dist.device(), dtype)
     tokenizer = export.tokenizer_of(opened)
     if not source.holds_images:
-        raise UserError(f"{args.shards}: no images in this data set; it holds: {', '.join(source.members)}")
+        raise UserError(f"{args.data}: no images in this data set; it holds: {', '.join(source.members)}")
     if tokenizer.vocab > codes.MAX_VOCAB:
         raise UserError(f"{args.tokenizer}: vocabulary {tokenizer.vocab}; code shards hold at most {codes.MAX_VOCAB}")
     info = {
@@ -60,7 +60,7 @@ def main() -> None:
         args.out,
         tokenizer.image_size,
         lambda images: tokenizer.encode(images.to(dist.device())),
-        args.batch,
+        args.batch_size,
         dist.rank(),
         dist.world_size(),
     )
@@ -77,13 +77,14 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="export of an image tokenizer")
-    parser.add_argument("--shards", type=Path, required=True, help="folder of a data set with images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set of codes")
-    parser.add_argument("--batch", type=int, default=256, help="images at once")
+    parser.add_data("folder of a data set with images")
+    parser.add_out("folder of the data set of codes")
+    parser.add_batch_size("images at once", 256)
+    parser.add_device()
     parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the tokenizer")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_local_rank()
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 
 from dalle_scale import dist, log
+from dalle_scale.arguments import Parser
 from dalle_scale.data.manifest import Manifest
 from dalle_scale.evaluation import reconstruction, reconstruction_page
 from dalle_scale.nn import precision
@@ -34,7 +35,9 @@ def main() -> None:
     ledger, device = args.out / "ledger.jsonl", dist.device()
     subjects = reconstruction.open_subjects(args.exports, device, args.prior, args.text_tokenizer, args.dtype)
     data = [
-        reconstruction.open_images(args.data, subject.image_size, args.samples, args.batch, ledger, prior=subject.prior)
+        reconstruction.open_images(
+            args.data, subject.image_size, args.limit, args.batch_size, ledger, prior=subject.prior
+        )
         for subject in subjects
     ]
     dist.join()
@@ -57,9 +60,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Check the options before anything is opened."""
-    for name, value in (("samples", args.samples), ("batch", args.batch)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value}, but at least one is needed")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out: {args.out} is a file; name a folder")
     source = Manifest.open(args.data)
@@ -71,18 +71,19 @@ def check(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("exports", nargs="+", type=Path, metavar="EXPORT", help="export of an image tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="folder of a data set with images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_data("folder of a data set with images")
+    parser.add_out()
     parser.add_argument(
         "--prior", action="append", default=[], type=Path, help="export of a prior of codes; repeatable"
     )
     parser.add_argument("--text-tokenizer", help="of the priors' captions: file, folder or name (default: their own)")
-    parser.add_argument("--samples", type=int, help="evaluate at most so many images (default: all)")
-    parser.add_argument("--batch", type=int, default=64, help="images at once on each rank")
+    parser.add_limit("evaluate at most so many images (default: all)")
+    parser.add_batch_size("images at once on each rank", 64)
+    parser.add_device()
     parser.add_argument("--dtype", choices=precision.ASKED, default="fp32", help="of the exports, not of their priors")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_local_rank()
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
 """Evaluate CLIP models: retrieval, zero-shot classification, and the gain of choosing by them.
 
-    python launch/evaluate_clip.py runs/clip/export --data runs/data/valid --out runs/clip_evaluated
-    deepspeed --num_gpus 8 launch/evaluate_clip.py runs/clip/export ViT-B-32:openai --data runs/data/valid --out runs/e
-    python launch/evaluate_clip.py runs/clip/export --data runs/cifar/test --classes names.txt --templates t.txt --out o
-    python launch/evaluate_clip.py runs/clip/export --samples runs/dalle/samples --out runs/best_of
+    python launch/evaluate_clip.py --clip runs/clip/export --data runs/data/valid --out runs/clip_evaluated
+    deepspeed --num_gpus 8 launch/evaluate_clip.py --clip runs/clip/export --clip ViT-B-32:openai --data runs/d --out o
+    python launch/evaluate_clip.py --clip runs/clip/export --data runs/d --classes names.txt --templates t.txt --out o
+    python launch/evaluate_clip.py --clip runs/clip/export --samples runs/dalle/samples --out runs/best_of
 
 With --data: retrieval of captions by images and of images by captions (R@1, 5, 10), and zero-shot classification.
 Classes are the lines of --classes, or the captions themselves where they are few; --templates makes several prompts of
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_scale import dist, log
+from dalle_scale.arguments import Parser, at_least
 from dalle_scale.evaluation import best_of_n, clip, clip_page
 from dalle_scale.evaluation.clip import Classes, Subject
 from dalle_scale.sampling import rejection, rerank
@@ -35,7 +36,7 @@ def main() -> None:
     names = rejection.read_classes(args.classes, []) if args.classes else []
     classes = Classes(tuple(names), templates, str(args.classes)) if names else None
     rows = rerank.read_samples(args.samples) if args.samples else []
-    subjects = clip.open_subjects(args.models, dist.device(), args.image_size)
+    subjects = clip.open_subjects(args.clip, dist.device(), args.image_size)
     dist.join()
     if dist.is_main():
         args.out.mkdir(parents=True, exist_ok=True)
@@ -57,12 +58,12 @@ def data_numbers(
     """Retrieval and classification on a data set; writes the examples. A collective."""
     ledger, models, numbers = args.out / "ledger.jsonl", [], {}
     for subject in subjects:
-        images = clip.open_pairs(args.data, subject, args.limit, args.batch, ledger)
-        pairs = clip.embed(subject, args.data, images, args.batch, ledger, dist.device())
+        images = clip.open_pairs(args.data, subject, args.limit, args.batch_size, ledger)
+        pairs = clip.embed(subject, args.data, images, args.batch_size, ledger, dist.device())
         row = {"pairs": len(pairs.own), "pairs_lost": pairs.lost, "retrieval": clip.retrieval(pairs)}
         kinds = classes or clip.caption_classes(pairs.captions, len(pairs.own), templates)
         if kinds:
-            vectors = clip.embed_classes(subject, kinds, pairs.images.shape[1], args.batch)
+            vectors = clip.embed_classes(subject, kinds, pairs.images.shape[1], args.batch_size)
             row["classification"] = clip.classification(pairs, kinds, vectors)
         if dist.is_main():
             log.say(f"{clip_page.show(args.out, subject, pairs, args.data)}")
@@ -73,7 +74,7 @@ def data_numbers(
 
 def sample_numbers(args: argparse.Namespace, subjects: list[Subject], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The score of the best of N samples. A collective."""
-    scores = {s.name: best_of_n.score_samples(s, args.samples, rows, args.batch) for s in subjects}
+    scores = {s.name: best_of_n.score_samples(s, args.samples, rows, args.batch_size) for s in subjects}
     table = best_of_n.best_of(rows, scores)
     return {"samples": clip_page.about_samples(args.samples, rows), "best_of": table}
 
@@ -82,9 +83,6 @@ def check(args: argparse.Namespace) -> None:
     """Check the options before anything is opened."""
     if not args.data and not args.samples:
         raise UserError("nothing to evaluate on: give --data FOLDER, --samples FOLDER or both")
-    for name, value in (("limit", args.limit), ("batch", args.batch), ("image-size", args.image_size)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value}, but at least one is needed")
     if (args.classes or args.templates) and not args.data:
         raise UserError("--classes and --templates are for --data: name a data set")
     if args.out.exists() and not args.out.is_dir():
@@ -93,18 +91,19 @@ def check(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("models", nargs="+", metavar="CLIP", help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
-    add("--data", type=Path, help="folder of a data set with images and captions")
+    parser.add_clip(action="append", required=True)
+    parser.add_data("folder of a data set with images and captions", required=False)
     add("--samples", type=Path, help="folder that launch/sample.py wrote")
-    add("--out", type=Path, required=True, help="folder to write to")
+    parser.add_out()
     add("--classes", type=Path, metavar="FILE", help="classes, one a line (default: the captions, where they are few)")
     add("--templates", type=Path, metavar="FILE", help="prompts, one a line, with {} for the class; default: {}")
-    add("--limit", type=int, help="evaluate at most so many pairs (default: all)")
-    add("--image-size", type=int, help="read images at this size (default: an export's own, or 224)")
-    add("--batch", type=int, default=64, help="images or captions at once on each rank")
-    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_limit("evaluate at most so many pairs (default: all)")
+    add("--image-size", type=at_least(1), help="read images at this size (default: an export's own, or 224)")
+    parser.add_batch_size("images or captions at once on each rank", 64)
+    parser.add_device()
+    parser.add_local_rank()
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
 """Compare images with a data set: FID, KID, Inception Score, precision and recall.
 
-    python launch/fidelity.py --samples runs/sampled --reference runs/data/train --inception FILE --out runs/fidelity
-    deepspeed --num_gpus 8 launch/fidelity.py --samples runs/sampled --reference runs/data/train --inception FILE ...
+    python launch/fidelity.py --samples runs/samples --reference runs/data/train --inception FILE --out runs/fidelity
+    deepspeed --num_gpus 8 launch/fidelity.py --samples runs/samples --reference runs/data/train --inception FILE ...
     python launch/fidelity.py --samples runs/data/valid --reconstruct runs/vqgan/export --reference runs/data/valid ...
-    python launch/fidelity.py --samples runs/sampled --reference runs/data/train --clip runs/clip/export --out ...
+    python launch/fidelity.py --samples runs/samples --reference runs/data/train --clip runs/clip/export --out ...
 
 --samples is a folder that launch/sample.py wrote, or a data set; with --reconstruct it is what an image tokenizer makes
 of the images of that data set (rFID). The reference is brought to the size of the samples. FILE holds the weights of
@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 from dalle_scale import dist, log
+from dalle_scale.arguments import Parser, at_least
 from dalle_scale.checkpoint import export
 from dalle_scale.evaluation import feature_extractors, fidelity, image_sets, result_schema
 from dalle_scale.types import UserError
@@ -37,14 +38,14 @@ def main() -> None:
     measures = fidelity.pick_measures(args.measures, extractor)
     tokenizer = (args.reconstruct, export.open_tokenizer(args.reconstruct, device)) if args.reconstruct else None
     source = image_sets.open_source(
-        args.samples, args.image_size, args.max_samples, args.batch, ledger, args.scores, tokenizer
+        args.samples, args.image_size, args.limit, args.batch_size, ledger, args.scores, tokenizer
     )
     size = source.about.image_size
     reference: fidelity.Statistics | image_sets.Source
     if args.reference.is_file():
         reference = fidelity.load_statistics(args.reference, extractor, size)
     else:
-        reference = image_sets.open_data(args.reference, size, args.max_reference, args.batch, ledger)
+        reference = image_sets.open_data(args.reference, size, args.limit_reference, args.batch_size, ledger)
     fidelity.check_counts(measures, extractor, source.about.samples, reference.about.samples, args.subset)
     dist.join()
     if dist.is_main():
@@ -58,7 +59,7 @@ def main() -> None:
         return
     if args.save_reference:
         fidelity.save_statistics(args.save_reference, reference, extractor)
-    result = fidelity.compare(samples, reference, extractor, measures, args.subset, args.batch)
+    result = fidelity.compare(samples, reference, extractor, measures, args.subset, args.batch_size)
     result_schema.write(args.out, result)
     log.say(result_schema.markdown(result))
     log.say(f"{args.out / 'fidelity.json'}")
@@ -66,10 +67,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Check the options before anything is opened."""
-    for name, least in (("subset", 2), ("batch", 1), ("max_samples", 1), ("max_reference", 1), ("image_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}: {value}, but at least {least} is needed")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out: {args.out} is a file; name a folder")
     for name in ("save_reference", "max_reference"):
@@ -81,14 +78,14 @@ def check(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help="folder of launch/sample.py, or a data set")
     add("--reconstruct", type=Path, metavar="EXPORT", help="image tokenizer that the images go through first")
     add("--scores", type=Path, metavar="FILE", help="scores.jsonl of launch/rerank.py: only the samples it kept")
     add("--reference", type=Path, required=True, help="data set, or what --save-reference wrote")
     add("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics (.safetensors)")
-    add("--out", type=Path, required=True, help="folder to write to")
+    parser.add_out()
     extractor = parser.add_mutually_exclusive_group(required=True)
     extractor.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's Inception")
     extractor.add_argument("--clip", help="export of a clip run, Hugging Face folder, or open_clip MODEL:FILE")
@@ -99,12 +96,13 @@ def parse_args() -> argparse.Namespace:
         help="of the Inception, by its channels",
     )
     add("--measures", nargs="+", choices=fidelity.MEASURES, help="default: all that the extractor offers")
-    add("--subset", type=int, default=fidelity.SUBSET_SAMPLES, help="images in a subset of the kernel distance")
-    add("--image-size", type=int, help="side in pixels, where --samples is a data set")
-    add("--max-samples", type=int, help="at most so many of the samples (default: all)")
-    add("--max-reference", type=int, help="at most so many of the reference (default: all)")
-    add("--batch", type=int, default=64, help="images at once on each rank")
-    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add("--subset", type=at_least(2), default=fidelity.SUBSET_SAMPLES, help="images in a subset of the kernel distance")
+    add("--image-size", type=at_least(1), help="side in pixels, where --samples is a data set")
+    parser.add_limit("at most so many of the samples (default: all)")
+    parser.add_limit("at most so many of the reference (default: all)", flag="--limit-reference")
+    parser.add_batch_size("images at once on each rank", 64)
+    parser.add_device()
+    parser.add_local_rank()
     return parser.parse_args()
 
 

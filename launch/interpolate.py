@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from dalle_scale import dist, io, log
+from dalle_scale.arguments import Parser, at_least
 from dalle_scale.checkpoint import export
 from dalle_scale.sampling import interpolate
 from dalle_scale.sampling.sampler import read_image
@@ -25,8 +26,6 @@ from dalle_scale.types import UserError
 def main() -> None:
     """Open, walk, write."""
     args = parse_args()
-    if args.paths < 1 or args.count < 2:
-        raise UserError(f"--paths {args.paths} --count {args.count}: at least one path of two images is needed")
     if args.images and len(args.images) < 2:
         raise UserError("--images: one image, but a path has two ends; name at least two")
     opened = export.load(args.model, dist.device())
@@ -55,15 +54,16 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="export of a vae or a ddpm run")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_out()
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files; a path from each to the next")
-    parser.add_argument("--paths", type=int, default=6, help="how many, without --images")
-    parser.add_argument("--count", type=int, default=11, help="images of a path, both ends included")
+    parser.add_argument("--paths", type=at_least(1), default=6, help="how many, without --images")
+    parser.add_argument("--count", type=at_least(2), default=11, help="images of a path, both ends included")
     parser.add_argument("options", nargs="*", metavar="key=value", help="of a diffusion model: steps, spacing")
-    parser.add_argument("--seed", type=int, default=0, help="of the ends, without --images")
-    return parser.parse_intermixed_args()
+    parser.add_seed("of the ends, without --images")
+    parser.add_device()
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

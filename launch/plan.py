@@ -9,10 +9,10 @@ Prints the table; with --out also writes plan.json, plan.md and plan.html. Needs
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dalle_scale import config as configs
 from dalle_scale import log
+from dalle_scale.arguments import Parser, above_zero, at_least, share
 from dalle_scale.cluster import plan, plan_page
 from dalle_scale.types import UserError
 
@@ -33,18 +33,18 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero=3")
-    parser.add_argument("--nodes", type=int, required=True, help="how many, all alike")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs in each node; one rank each")
-    parser.add_argument("--memory-gib", type=float, required=True, help="memory of each GPU, GiB")
-    parser.add_argument("--flops", type=float, required=True, help="matrix rate of each GPU, operations a second")
-    parser.add_argument("--intra-gbps", type=float, required=True, help="a GPU to its neighbour, 1e9 bits a second")
-    parser.add_argument("--inter-gbps", type=float, required=True, help="out of each node in all, 1e9 bits a second")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the matrix rate reached (0.4)")
-    parser.add_argument("--out", type=Path, help="folder for plan.json, plan.md and plan.html")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--nodes", type=at_least(1), required=True, help="how many, all alike")
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="GPUs in each node; one rank each")
+    parser.add_argument("--memory-gib", type=above_zero, required=True, help="memory of each GPU, GiB")
+    parser.add_argument("--flops", type=above_zero, required=True, help="matrix rate of each GPU, operations a second")
+    parser.add_argument("--intra-gbps", type=above_zero, required=True, help="a GPU to its neighbour, 1e9 bits/s")
+    parser.add_argument("--inter-gbps", type=above_zero, required=True, help="out of each node in all, 1e9 bits/s")
+    parser.add_argument("--utilisation", type=share, default=0.4, help="share of the matrix rate reached")
+    parser.add_out("folder for plan.json, plan.md and plan.html", required=False)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

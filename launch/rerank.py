@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_scale import dist, log
+from dalle_scale.arguments import Parser, at_least
 from dalle_scale.sampling import rejection, rerank, rerank_page
 from dalle_scale.sampling.rerank_page import Ranking
 from dalle_scale.types import UserError
@@ -33,8 +34,8 @@ def main() -> None:
     check(args, rows)
     classes = rejection.read_classes(args.classes, rows) if args.classes else []
     scorer = rerank.open_scorer(args.clip, dist.device())
-    verdicts = rejection.classify(scorer, args.samples, rows, classes, args.batch) if classes else None
-    scores = verdicts.probabilities if verdicts else rerank.score(scorer, args.samples, rows, args.batch)
+    verdicts = rejection.classify(scorer, args.samples, rows, classes, args.batch_size) if classes else None
+    scores = verdicts.probabilities if verdicts else rerank.score(scorer, args.samples, rows, args.batch_size)
     ranked = rerank.keep(rerank.rank(rows, scores), args.keep or 1, args.keep_share)
     table = rejection.trade_off(ranked, verdicts, args.keep_share) if verdicts else []
     if scorer.truncated_captions:
@@ -44,9 +45,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Check the options before the model is opened."""
-    for name, value in (("keep", args.keep), ("batch", args.batch)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value}, but at least one is needed")
     if args.keep_share is not None and not 0 < args.keep_share <= 1:
         raise UserError(f"--keep-share: {args.keep_share:g}, but a share is above 0 and at most 1; 1 keeps all")
     if args.keep and args.keep_share:
@@ -59,15 +57,16 @@ def check(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--samples", type=Path, required=True, help="folder that launch/sample.py wrote")
-    add("--clip", required=True, help="export, Hugging Face folder, or open_clip MODEL[:TAG|:FILE]")
+    parser.add_clip(required=True)
     add("--classes", type=Path, metavar="FILE", help="score by the probability among these captions, one a line")
-    add("--out", type=Path, required=True, help="folder to write to")
-    add("--keep", type=int, help="best candidates a prompt to copy and show (default 1)")
+    parser.add_out()
+    add("--keep", type=at_least(1), help="best candidates a prompt to copy and show (default 1)")
     add("--keep-share", type=float, metavar="SHARE", help="in place of --keep: this share of each prompt's candidates")
-    add("--batch", type=int, default=64, help="images scored at a time")
+    parser.add_batch_size("images scored at a time", 64)
+    parser.add_device()
     return parser.parse_args()
 
 

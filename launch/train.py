@@ -18,6 +18,7 @@ import torch
 
 from dalle_scale import config as configs
 from dalle_scale import dist, log, rank_log, stages
+from dalle_scale.arguments import Parser
 from dalle_scale.checkpoint import export, resume
 from dalle_scale.config import DataSource, RunConfig
 from dalle_scale.data.pipeline import Stream, open_stream
@@ -69,13 +70,13 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.model.lr=3e-4")
     parser.add_argument("--resume", default="auto", metavar="auto|no|FOLDER", help="checkpoint to resume from")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters, FLOPs and memory, and stop")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_intermixed_args()
+    parser.add_local_rank()
+    return parser.parse_args()
 
 
 def open_stage(config: RunConfig, with_tokenizer: bool) -> Stage:

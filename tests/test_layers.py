@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dalle_scale"
 CORE = {  # one room: who comes first is below
-    "types", "config", "dist", "log", "rank_log", "io", "programs", "report", "installed", "extras", "__main__",
+    "types", "config", "dist", "log", "rank_log", "io", "programs", "report", "installed", "extras", "arguments",
+    "__main__",
 }  # fmt: skip
 AFTER = {  # room -> the rooms that it may import, with all that these may
     "core": set(),

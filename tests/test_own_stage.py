@@ -146,7 +146,7 @@ def test_sampled_ranked_and_compared(folder: Path) -> None:
 
 def test_encoded_and_evaluated_with_its_own_prior(folder: Path) -> None:
     export = folder / "run/export"
-    program(folder, "encode.py", "--tokenizer", export, "--shards", folder / "data", "--out", folder / "codes")
+    program(folder, "encode.py", "--tokenizer", export, "--data", folder / "data", "--out", folder / "codes")
     assert Manifest.open(folder / "codes").info["grids"] == [2]
     evaluated = ("--prior", export, "--out", folder / "evaluated")
     program(folder, "evaluate.py", "--data", folder / "data", export, *evaluated)

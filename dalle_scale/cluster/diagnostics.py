@@ -239,7 +239,7 @@ class _Probes:
         if dist.rank() == min(present):
             print(f"error: {what} did not end in {self._timeout_seconds:g} s: {text}", file=sys.stderr, flush=True)
         time.sleep(1)  # the launcher ends all ranks with the first, and the store ends with rank 0
-        os._exit(2)
+        os._exit(3)
 
     def _absent(self, what: str) -> tuple[list[int], str]:
         """Ranks that began, and a text about those that did not."""

@@ -319,5 +319,5 @@ def test_the_program(tmp_path: Path) -> None:
     page = (tmp_path / "plan" / "plan.html").read_text()
     assert page == render(plan_page.page(numbers)) and page.count("<svg") == 2 and "http" not in page
     wrong = run("--nodes=0")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: cluster: nodes = 0")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --nodes: 0, but it has to be at least 1")
     assert wrong.stderr.count("\n") == 1

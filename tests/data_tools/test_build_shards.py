@@ -311,12 +311,12 @@ def test_the_caption_tokenizer_is_the_same_on_every_run(tmp_path, capsys):
     train_tokenizer = load_program("train_tokenizer")
     build(make_source("folder", tmp_path), "--out", tmp_path / "data")
     for name in ("a", "b"):
-        train_tokenizer.main([str(tmp_path / "data/train"), "--out", str(tmp_path / f"{name}.model"), "--vocab", "290"])
-    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+        train_tokenizer.main([f"--data={tmp_path / 'data/train'}", f"--out={tmp_path / name}", "--vocab=290"])
+    assert (tmp_path / "a/text.model").read_bytes() == (tmp_path / "b/text.model").read_bytes()
     assert "290 tokens; 12 captions" in capsys.readouterr().out
     from dalle_scale.data.text import open_text
 
-    tokenizer = open_text(tmp_path / "a.model")
+    tokenizer = open_text(tmp_path / "a/text.model")
     assert tokenizer.vocab == 290 and tokenizer.can_drop
     assert tokenizer.pieces("A CAT") == tokenizer.pieces("a cat")
     assert tokenizer.decode(tokenizer.encode(["日本 a dog"], 32)[0]) == "日本 a dog"
@@ -324,4 +324,4 @@ def test_the_caption_tokenizer_is_the_same_on_every_run(tmp_path, capsys):
     assert len(some) == 5 and set(some) <= set(CAPTIONS.values())
     for vocab, message in ((100, "Vocabulary size"), (100_000, "Vocabulary size too high")):
         with pytest.raises(UserError, match=message):
-            train_tokenizer.main([str(tmp_path / "data/train"), "--out", str(tmp_path / "c"), "--vocab", str(vocab)])
+            train_tokenizer.main([f"--data={tmp_path / 'data/train'}", f"--out={tmp_path / 'c'}", f"--vocab={vocab}"])

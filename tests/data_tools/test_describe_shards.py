@@ -75,13 +75,13 @@ def data_set(tmp_path_factory) -> Path:
 
 
 def describe(folder: Path, out: Path, *options: str) -> dict:
-    describe_shards.main([str(folder), f"--out={out}", "--workers=1", *options])
-    return json.loads(out.with_suffix(".json").read_text())
+    describe_shards.main([f"--data={folder}", f"--out={out}", "--workers=1", *options])
+    return json.loads((out / "stats.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def numbers(data_set, tmp_path_factory) -> dict:
-    return describe(data_set, tmp_path_factory.mktemp("out") / "page.html")
+    return describe(data_set, tmp_path_factory.mktemp("out"))
 
 
 GOOD_IMAGES = [number for number in range(SAMPLES) if number not in (CUT, NO_FORMAT, FLIPPED)]
@@ -164,10 +164,10 @@ def test_bytes_are_those_of_the_files(numbers, data_set):
 def test_workers_change_no_byte(data_set, tmp_path):
     pages = []
     for workers in (1, 2):
-        out = tmp_path / str(workers) / "page.html"
-        found = describe(data_set, out, f"--workers={workers}", "--samples=60")
+        out = tmp_path / str(workers)
+        found = describe(data_set, out, f"--workers={workers}", "--limit=60")
         assert 20 < found["captions"]["words_from_samples"] < 120, "some third of the captions, by hash"
-        pages.append((out.read_bytes(), out.with_suffix(".json").read_bytes()))
+        pages.append(tuple((out / name).read_bytes() for name in ("stats.html", "stats.json")))
     assert pages[0] == pages[1]
 
 
@@ -177,7 +177,7 @@ def test_tokens_are_the_tokenizers(data_set, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "captions"), model_prefix=str(tmp_path / "text"), vocab_size=45, minloglevel=2
     )
-    found = describe(data_set, tmp_path / "page.html", f"--text-tokenizer={tmp_path / 'text.model'}")
+    found = describe(data_set, tmp_path / "page", f"--text-tokenizer={tmp_path / 'text.model'}")
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "text.model"))
     lengths = [len(model.encode(caption)) for caption in captions]
     assert found["captions"]["tokens"]["mean"] == pytest.approx(np.mean(lengths), abs=1e-6)
@@ -190,7 +190,7 @@ def test_languages_are_told(tmp_path):
     with ShardWriter(tmp_path / "set") as writer:
         for number in range(12):
             writer.add(str(number), {"txt": (german if number < 3 else english).encode()})
-    found = describe(tmp_path / "set", tmp_path / "page.html")
+    found = describe(tmp_path / "set", tmp_path / "page")
     assert found["captions"]["languages"] == {"en": 9, "de": 3}
     assert "images" not in found and "codes" not in found
 
@@ -199,8 +199,8 @@ def test_languages_are_told(tmp_path):
 
 
 def test_page_stands_alone_and_its_plots_are_well_formed(data_set, numbers, tmp_path):
-    describe(data_set, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    describe(data_set, tmp_path / "page")
+    page = (tmp_path / "page" / "stats.html").read_text()
     assert not re.search(r"https?:|<script|<link|url\(|@import|<img|<iframe", page)
     plots = re.findall(r"<svg.*?</svg>", page, re.S)
     assert len(plots) == 1 + 5 + 2 + 2 + 1  # formats, images, captions, languages and words, codes
@@ -221,18 +221,18 @@ def test_text_of_the_data_is_escaped(tmp_path):
     info = {"kind": "<script>alert(1)</script>"}
     with ShardWriter(tmp_path / "<b>set", info=info) as writer:
         writer.add("a", {"txt": b"<script>alert(2)</script>"})
-    describe(tmp_path / "<b>set", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    describe(tmp_path / "<b>set", tmp_path / "page")
+    page = (tmp_path / "page" / "stats.html").read_text()
     assert "<script" not in page and "<b>set" not in page and "&lt;script&gt;alert(1)" in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is not rendered")
 def test_a_browser_draws_the_bars(data_set, tmp_path):
-    describe(data_set, tmp_path / "page.html")
+    describe(data_set, tmp_path / "page")
     flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-component-step"
     options = [f"--{flag}" for flag in [*flags.split(), "disable-sync", "window-size=1400,2600", "hide-scrollbars"]]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
-    address = (tmp_path / "page.html").as_uri()
+    address = (tmp_path / "page" / "stats.html").as_uri()
     subprocess.run([CHROMIUM, *options, address], check=True, capture_output=True, timeout=HANG_SECONDS)
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     blue = (pixels[:, :, 2] > pixels[:, :, 0] + 100).mean()
@@ -323,11 +323,9 @@ def test_bins_of_lengths_hold_every_value(values):
 
 def test_wrong_input_is_one_line(data_set, tmp_path):
     with pytest.raises(UserError, match="at least 1"):
-        describe(data_set, tmp_path / "page.html", "--samples=0")
-    with pytest.raises(UserError, match=r"ends in \.html"):
-        describe(data_set, tmp_path / "page.txt")
+        describe(data_set, tmp_path / "page", "--limit=0")
     with pytest.raises(UserError, match="no such file"):
-        describe(tmp_path / "nowhere", tmp_path / "page.html")
+        describe(tmp_path / "nowhere", tmp_path / "page")
     with pytest.raises(UserError, match="no such text tokenizer"):
-        describe(data_set, tmp_path / "page.html", "--text-tokenizer=/nowhere/text.model")
-    assert not (tmp_path / "page.html").exists()
+        describe(data_set, tmp_path / "page", "--text-tokenizer=/nowhere/text.model")
+    assert not (tmp_path / "page").exists()

@@ -47,10 +47,10 @@ def data_set(tmp_path_factory) -> Path:
 
 def inspect(folder: Path, out: Path, *options: str) -> list[tuple[str, list[np.ndarray], list[str]]]:
     """Caption, images and notes of every card of the page."""
-    inspect_shards.main([str(folder), f"--out={out}", *options])
-    assert Image.open(f"{out}.png").size > (100, 100)
+    inspect_shards.main([f"--data={folder}", f"--out={out}", *options])
+    assert Image.open(out / "sheet.png").size > (100, 100)
     cards = []
-    for card in Path(f"{out}.html").read_text(encoding="utf-8").split('<div class="card">')[1:]:
+    for card in (out / "sheet.html").read_text(encoding="utf-8").split('<div class="card">')[1:]:
         images = re.findall(r'src="data:image/png;base64,([^"]+)"', card)
         pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in images]
         notes = [html.unescape(note) for note in re.findall(r"<b>(.*?)</b>", card)]
@@ -63,7 +63,7 @@ def key_of(card) -> str:
 
 
 def test_every_sample_is_shown_with_its_own_image(data_set, tmp_path):
-    cards = inspect(data_set, tmp_path / "sheet", "--count=100")
+    cards = inspect(data_set, tmp_path / "sheet", "--limit=100")
     assert [key_of(card) for card in cards] == [f"{number:02d}" for number in range(40)]
     for number, (caption, [pixels], [note]) in enumerate(cards):
         assert f"shard-{number // 10:06d}" in note
@@ -73,7 +73,7 @@ def test_every_sample_is_shown_with_its_own_image(data_set, tmp_path):
             assert f"16 x 12 · {len(data):,} bytes" in note
         if number not in (NOT_UTF_8, EMPTY):
             assert caption == caption_of(number).decode()
-    page = (tmp_path / "sheet.html").read_text()
+    page = (tmp_path / "sheet" / "sheet.html").read_text()
     assert "<script" not in page and not re.search(r"https?:|<link|url\(", page)
 
 
@@ -91,12 +91,12 @@ def test_what_cannot_be_read_is_shown_with_its_reason(data_set, tmp_path, capsys
 
 
 def test_the_choice_repeats_and_follows_the_seed(data_set, tmp_path):
-    first = [key_of(card) for card in inspect(data_set, tmp_path / "a", "--count=8")]
+    first = [key_of(card) for card in inspect(data_set, tmp_path / "a", "--limit=8")]
     assert len(set(first)) == 8
-    inspect(data_set, tmp_path / "b", "--count=8")
+    inspect(data_set, tmp_path / "b", "--limit=8")
     for ending in ("html", "png"):
-        assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
-    assert [key_of(card) for card in inspect(data_set, tmp_path / "a", "--count=8", "--seed=1")] != first
+        assert (tmp_path / f"a/sheet.{ending}").read_bytes() == (tmp_path / f"b/sheet.{ending}").read_bytes()
+    assert [key_of(card) for card in inspect(data_set, tmp_path / "a", "--limit=8", "--seed=1")] != first
 
 
 def test_keys_come_in_the_order_asked_for(data_set, tmp_path):
@@ -110,7 +110,7 @@ def test_matching_captions_are_all_found(data_set, tmp_path):
     expected = [f"{number:02d}" for number in range(40) if b"cat" in caption_of(number).lower()]
     assert [key_of(card) for card in inspect(data_set, tmp_path / "sheet", "--match=cAt")] == expected
     some = [
-        [key_of(c) for c in inspect(data_set, tmp_path / "s", "--match=cat", "--count=3", f"--seed={s}")]
+        [key_of(c) for c in inspect(data_set, tmp_path / "s", "--match=cat", "--limit=3", f"--seed={s}")]
         for s in (0, 1)
     ]
     assert some[0] != some[1] and all(len(keys) == 3 and set(keys) <= set(expected) for keys in some)
@@ -160,7 +160,7 @@ def test_codes_are_shown_as_the_tokenizer_decodes_them(coded, tmp_path):
 def test_wrong_input_is_one_line(data_set, coded, tmp_path):
     tokenizer = f"--tokenizer={coded / 'tokenizer'}"
     with pytest.raises(UserError, match="at least 1"):
-        inspect(data_set, tmp_path / "sheet", "--count=0")
+        inspect(data_set, tmp_path / "sheet", "--limit=0")
     with pytest.raises(UserError, match="give one of them"):
         inspect(data_set, tmp_path / "sheet", "--keys=a", "--match=b")
     with pytest.raises(UserError, match="holds no codes"):
@@ -176,4 +176,4 @@ def test_wrong_input_is_one_line(data_set, coded, tmp_path):
         writer.add("a", {"txt": b"12"})
     with pytest.raises(UserError, match="nothing to show"):
         inspect(tmp_path / "texts", tmp_path / "sheet")
-    assert not list(tmp_path.glob("sheet.*"))
+    assert not list(tmp_path.glob("sheet/*"))

@@ -26,12 +26,12 @@ def shards(tmp_path):
 
 
 def run(shards, out, *options: str) -> list[dict]:
-    pick_prompts.main([str(shards), f"--out={out}", *options])
+    pick_prompts.main([f"--data={shards}", f"--out={out}", *options])
     return [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
 
 
 def test_captions_are_distinct_and_images_their_own(shards, tmp_path):
-    rows = run(shards, tmp_path / "a", "--count=64")
+    rows = run(shards, tmp_path / "a", "--limit=64")
     assert sorted(row["prompt"] for row in rows) == [f"caption {index}" for index in range(10)]
     for row in rows:
         assert row["prompt"] == f"caption {int(row['key']) % 10}" and row["key"] != "07"
@@ -40,16 +40,16 @@ def test_captions_are_distinct_and_images_their_own(shards, tmp_path):
 
 
 def test_the_choice_repeats_and_follows_the_seed(shards, tmp_path):
-    rows = run(shards, tmp_path / "a", "--count=3", "--size=6")
-    assert len(rows) == 3 and run(shards, tmp_path / "b", "--count=3") == rows
-    assert run(shards, tmp_path / "c", "--count=3", "--seed=1") != rows
+    rows = run(shards, tmp_path / "a", "--limit=3", "--size=6")
+    assert len(rows) == 3 and run(shards, tmp_path / "b", "--limit=3") == rows
+    assert run(shards, tmp_path / "c", "--limit=3", "--seed=1") != rows
     sizes = [Image.open(tmp_path / folder / "truth" / "00000.png").size for folder in ("a", "b")]
     assert sizes == [(6, 6), (16, 12)]
 
 
 def test_wrong_input_is_one_line(shards, tmp_path):
     with pytest.raises(UserError, match="at least 1"):
-        run(shards, tmp_path / "a", "--count=0")
+        run(shards, tmp_path / "a", "--limit=0")
     with ShardWriter(tmp_path / "codes") as writer:
         writer.add("a", {"codes": b"12"})
     with pytest.raises(UserError, match="need images and captions"):

@@ -30,7 +30,7 @@ INFO = {"kind": "codes", "grids": [3], "vocab": 64}
 def verify(folder: Path) -> tuple[int, dict, list[tuple]]:
     """Exit code, report, and (fault, shard, key) of every row."""
     try:
-        verify_shards.main([str(folder), "--workers", "1"])
+        verify_shards.main(["--data", str(folder), "--workers", "1"])
         code = 0
     except SystemExit as end:
         code = end.code
@@ -202,7 +202,7 @@ def test_faults_of_files(folder, name):
     change(folder)
     code, _, rows = verify(folder)
     assert {(fault, "" if shard == str(folder) else shard, key) for fault, shard, key in rows} == expected
-    assert code == 1
+    assert code == 3
 
 
 def test_swapped_shards_and_several_faults_at_once(folder):
@@ -252,7 +252,7 @@ def change_member(key: str, name: str, content: bytes | None) -> Callable[[dict]
 def test_faults_of_samples(tmp_path, name, content, fault, reason):
     folder = write_set(tmp_path / "set", change_member("key-5", name, content))
     code, _, rows = verify(folder)
-    assert (code, rows) == (1, [(fault, OTHER, "key-5")])
+    assert (code, rows) == (3, [(fault, OTHER, "key-5")])
     assert reason in (folder / "verify.jsonl").read_text()
 
 
@@ -313,11 +313,11 @@ def test_the_program_with_several_processes(folder, tmp_path):
     swap_shards(folder)
     rows = verify(folder)[2]
     before = read_files(folder)["verify.jsonl"]
-    command = [sys.executable, str(PROGRAM), str(folder), "--workers", "2"]
+    command = [sys.executable, str(PROGRAM), "--data", str(folder), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS)
-    assert result.returncode == 1 and "faults, see" in result.stdout, result.stderr
+    assert result.returncode == 3 and "faults, see" in result.stdout, result.stderr
     assert read_files(folder)["verify.jsonl"] == before and len(rows) > 10
     with pytest.raises(UserError, match="no data set"):
-        verify_shards.main([str(tmp_path)])
+        verify_shards.main(["--data", str(tmp_path)])
     with pytest.raises(UserError, match="at least 1"):
-        verify_shards.main([str(folder), "--workers", "0"])
+        verify_shards.main(["--data", str(folder), "--workers", "0"])

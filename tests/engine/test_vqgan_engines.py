@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resume_is_bit_exact(runs: Path, zero: int) -> None:
     """Both nets, lambda, LeCam's averages and the codebook; only the windows of usage start empty."""
     windows = {"train/codes_used", "train/perplexity", "train/psnr_db"}
-    later = [line for line in metrics(runs / f"zero{zero}") if line["update"] > 3]
+    later = [line for line in metrics(runs / f"zero{zero}") if line["step"] > 3]
     assert later[0]["train/model/lambda"] > 0 and later[0]["train/discriminator/lecam"] > 0
     for line, reference in zip(metrics(runs / f"zero{zero}_resumed"), later, strict=True):
         assert {k: v for k, v in line.items() if k not in windows} == {

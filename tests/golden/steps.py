@@ -55,9 +55,9 @@ def data_steps() -> Iterator[Step]:
         "near",
     )
     yield Step("build", "data_tools/build_shards.py", (*build, "--workers", "2"), ("built",))
-    text = (f"{DATA}/train", "--vocab", "320", "--out", TEXT)
+    text = ("--data", f"{DATA}/train", "--vocab", "320", "--out", RUNS)
     yield Step("text_tokenizer", "data_tools/train_tokenizer.py", text, (TEXT,))
-    pick = (f"{DATA}/valid", "--count", "6", "--out", "picked")
+    pick = ("--data", f"{DATA}/valid", "--limit", "6", "--out", "picked")
     yield Step("pick_prompts", "data_tools/pick_prompts.py", pick, ("picked",))
 
 
@@ -68,7 +68,7 @@ def training_steps(root: Path) -> Iterator[Step]:
     for tokenizer, codes in (("dvae", "codes"), ("vqvae2", "vqvae2_codes")):
         for split in ("train", "valid"):
             out = f"{RUNS}/{codes}/{split}"
-            encode = ("--tokenizer", f"{RUNS}/{tokenizer}/export", "--shards", f"{DATA}/{split}", "--out", out)
+            encode = ("--tokenizer", f"{RUNS}/{tokenizer}/export", "--data", f"{DATA}/{split}", "--out", out)
             yield Step(f"encode_{tokenizer}_{split}", "launch/encode.py", encode, (out,))
     yield training(root, "dalle")
     yield training(root, "vqvae2_prior")
@@ -101,7 +101,7 @@ def sampling_steps() -> Iterator[Step]:
         return "--model", f"{RUNS}/{stage}/export"
 
     prompts, clip = ("--prompt-file", f"{DATA}/prompts.jsonl", "--candidates", "2"), f"{RUNS}/clip/export"
-    yield sample("dalle", *model("dalle"), *prompts, "--rerank", clip, "--keep", "1")
+    yield sample("dalle", *model("dalle"), *prompts, "--clip", clip, "--keep", "1")
     yield sample("dalle_two_ranks", *model("dalle"), *prompts, ranks=2)
     filters = ("temperature=0.9", "top_k=20", "top_p=0.9", "guidance=2", "--seed", "3")
     prime = ("--prime", "samples/dalle/images/00000_0000.png", "--prime-rows", "2")
@@ -133,7 +133,7 @@ def evaluation_steps(root: Path) -> Iterator[Step]:
     yield evaluate("dalle_prior", exports["dvae"], "--prior", exports["dalle"])
     levels = ("--prior", exports["vqvae2_prior_top"], "--prior", exports["vqvae2_prior"], "--text-tokenizer", TEXT)
     yield evaluate("levels_prior", exports["vqvae2"], *levels)
-    clip = (exports["clip"], *valid, "--samples", "samples/dalle", "--out", "evaluated/clip")
+    clip = ("--clip", exports["clip"], *valid, "--samples", "samples/dalle", "--out", "evaluated/clip")
     yield Step("evaluate_clip", "launch/evaluate_clip.py", clip, ("evaluated/clip",))
     fidelity = (
         "--samples",

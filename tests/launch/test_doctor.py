@@ -116,7 +116,7 @@ def test_who_does_not_arrive_is_named_on_all_others(tmp_path: Path) -> None:
 def test_who_gets_stuck_is_named(tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessExitedException) as ended:
         cluster(tmp_path, 2, "stuck", timeout_seconds=8)
-    assert ended.value.exit_code == 2
+    assert ended.value.exit_code == 3
     assert "error: an all-reduce did not end in 8 s: " in (tmp_path / "0.err").read_text(encoding="utf-8")
 
 
@@ -158,7 +158,7 @@ def test_the_program(launch: Launch, tmp_path: Path) -> None:
     assert "all is well: 3 ranks" in done.stdout and done.stdout.count(HOST[:16]) == 3
     (tmp_path / "file").touch()
     done = launch(program, "--run", str(tmp_path / "file"), "--slow-below", "0.001", processes=2)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 3, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     problem = f"cannot write to {tmp_path}/file: Not a directory"
     assert lines == [f"error: rank {rank} on {HOST}: {problem}" for rank in range(2)]

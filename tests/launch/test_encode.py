@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(work: Path, out: str, tokenizer: str = "dvae", *more: str) -> tuple[int, str]:
     """The program in this process: exit code, everything it printed."""
-    options = [f"--tokenizer={work / tokenizer}", f"--shards={work / 'images'}", f"--out={work / out}", "--batch=8"]
+    options = [f"--tokenizer={work / tokenizer}", f"--data={work / 'images'}", f"--out={work / out}", "--batch-size=8"]
     printed = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -103,7 +103,7 @@ def test_precision_is_recorded(work, done, monkeypatch):
 
 
 def test_two_ranks_write_the_same_files(work, done, launch: Launch):
-    options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={work / 'ranks'}", "--batch=8"]
+    options = [f"--tokenizer={work / 'dvae'}", f"--data={work / 'images'}", f"--out={work / 'ranks'}", "--batch-size=8"]
     result = launch(PROGRAM, *options, processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert content(work / "ranks") == content(done)
@@ -126,7 +126,7 @@ def test_goes_on_where_it_was_cut_off(work, done):
 def test_killed_it_goes_on(number, work, done):
     """kill -9 as soon as a shard is begun; the second run continues with what is whole."""
     out = work / f"killed_{number}"
-    options = [f"--tokenizer={work / 'dvae'}", f"--shards={work / 'images'}", f"--out={out}", "--batch=8"]
+    options = [f"--tokenizer={work / 'dvae'}", f"--data={work / 'images'}", f"--out={out}", "--batch-size=8"]
     line = [sys.executable, str(PROGRAM), *options]
     run_until(1, str(out / f"*{shard_writer.shard_name(number)}*"), line)
     assert not (out / "manifest.parquet").exists()

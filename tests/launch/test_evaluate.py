@@ -58,7 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(work: Path) -> Path:
     names = ("dvae/export", "small/export", "exact", "bounds")
-    code, printed = run("--data", work / "valid", "--out", work / "out", "--batch", 16, *(work / n for n in names))
+    code, printed = run("--data", work / "valid", "--out", work / "out", "--batch-size", 16, *(work / n for n in names))
     assert code == 0, printed
     return work / "out"
 
@@ -125,7 +125,7 @@ def test_numbers_are_those_of_a_plain_computation(work, done, tmp_path, name, si
 
 def test_precision_is_recorded(work, done, monkeypatch):
     monkeypatch.setattr(precision, "choose", lambda nets, device: precision.Choice("bf16", ""))
-    out, options = work / "short", ("--batch", 16, "--dtype", "auto", work / "dvae/export")
+    out, options = work / "short", ("--batch-size", 16, "--dtype", "auto", work / "dvae/export")
     assert run("--data", work / "valid", "--out", out, *options)[0] == 0
     exact, short = numbers(done)["dvae"], numbers(out)["dvae"]
     assert (exact["dtype"], short["dtype"]) == ("fp32", "bf16")
@@ -352,8 +352,8 @@ def test_wrong_input_is_one_line(work, tmp_path):
         "no images in this data set; it holds: txt": ("--data", tmp_path / "texts", "--out", out, dvae),
         "none of the 1 samples can be read": ("--data", tmp_path / "broken", "--out", tmp_path / "b", dvae),
         "no such file": ("--data", tmp_path, "--out", out, dvae),
-        "--samples: 0": ("--data", good, "--out", out, "--samples", 0, dvae),
-        "--batch: 0": ("--data", good, "--out", out, "--batch", 0, dvae),
+        "--limit: 0": ("--data", good, "--out", out, "--limit", 0, dvae),
+        "--batch-size: 0": ("--data", good, "--out", out, "--batch-size", 0, dvae),
         "is a file": ("--data", good, "--out", tmp_path / "file", dvae),
     }.items():
         code, printed = run(*options)

@@ -235,9 +235,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(work: Path) -> Path:
     models = (work / "a" / "export", work / "b" / "export")
-    places = ("--data", work / "valid", "--samples", work / "samples", "--out", work / "out", "--batch", 5)
+    places = ("--data", work / "valid", "--samples", work / "samples", "--out", work / "out", "--batch-size", 5)
     words = ("--classes", work / "names.txt", "--templates", work / "templates.txt")
-    code, printed = run(*models, *places, *words)
+    code, printed = run(*(word for model in models for word in ("--clip", model)), *places, *words)
     assert code == 0, printed
     return work / "out"
 
@@ -310,7 +310,9 @@ def test_tables_and_images_agree(done):
 def test_many_captions_are_no_classes(work, tmp_path):
     """Each image has its own: retrieval only. And --limit takes the first in the order of validation."""
     write_images(tmp_path / "data", 13)
-    code, printed = run(work / "a" / "export", "--data", tmp_path / "data", "--out", tmp_path / "out", "--limit", 9)
+    code, printed = run(
+        "--clip", work / "a/export", "--data", tmp_path / "data", "--out", tmp_path / "out", "--limit", 9
+    )
     assert code == 0, printed
     found = numbers(tmp_path / "out")
     assert "classification" not in found["models"][0] and found["protocol"]["classes"] is None
@@ -325,18 +327,26 @@ def test_wrong_input_is_one_line(work, tmp_path):
     (tmp_path / "other.txt").write_text("dog\nhorse\n")
     model, data, out = work / "a" / "export", ("--data", work / "valid"), ("--out", tmp_path / "out")
     for message, options in {
-        "nothing to evaluate on": (model, *out),
-        "--limit: 0": (model, *data, *out, "--limit", 0),
-        "--batch: 0": (model, *data, *out, "--batch", 0),
-        "is a file": (model, *data, "--out", tmp_path / "file"),
-        "are for --data": (model, "--samples", work / "samples", *out, "--classes", work / "names.txt"),
-        "has no {} for the class": (model, *data, *out, "--templates", tmp_path / "bad.txt"),
-        "stands there twice": (model, *data, *out, "--templates", tmp_path / "twice.txt"),
-        "holds no templates": (model, *data, *out, "--templates", tmp_path / "file"),
-        "make samples with launch/sample.py": (model, "--samples", work / "valid", *out),
-        "named twice": (model, model, *data, *out),
-        "not an export": (work / "valid", *data, *out),
-        "neither a class nor a prompt": (model, *data, "--out", tmp_path / "o", "--classes", tmp_path / "other.txt"),
+        "nothing to evaluate on": ("--clip", model, *out),
+        "--limit: 0": ("--clip", model, *data, *out, "--limit", 0),
+        "--batch-size: 0": ("--clip", model, *data, *out, "--batch-size", 0),
+        "is a file": ("--clip", model, *data, "--out", tmp_path / "file"),
+        "are for --data": ("--clip", model, "--samples", work / "samples", *out, "--classes", work / "names.txt"),
+        "has no {} for the class": ("--clip", model, *data, *out, "--templates", tmp_path / "bad.txt"),
+        "stands there twice": ("--clip", model, *data, *out, "--templates", tmp_path / "twice.txt"),
+        "holds no templates": ("--clip", model, *data, *out, "--templates", tmp_path / "file"),
+        "make samples with launch/sample.py": ("--clip", model, "--samples", work / "valid", *out),
+        "named twice": ("--clip", model, "--clip", model, *data, *out),
+        "not an export": ("--clip", work / "valid", *data, *out),
+        "neither a class nor a prompt": (
+            "--clip",
+            model,
+            *data,
+            "--out",
+            tmp_path / "o",
+            "--classes",
+            tmp_path / "other.txt",
+        ),
     }.items():
         code, printed = run(*options)
         last = printed.strip().splitlines()[-1]

@@ -23,7 +23,9 @@ def test_two_ranks_write_the_same_files(tmp_path: Path, monkeypatch: pytest.Monk
 
     def options(out: str) -> list[str]:
         line = ["--data", tmp_path / "valid", "--samples", tmp_path / "samples", "--out", tmp_path / out]
-        return [str(word) for word in (*models, *line, "--batch", 3, "--templates", tmp_path / "templates.txt")]
+        clips = [word for model in models for word in ("--clip", model)]
+        line += ["--batch-size", 3, "--templates", tmp_path / "templates.txt"]
+        return [str(word) for word in (*clips, *line)]
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", sys.argv)

@@ -23,7 +23,18 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     prior = save_prior(tmp_path / "prior", "dalle", parts, image_vocab=64, grid=8, caption_dropout=0.1, **DALLE)
 
     def options(out: str) -> list[str]:
-        line = ["--data", tmp_path / "valid", "--out", tmp_path / out, "--samples", 43, "--batch", 6, "--prior", prior]
+        line = [
+            "--data",
+            tmp_path / "valid",
+            "--out",
+            tmp_path / out,
+            "--limit",
+            43,
+            "--batch-size",
+            6,
+            "--prior",
+            prior,
+        ]
         return [str(option) for option in (*line, *exports)]
 
     threads = torch.get_num_threads()

@@ -49,7 +49,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(work: Path) -> dict[str, Any]:
     """fidelity.json of the samples against the data set."""
-    options = ["--reference", work / "valid", "--clip", work / "clip/export", "--subset", 12, "--batch", 7]
+    options = ["--reference", work / "valid", "--clip", work / "clip/export", "--subset", 12, "--batch-size", 7]
     code, printed = run(
         "--samples", work / "samples", *options, "--out", work / "out", "--save-reference", work / "ref"
     )
@@ -159,7 +159,7 @@ def test_result_with_a_field_missing_is_refused(work, done, tmp_path):
 
 
 def test_saved_reference_gives_the_same_numbers(work, done, tmp_path):
-    options = ["--samples", work / "samples", "--clip", work / "clip/export", "--subset", 12, "--batch", 7]
+    options = ["--samples", work / "samples", "--clip", work / "clip/export", "--subset", 12, "--batch-size", 7]
     code, printed = run(*options, "--reference", work / "ref", "--out", tmp_path)
     assert code == 0, printed
     assert json.loads((tmp_path / "fidelity.json").read_text()) == done
@@ -266,10 +266,10 @@ def test_features_that_are_not_finite(work):
 
 
 WRONG = {
-    "frechet of too few": ("--max-reference 8", "reference: 8 images, but features of 8 dimensions"),
-    "samples too few": ("--max-samples 7", "samples: 7 images, but features of 8 dimensions"),
+    "frechet of too few": ("--limit-reference 8", "reference: 8 images, but features of 8 dimensions"),
+    "samples too few": ("--limit 7", "samples: 7 images, but features of 8 dimensions"),
     "subset too large": ("--subset 31", "samples subsets of 31"),
-    "no neighbours": ("--max-samples 3 --measures neighbours", "3 nearest neighbours"),
+    "no neighbours": ("--limit 3 --measures neighbours", "3 nearest neighbours"),
     "no classifier": ("--measures score", "needs a classifier"),
     "size of samples": ("--image-size 32", "the images have 20"),
     "no size": ("--samples {work}/valid", "--image-size: name the side"),
@@ -279,8 +279,8 @@ WRONG = {
     "no reference": ("--reference {work}/nothing", "nothing"),
     "reference is an image": ("--reference {work}/samples/images/00000_0000.png", "cannot read the statistics"),
     "other extractor": ("--reference {work}/ref --clip {work}/other/export", "name the data set, or the same weights"),
-    "finished statistics": ("--reference {work}/ref --max-reference 9", "--max-reference: goes with a data set"),
-    "batch": ("--batch 0", "--batch: 0"),
+    "finished statistics": ("--reference {work}/ref --limit-reference 9", "--limit-reference: goes with a data set"),
+    "batch": ("--batch-size 0", "--batch-size: 0"),
     "clip from the network": ("--clip ViT-B-32:openai", "nothing is downloaded"),
     "out is a file": ("--out {work}/ref", "is a file"),
 }

@@ -93,7 +93,7 @@ def test_program_on_the_inception(inception, tmp_path):
     save_samples(tmp_path / "samples", blobs(10, 8))
     write_images(tmp_path / "valid", 10)
     weights = inception / "weights.pth"
-    options = ["--inception", weights, "--layer", 64, "--measures", "kernel", "--subset", 10, "--batch", 5]
+    options = ["--inception", weights, "--layer", 64, "--measures", "kernel", "--subset", 10, "--batch-size", 5]
     options += ["--samples", tmp_path / "samples", "--reference", tmp_path / "valid", "--out", tmp_path / "out"]
     code, printed = run(*options)
     assert code == 0, printed

@@ -25,7 +25,7 @@ def test_two_ranks_write_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
 
     def options(out: str) -> list[str]:
         line = ["--samples", tmp_path / "samples", "--reference", tmp_path / "valid", "--clip", clip]
-        line += ["--max-reference", 43, "--batch", 6, "--subset", 20, "--out", tmp_path / out]
+        line += ["--limit-reference", 43, "--batch-size", 6, "--subset", 20, "--out", tmp_path / out]
         return [str(option) for option in [*line, "--save-reference", tmp_path / out / "reference.safetensors"]]
 
     threads = torch.get_num_threads()

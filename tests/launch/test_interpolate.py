@@ -88,7 +88,7 @@ def test_wrong_input_is_one_line(work: Path, tmp_path: Path) -> None:
         "options: unknown key 'steps'": ("--model", work / "vae", "steps=4"),
         "steps: 33, but this model has 32 times": (*ddpm, "steps=33"),
         "spacing = 'even': Input should be": (*ddpm, "steps=4", "spacing=even"),
-        "at least one path of two images": (*ddpm, "--count", 1),
+        "--count: 1, but it has to be at least 2": (*ddpm, "--count", 1),
         "a path has two ends": (*ddpm, "--images", image),
         "give a JPEG": (*ddpm, "--images", image, tmp_path / "text.png"),
         "No such file": (*ddpm, "--images", image, tmp_path / "missing.png"),

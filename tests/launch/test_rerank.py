@@ -241,7 +241,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_program(ours, samples, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    arguments = ("--samples", samples, "--clip", ours, "--out", out, "--batch", 5)
+    arguments = ("--samples", samples, "--clip", ours, "--out", out, "--batch-size", 5)
     assert rerank_program(monkeypatch, *arguments, "--keep", 2) == 0
     assert str(out / "gallery.png") in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
@@ -291,7 +291,7 @@ def test_program_tells_what_is_wrong(ours, samples, tmp_path, monkeypatch, capsy
 
     expect("make samples with launch/sample.py", samples=tmp_path)
     expect("a prompt has only 4 candidates", keep=5)
-    expect("--batch: 0", batch=0)
+    expect("--batch-size: 0", **{"batch-size": 0})
     expect("--keep: 0", keep=0)
     expect("--keep-share: 0,", **{"keep-share": 0})
     expect("--keep-share: 1.5,", **{"keep-share": 1.5})

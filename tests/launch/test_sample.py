@@ -354,7 +354,7 @@ def test_program(folder, tmp_path):
     for name in ("deepspeed", "webdataset"):
         (tmp_path / "without" / name).mkdir(parents=True)
         (tmp_path / "without" / name / "__init__.py").write_text("raise ImportError")
-    arguments = ["--model", folder, "--out", tmp_path / "out", "--candidates", 2, "--seed", 5, "--batch", 3]
+    arguments = ["--model", folder, "--out", tmp_path / "out", "--candidates", 2, "--seed", 5, "--batch-size", 3]
     arguments += ["--prompts", PROMPTS[0], "--prompt-file", tmp_path / "prompts.jsonl"]
     done = run_program(*arguments, PYTHONPATH=str(tmp_path / "without"))
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def test_same_images_on_two_ranks(candidates: int, tmp_path: Path) -> None:
     model = save(tmp_path / "vae", "vae", **yaml.safe_load((ROOT / "configs/tiny/vae.yaml").read_text())["model"])
 
     def options(out: str) -> list[str]:
-        return [f"--model={model}", f"--candidates={candidates}", "--batch=3", f"--out={tmp_path / out}"]
+        return [f"--model={model}", f"--candidates={candidates}", "--batch-size=3", f"--out={tmp_path / out}"]
 
     code, printed = run_here(PROGRAM, *options("one"))
     assert code == 0, printed

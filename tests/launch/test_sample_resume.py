@@ -81,7 +81,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_it_goes_on_with_what_is_missing(model: Path, whole: Path, tmp_path: Path) -> None:
     """All bytes as without the interruption, no image sampled twice, whatever the batch."""
     out = tmp_path / "out"
-    line = [sys.executable, str(PROGRAM), *options(model, out, CANDIDATES, "--batch=1")]
+    line = [sys.executable, str(PROGRAM), *options(model, out, CANDIDATES, "--batch-size=1")]
     run_until(3, f"{out}/images/*.png", line)
     before = images(out)
     assert 3 <= len(before) < 2 * CANDIDATES and not (out / "samples.jsonl").exists()
@@ -140,8 +140,8 @@ def test_other_prompts_of_the_same_number_and_images_of_nobody(model: Path, whol
 def test_reranked_in_the_same_command(model: Path, clip: Path, whole: Path, tmp_path: Path) -> None:
     """What launch/rerank.py says of the files: sampled at once, and half of them from an earlier run."""
     drawn_at_once, gone_on, expected = tmp_path / "once", tmp_path / "on", tmp_path / "expected"
-    rerank = (f"--rerank={clip}", "--keep=2")
-    sampled(*options(model, drawn_at_once, CANDIDATES, *rerank, "--batch=7"))
+    rerank = (f"--clip={clip}", "--keep=2")
+    sampled(*options(model, drawn_at_once, CANDIDATES, *rerank, "--batch-size=7"))
     sampled(*options(model, gone_on, CANDIDATES // 2))
     sampled(*options(model, gone_on, CANDIDATES, *rerank))
     code, printed = run_here(
@@ -158,7 +158,7 @@ def test_reranked_in_the_same_command(model: Path, clip: Path, whole: Path, tmp_
         assert (out / "reranked" / "gallery.html").exists()
         assert {name: data for name, data in files(out).items() if not name.startswith("reranked")} == files(whole)
     assert len({row["score"] for row in theirs}) > CANDIDATES  # they differ, or nothing is shown
-    assert "--keep: 41" in refused(*options(model, tmp_path / "x", 40, f"--rerank={clip}", "--keep=41"))
+    assert "--keep: 41" in refused(*options(model, tmp_path / "x", 40, f"--clip={clip}", "--keep=41"))
 
 
 def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path, whole: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_two_ranks_share_what_is_missing_and_its_scores(model: Path, clip: Path,
         shutil.copytree(whole, out)
         for place in (0, 3, 4, 38, 39):
             (out / "images" / f"00001_{place:04d}.png").unlink()
-    more = (f"--rerank={clip}", "--keep=3")
+    more = (f"--clip={clip}", "--keep=3")
     sampled(*options(model, one, CANDIDATES, *more))
     in_ranks(run_rank, free_port(), PROGRAM, options(model, two, CANDIDATES, *more))
     theirs, ours = files(one), files(two)
@@ -192,7 +192,7 @@ def test_saving_that_fails_ends_the_program(model: Path, tmp_path: Path, monkeyp
         saved(image, file, *form)
 
     monkeypatch.setattr(Image.Image, "save", save)
-    code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch=1"))
+    code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch-size=1"))
     assert code == 1 and "disk full" in printed and not (out / "samples.jsonl").exists()
     assert set(images(out)) == {f"00000_{candidate:04d}.png" for candidate in range(3)}
 
@@ -206,14 +206,14 @@ def test_drawing_that_fails_leaves_what_was_drawn(model: Path, tmp_path: Path, m
         return sample_batch(self, batch, *more)
 
     monkeypatch.setattr(Sampler, "sample_batch", fail_at_the_third)
-    code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch=1"))
+    code, printed = run_here(PROGRAM, *options(model, out, 5, "--batch-size=1"))
     assert code == 1 and "device lost" in printed
     assert set(images(out)) == {"00000_0000.png", "00000_0001.png"}
 
 
 def test_keep_needs_a_ranking(model: Path, tmp_path: Path) -> None:
     assert "--keep: 2, but nothing ranks" in refused(*options(model, tmp_path / "out", 5, "--keep=2"))
-    assert "--keep: 0, but a prompt has 5" in refused(*options(model, tmp_path / "out", 5, "--rerank=x", "--keep=0"))
+    assert "--keep: 0, but a prompt has 5" in refused(*options(model, tmp_path / "out", 5, "--clip=x", "--keep=0"))
     assert not (tmp_path / "out").exists()
 
 
@@ -239,7 +239,7 @@ def test_the_bar_moves_within_a_batch(model: Path, whole: Path, tmp_path: Path) 
     shutil.copytree(whole, tmp_path / "out")
     for candidate in range(3):
         (tmp_path / "out" / "images" / f"00000_{candidate:04d}.png").unlink()
-    printed = sampled(*options(model, tmp_path / "out", CANDIDATES, "--batch=2"))
+    printed = sampled(*options(model, tmp_path / "out", CANDIDATES, "--batch-size=2"))
     assert "sample:   0%" in printed and "0.0/3 [" in printed
     assert "sample: 100%" in printed and "3.0/3 [" in printed and " images/s]" in printed
     sampler, places = Sampler([model]), []

@@ -78,8 +78,8 @@ def statistics(folder: Path) -> str:
     with ShardWriter(folder / "set", info={"kind": HOSTILE}) as writer:
         writer.add("good", {"txt": HOSTILE.encode()})
         writer.add("bad", {"txt": b"\xff"})
-    describe_shards.main([str(folder / "set"), f"--out={folder / 'page.html'}", "--workers=1"])
-    numbers = json.loads((folder / "page.json").read_text())
+    describe_shards.main([f"--data={folder / 'set'}", f"--out={folder / 'page'}", "--workers=1"])
+    numbers = json.loads((folder / "page" / "stats.json").read_text())
     numbers["data_set"] = HOSTILE
     numbers["unreadable"] = {HOSTILE: 1}
     numbers["unreadable_examples"] = [{"shard": HOSTILE, "key": HOSTILE, "reason": HOSTILE}]

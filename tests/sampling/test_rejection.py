@@ -196,7 +196,7 @@ def expected_probabilities(model: Path, rows: list[dict[str, Any]], images: Tens
 def test_program(model, samples, classes, batch, tmp_path, monkeypatch, capsys):
     """The same with any batch size, since each is compared with the same reference."""
     out = tmp_path / "out"
-    arguments = ("--samples", samples, "--clip", model, "--out", out, "--batch", batch, "--classes", classes)
+    arguments = ("--samples", samples, "--clip", model, "--out", out, "--batch-size", batch, "--classes", classes)
     assert rerank_program(monkeypatch, *arguments, "--keep-share", 0.4) == 0
     printed = capsys.readouterr().out
     rows = read(out / "scores.jsonl")
@@ -240,7 +240,7 @@ def test_classes_of_a_jsonl_file_and_more_than_a_batch_of_them(model, samples, c
     scores = []
     for name, file, batch in (("a", classes, 64), ("b", other, 3)):
         arguments = ("--samples", samples, "--clip", model, "--out", tmp_path / name, "--classes", file)
-        assert rerank_program(monkeypatch, *arguments, "--batch", batch) == 0
+        assert rerank_program(monkeypatch, *arguments, "--batch-size", batch) == 0
         scores.append([row["score"] for row in read(tmp_path / name / "scores.jsonl")])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
