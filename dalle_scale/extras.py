@@ -30,7 +30,7 @@ def named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+        package = error.name  # of a module missing in a package that is there, this is the module
         extra = next((extra for extra, packages in _BROUGHT_BY.items() if package in packages), None)
         if extra is None:
             raise

@@ -88,9 +88,9 @@ def _named_by_the_system() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS or not error.filename:
+        if error.errno not in _REFUSALS:
             raise
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+        raise UserError(f"{error.filename or 'a file could not be written'}: {error.strerror}") from error
 
 
 def _end_bars() -> None:
