@@ -26,7 +26,7 @@ def encode_shards(
     out: Path,
     image_size: int,
     encode: Callable[[Tensor], Tensor],
-    global_batch_size: int,
+    batch_size: int,
     rank: int,
     world_size: int,
 ) -> None:
@@ -42,14 +42,14 @@ def encode_shards(
     for number in range(rank, source.num_shards, world_size):
         if not index_path(out, number).exists():
             samples = list(source.samples(number))
-            chunks = [samples[at : at + global_batch_size] for at in range(0, len(samples), global_batch_size)]
+            chunks = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
             batches += [(number, chunk, chunk is chunks[-1]) for chunk in chunks]
     reader = Reader(source)
     shard: Shard | None = None
     lost: list[dict[str, Any]] = []  # of this shard
     with ThreadPoolExecutor(max_workers=1) as pool:
         loaded = ahead(pool, lambda batch: _load(reader, source, batch[1], image_size), batches)
-        progress = log.progress(loaded, "encode", f"batches of {global_batch_size}", total=len(batches))
+        progress = log.progress(loaded, "encode", f"batches of {batch_size}", total=len(batches))
         for (number, _, last), (rows, images, bad) in zip(batches, progress, strict=True):
             shard = shard or Shard(out, number)
             values = encode(images).cpu().numpy() if rows else ()

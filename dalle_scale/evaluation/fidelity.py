@@ -139,7 +139,7 @@ def compare(
         samples=samples.about,
         reference=reference.about,
         extractor=_extraction(extractor),
-        global_batch_size=batch,
+        batch_size=batch,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         torch=torch.__version__,
     )

@@ -128,7 +128,7 @@ class Result(StrictModel):
     samples: Images
     reference: Images
     extractor: Extraction
-    global_batch_size: int  # images at once in the extractor
+    batch_size: int  # images at once in the extractor
     device: str
     torch: str  # its version
 
@@ -169,7 +169,7 @@ def markdown(result: Result) -> str:
     lines = ["# Fidelity of images", "", *tables.markdown(rows, text_columns=(0, 5)), ""]
     for title, part in (("samples", result.samples), ("reference", result.reference), ("extractor", result.extractor)):
         lines += [f"## {title}", "", *_told(part.model_dump()), ""]
-    about = {"global_batch_size": result.global_batch_size, "device": result.device, "torch": result.torch}
+    about = {"batch_size": result.batch_size, "device": result.device, "torch": result.torch}
     return "\n".join([*lines, "## computed with", "", *_told(about), ""])
 
 
