@@ -89,9 +89,10 @@ def run(work: Path, steps: list[Step]) -> Record:
 def fix_order(manifest: Path) -> None:
     """Replace the digest of the tokenizer in the manifest of a data set of codes."""
     table = pq.read_table(manifest)
-    info = json.loads(table.schema.metadata[b"info"])
-    assert "tokenizer" in info
-    metadata = {**table.schema.metadata, b"info": json.dumps({**info, "tokenizer": "fixed"}).encode()}
+    document = json.loads(table.schema.metadata[b"dalle_scale"])
+    assert document["info"]["tokenizer"]
+    document["info"]["tokenizer"] = "fixed"
+    metadata = {b"dalle_scale": json.dumps(document, sort_keys=True).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), manifest)
 
 

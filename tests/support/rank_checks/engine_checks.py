@@ -279,12 +279,12 @@ def check_muon(zero: int) -> None:
 
 def reference_muon(config: RunConfig) -> tuple[nn.Module, list[float], dict[str, Tensor]]:
     """`reference`, with every rank doing all of the orthogonalisation."""
-    with mock.patch.object(optim.Muon, "_steps", _steps_alone):
+    with mock.patch.object(optim.Muon, "_directions", _directions_alone):
         return reference(config)
 
 
 @contextmanager
-def _steps_alone(muon: optim.Muon, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
+def _directions_alone(muon: optim.Muon, gradients: list[Tensor], momenta: list[Tensor]) -> Iterator[list[Tensor]]:
     pairs = zip(gradients, momenta, strict=True)
     yield [optim.orthogonalise(gradient.lerp(momentum, muon.momentum)[None])[0] for gradient, momentum in pairs]
 
