@@ -22,7 +22,7 @@ from PIL import Image
 SAMPLES, HIT = 100, 30  # how many there are, and which one most faults hit
 BAD = range(5, 100, 10)  # samples that cannot be decoded, in the fault about time lost
 FORMATS = {"mosaicml-streaming": "*.mds", "litdata": "*.bin"}  # others: *.tar
-Content = dict[str, tuple[bytes, bytes]]  # key -> picture, caption
+Content = dict[str, tuple[bytes, bytes]]  # key -> image, caption
 Entry = tuple[str, bytes]
 
 
@@ -43,21 +43,21 @@ class Fault:
 
 
 def make_samples() -> Content:
-    """Noise pictures as JPEG, each with a caption of its own."""
+    """Noise images as JPEG, each with a caption of its own."""
     content = {}
     for number in range(SAMPLES):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
-        content[f"{number:05d}"] = (file.getvalue(), f"a picture with the number {number:05d}".encode())
+        content[f"{number:05d}"] = (file.getvalue(), f"an image with the number {number:05d}".encode())
     return content
 
 
 def write_source(content: Content, folder: Path) -> None:
     """Samples as `<key>.jpg` and `<key>.txt`."""
     folder.mkdir(parents=True)
-    for key, (picture, caption) in content.items():
-        (folder / f"{key}.jpg").write_bytes(picture)
+    for key, (image, caption) in content.items():
+        (folder / f"{key}.jpg").write_bytes(image)
         (folder / f"{key}.txt").write_bytes(caption)
 
 
@@ -78,22 +78,22 @@ class Place:
     boundary: int  # ends of what can be cut off without cutting a member (tar) or a sample (others)
     header: int  # inside what tells where the payload is
     header_bytes: int
-    picture: int
-    length: int  # of the picture
+    image: int
+    length: int  # of the image
 
 
 def place(loader: str, path: Path, content: Content) -> Place:
     """Find it by what it holds; formats other than tar put three sizes of 4 bytes before a sample."""
     key = f"{HIT:05d}"
-    picture = content[key][0]
-    at = path.read_bytes().index(picture)
+    image = content[key][0]
+    at = path.read_bytes().index(image)
     if loader == "mosaicml-streaming":
-        return Place(at - 12, at - 12, 12, at, len(picture))
+        return Place(at - 12, at - 12, 12, at, len(image))
     if loader == "litdata":
-        return Place(at - 12 - len(key), at - 12 - len(key), 12, at, len(picture))
+        return Place(at - 12 - len(key), at - 12 - len(key), 12, at, len(image))
     with tarfile.open(path) as tar:
         text = tar.getmember(f"{key}.txt")
-    return Place(text.offset, text.offset_data - 512, 512, at, len(picture))
+    return Place(text.offset, text.offset_data - 512, 512, at, len(image))
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -122,7 +122,7 @@ def cut(where: str) -> Callable[[str, Path, Content, Path], None]:
         length = {
             "boundary": spot.boundary,
             "header": spot.header + spot.header_bytes // 2 - 1,
-            "payload": spot.picture + spot.length // 2,
+            "payload": spot.image + spot.length // 2,
         }[where]
         path.write_bytes(path.read_bytes()[:length])
 
@@ -130,26 +130,26 @@ def cut(where: str) -> Callable[[str, Path, Content, Path], None]:
 
 
 def flip_payload(loader: str, folder: Path, content: Content, mark: Path) -> None:
-    """A bit in the middle of the picture; the first one that leaves a picture which can be decoded."""
+    """A bit in the middle of the image; the first one that leaves an image which can be decoded."""
     path = shards(loader, folder)[0]
     spot = place(loader, path, content)
-    picture = content[f"{HIT:05d}"][0]
-    for position in range(len(picture) // 2, len(picture)):
-        changed = bytearray(picture)
+    image = content[f"{HIT:05d}"][0]
+    for position in range(len(image) // 2, len(image)):
+        changed = bytearray(image)
         changed[position] ^= 1
-        if decodes_to_something_else(bytes(changed), picture):
-            flip(path, spot.picture + position, 0)
+        if decodes_to_something_else(bytes(changed), image):
+            flip(path, spot.image + position, 0)
             return
     raise AssertionError("no bit found")
 
 
-def decodes_to_something_else(changed: bytes, picture: bytes) -> bool:
-    """Whether a strict decoder takes the changed file and shows another picture."""
+def decodes_to_something_else(changed: bytes, image: bytes) -> bool:
+    """Whether a strict decoder takes the changed file and shows another image."""
     from dalle_scale.data.decode import decode
     from dalle_scale.data.reader import BadSample
 
     try:
-        return not np.array_equal(decode(changed), decode(picture))
+        return not np.array_equal(decode(changed), decode(image))
     except BadSample:
         return False
 
@@ -182,7 +182,7 @@ def write_tar(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def members(content: Content, keys: Iterable[str]) -> list[Entry]:
-    """Picture and caption of each key, side by side."""
+    """Image and caption of each key, side by side."""
     return [(f"{key}.{kind}", data) for key in keys for kind, data in zip(("jpg", "txt"), content[key], strict=True)]
 
 
@@ -208,7 +208,7 @@ def drop_caption(entries: list[Entry]) -> list[Entry]:
 
 
 def interleave(entries: list[Entry]) -> list[Entry]:
-    """All pictures, then all captions."""
+    """All images, then all captions."""
     return sorted(entries, key=lambda entry: entry[0].endswith(".txt"))
 
 
@@ -254,7 +254,7 @@ def pipe_address(loader: str, folder: Path, content: Content, mark: Path) -> Non
 
 
 def with_bomb(content: Content) -> Content:
-    """One picture is a small file of 169 million pixels, just below what Pillow refuses."""
+    """One image is a small file of 169 million pixels, just below what Pillow refuses."""
     file = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(file, "PNG")
     key = f"{HIT:05d}"
@@ -262,7 +262,7 @@ def with_bomb(content: Content) -> Content:
 
 
 def with_undecodable(content: Content) -> Content:
-    """Ten pictures are no pictures."""
+    """Ten images are no images."""
     bad = {key for number, key in enumerate(content) if number in BAD}
     return {
         key: (b"\xff\xd8\xff" + bytes(200) if key in bad else sample[0], sample[1]) for key, sample in content.items()

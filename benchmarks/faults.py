@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--cache runs/benchmarks] [--faults header_bit,bomb] [--limit-seconds 200]
 
-One hundred captioned pictures in two shards are written by each loader's own writer, damaged, and read again in a
+One hundred captioned images in two shards are written by each loader's own writer, damaged, and read again in a
 process of its own. Peers are installed into <cache>/<peer>, each into its own virtual environment. Prints a table;
 a run of all faults writes benchmarks/results/faults.json and docs/faults.md. Samples and damage: fault_cases.py; the
 loaders: fault_loaders.py.
@@ -83,8 +83,8 @@ class Outcome:
     state: str  # "complete", "stopped" (an exception), "killed", "hung", "not applicable", "not installed"
     intact: int = 0
     damaged: int = 0  # delivered with other content, nothing said about it
-    half: int = 0  # delivered without picture or caption
-    mispaired: int = 0  # picture with the caption of another
+    half: int = 0  # delivered without image or caption
+    mispaired: int = 0  # image with the caption of another
     lost_with_message: int = 0
     lost_with_log: int = 0  # the caller is told nothing, but there is an error in the log
     lost_in_silence: int = 0
@@ -236,7 +236,7 @@ def classify(rows: list[dict[str, Any]], content: Content, state: str) -> Outcom
         state: what to say if it did not report its end.
     """
     keys = list(content)
-    by_picture = {hashlib.sha256(picture).hexdigest(): number for number, (picture, _) in enumerate(content.values())}
+    by_image = {hashlib.sha256(image).hexdigest(): number for number, (image, _) in enumerate(content.values())}
     by_caption = {caption.decode(): number for number, (_, caption) in enumerate(content.values())}
     states: dict[int, str] = {}
     delivered: Counter[int] = Counter()
@@ -244,18 +244,18 @@ def classify(rows: list[dict[str, Any]], content: Content, state: str) -> Outcom
     escaping = 0
     for row in (row for row in rows if "key" in row):
         escaping += row["key"].startswith("/") or ".." in row["key"].split("/")
-        picture, caption = by_picture.get(row["picture"]), by_caption.get(row["caption"])
-        number = picture if picture is not None else caption
+        image, caption = by_image.get(row["image"]), by_caption.get(row["caption"])
+        number = image if image is not None else caption
         if number is None:
             number = keys.index(row["key"]) if row["key"] in keys else None
         if number is None:
             continue
-        if row["picture"] is None or row["caption"] is None:
+        if row["image"] is None or row["caption"] is None:
             found = "half"
-        elif picture is None or caption is None:
+        elif image is None or caption is None:
             found = "damaged"
         else:
-            found = "intact" if picture == caption else "mispaired"
+            found = "intact" if image == caption else "mispaired"
         delivered[number] += 1
         states[number] = max(states.get(number, found), found, key=rank.index)
     messages = [row["message"] for row in rows if "message" in row]

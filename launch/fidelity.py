@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the options before anything is opened."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out: {args.out} is a file; name a folder")
-    for name in ("save_reference", "max_reference"):
+    for name in ("save_reference", "limit_reference"):
         if args.reference.is_file() and getattr(args, name):
             raise UserError(
                 f"--{name.replace('_', '-')}: goes with a data set; {args.reference} is finished statistics"

@@ -94,7 +94,7 @@ def share(rank: int, world_size: int, part_bytes: int = _PART_BYTES) -> SharedMe
     it. Collective, over torch's process group."""
     path, file, size = "", -1, size_bytes(world_size, part_bytes)
     with suppress(OSError):
-        if rank == 0 and platform.node() in ("x86_64", "AMD64"):
+        if rank == 0 and platform.machine() in ("x86_64", "AMD64"):
             file, path = tempfile.mkstemp(prefix=f"dalle_scale_{secrets.token_hex(8)}_", dir=_SHM)
             os.posix_fallocate(file, 0, size)  # else a full file system kills whoever writes
     named, memory = [path], None

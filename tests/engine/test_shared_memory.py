@@ -156,8 +156,9 @@ ALONE = """
 import os, sys, torch.distributed
 from dalle_scale.engine import shared_memory
 shared_memory._SHM = sys.argv[1]
-torch.distributed.init_process_group("gloo", rank=int(sys.argv[2]), world_size=2,
-init_method=f"file://{sys.argv[1]}/store") if sys.argv[2] == "0":
+store = f"file://{sys.argv[1]}/store"
+torch.distributed.init_process_group("gloo", rank=int(sys.argv[2]), world_size=2, init_method=store)
+if sys.argv[2] == "0":
     shared_memory.share(0, 2)
 """
 

@@ -142,7 +142,7 @@ def renamed(record: Record) -> Record:
         return name
 
     return {
-        step: {new: value for name, value in values.items() if (new := today(name)) is not None}
+        str(today(step)): {new: value for name, value in values.items() if (new := today(name)) is not None}
         for step, values in record.items()
     }
 

@@ -60,7 +60,7 @@ def write_codes(folder: Path, samples: int, vocab: int, grids: list[int]) -> Non
     with ShardWriter(folder, samples_per_shard=64, info={"kind": "codes", "vocab": vocab, "grids": grids}) as writer:
         for index in range(samples):
             drawn = np.random.default_rng(index).integers(0, vocab, codes.count(grids))
-            writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"an image of {index} things".encode()})
+            writer.add(f"{index:05d}", {"codes": codes.pack(drawn), "txt": f"a picture of {index} things".encode()})
 
 
 def test_losses(tmp_path: Path) -> None:
