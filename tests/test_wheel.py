@@ -69,9 +69,9 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
-    done = run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    )
+    quiet = ["--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+    line = [sys.executable, "-m", "pip", "--python", python, "install", *quiet, wheel]
+    done = run(line, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr
     [site] = (folder / "env" / "lib").glob("*/site-packages")
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
