@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def activations(config: RunConfig, nets: Nets, micro_batch_size: int) -> dict[st
     working = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.dtype]
     step = config.steps - 1
     found = []
-    with torch.device("meta"), mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
+    with torch.device("meta"), _fused():
         nets, batch = copy.deepcopy(nets), _batch(_inputs(stage), micro_batch_size)
         for net in nets.values():
             _prepare(net, working, config.engine.activation_checkpointing)
@@ -94,6 +95,16 @@ def _batch(inputs: BatchSpec, samples: int) -> Batch:
     if inputs.num_codes:
         batch["codes"] = torch.empty(samples, inputs.num_codes, dtype=torch.int64)
     return batch
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    """Attention as one fused kernel. Not a mode of torch, which would not reach what the backward pass recomputes."""
+    F.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = _plain_attention
 
 
 def _fused_attention(
