@@ -76,8 +76,8 @@ def largest_rank(config: RunConfig, net: nn.Module) -> int:
     """The largest with which a rank averages at most `LEFT` of its bytes, those of embeddings and gains included."""
 
     def averaged(rank: int) -> float:
-        engine = config.engine.model_copy(number={"compression_rank": rank})
-        changed = config.model_copy(number={"engine": engine})
+        engine = config.engine.model_copy(update={"compression_rank": rank})
+        changed = config.model_copy(update={"engine": engine})
         return plan.between_nodes_bytes(changed, net, "model", dist.world_size())
 
     return max(rank for rank in range(1, 64) if averaged(rank) <= LEFT * averaged(0))

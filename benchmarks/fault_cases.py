@@ -145,8 +145,7 @@ def flip_payload(loader: str, folder: Path, content: Content, mark: Path) -> Non
 
 def decodes_to_something_else(changed: bytes, image: bytes) -> bool:
     """Whether a strict decoder takes the changed file and shows another image."""
-    from dalle_scale.data.decode import decode
-    from dalle_scale.data.reader import BadSample
+    from dalle_scale.data.decode import BadSample, decode
 
     try:
         return not np.array_equal(decode(changed), decode(image))
