@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.processes import ROOT
+from support.programs import load_program
 
 from dalle_scale import config as configs
 from dalle_scale.cluster import plan, plan_page
@@ -20,7 +21,8 @@ from dalle_scale.evaluation import reconstruction_page
 from dalle_scale.evaluation.reconstruction import Example
 from dalle_scale.report import charts, gallery, tables
 from dalle_scale.report.page import Cards, GalleryImage, Page, Section, Tiles, render, shown_side, write_page
-from data_tools import describe_shards
+
+describe_shards = load_program("describe_shards")
 
 HOSTILE = "\"'></title></style></svg><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 }}{% raw %}&amp;\\| ü"
 IMAGE = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
