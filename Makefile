@@ -1,5 +1,5 @@
 # make demo   train the whole text-to-image chain on a small world and show the images (MINUTES=8)
-# make quick  the tests that start no process, in under two minutes
+# make quick  the tests that start no process
 # make test   every check and test, on two workers (WORKERS=2)
 # make test-all                    the same and proofs that take long
 # make test-processors             which rows of tests/processors.py have passed at this code, and which are missing

@@ -1,4 +1,4 @@
-"""What compressing gradients between nodes saves and costs, at the paper's ratio: bytes, and the loss.
+"""Savings and costs of compressing gradients between nodes, at the paper's ratio: bytes, and the loss.
 
     python benchmarks/compression.py
     python benchmarks/compression.py --images cifar10_train.tar

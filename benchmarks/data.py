@@ -1,4 +1,4 @@
-"""How fast images come out of shards, beside the decoder alone and beside other loaders.
+"""Rate of images out of shards, beside the decoder alone and beside other loaders.
 
     python benchmarks/data.py
 

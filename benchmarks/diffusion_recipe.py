@@ -1,4 +1,4 @@
-"""What a diffusion recipe came to: its curves, bits per dimension, and images sampled with more and more steps.
+"""Results of a diffusion recipe: its curves, bits per dimension, and images sampled with more and more steps.
 
     python benchmarks/diffusion_recipe.py ddpm/cifar10_32 --clip runs/cifar10_32/clip/export
 

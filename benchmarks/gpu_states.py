@@ -110,7 +110,7 @@ def train(
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """What samples tokens for a model."""
+    """A rule that samples tokens for a model."""
     return Rule(**{key: config.model[key] for key in ("text_vocab", "text_length", "image_vocab", "grid")})
 
 

@@ -1,4 +1,4 @@
-"""How the cost of a token grows with the image: grids of 16, 32 and 64 codes a side, beside the keys that it sees.
+"""Growth of the cost of a token with the image: grids of 16, 32 and 64 codes a side, beside the keys that it sees.
 
     python benchmarks/growth.py
 

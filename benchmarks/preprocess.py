@@ -1,4 +1,4 @@
-"""How fast large images on a web server become 256-pixel shards: download.py beside img2dataset.
+"""Rate at which large images on a web server become 256-pixel shards: download.py beside img2dataset.
 
     python benchmarks/preprocess.py
 

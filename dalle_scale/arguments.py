@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,11 +112,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--local_rank", help=argparse.SUPPRESS)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        """The arguments, those of the process by default."""
-        found: argparse.Namespace
-        found, unknown = self.parse_known_intermixed_args(args, namespace)
-        if unknown:
-            self.error(self._about(unknown[0].partition("=")[0]))
+        """The arguments, those of the process by default. Positional ones may stand between flags."""
+        given = sys.argv[1:] if args is None else args
+        for flag in (one.partition("=")[0] for one in given):
+            if flag.startswith("--") and flag not in self._option_string_actions:  # before what else is missing
+                self.error(self._about(flag))
+        found: argparse.Namespace = self.parse_intermixed_args(given, namespace)
         if getattr(found, "device", "auto") != "auto":
             os.environ["DS_ACCELERATOR"] = found.device
         return found
@@ -133,4 +135,8 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError in place of printing the usage."""
         message = message.removeprefix("argument ")
         missing = message.removeprefix("the following arguments are required: ")
-        raise UserError(message if missing == message else f"{missing} is missing; --help says more")
+        if missing == message:
+            raise UserError(message)
+        optional = {action.metavar or action.dest for action in self._actions if action.nargs == "*"}
+        names = ", ".join(name for name in missing.split(", ") if name not in optional)
+        raise UserError(f"missing: {names}; --help says more")

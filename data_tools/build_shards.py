@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dalle_scale import log
-from dalle_scale.arguments import Parser
+from dalle_scale.arguments import Parser, at_least, share
 from dalle_scale.curation.build import build
 from dalle_scale.curation.chunks import Recipe
 from dalle_scale.curation.filters import LANGUAGES, Filters
@@ -77,13 +77,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def add_output(parser: Parser) -> None:
     """The options that say what is written."""
     parser.add_out()
-    parser.add_argument("--size", type=int, help="store centre squares of this side in pixels; default: as they are")
-    parser.add_argument("--valid-share", type=float, default=0.0, help="share of the samples that is held out")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="input rows a shard is made of, at most")
+    parser.add_argument(
+        "--size", type=at_least(1), help="store centre squares of this side, pixels (default: whole images)"
+    )
+    parser.add_argument("--valid-share", type=share, default=0.0, help="share of the samples that is held out")
+    parser.add_argument("--samples-per-shard", type=at_least(1), default=10_000, help="input rows of a shard, at most")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers",
-        type=int,
+        type=at_least(1),
         default=max(2, cores),
         help="processes; default: %(default)s; 1 works in the program itself, which an image can then end",
     )
@@ -95,8 +97,8 @@ def add_output(parser: Parser) -> None:
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
     """The options of `add_output` and of duplicates, if they make sense. Raises UserError."""
-    if not 0 <= args.valid_share < 1 or min(args.size or 1, args.samples_per_shard, args.workers) < 1:
-        raise UserError("--valid-share is a share in [0, 1); --size, --samples-per-shard, --workers are at least 1")
+    if args.valid_share == 1:
+        raise UserError("--valid-share: 1 leaves nothing to train on; take a smaller share")
     if args.near_bits is None:
         args.near_bits = Recipe.near_bits
     elif args.dedupe != "near" or not 0 <= args.near_bits <= 12:

@@ -2,8 +2,8 @@
 
     python data_tools/describe_shards.py --data runs/images/shards/train [--text-tokenizer text.model]
 
-Writes <out> (default: stats.html in the data set's folder), which needs nothing from outside, and <out> with the ending
-.json. Every sample is read and its checksums verified; of images only the headers are looked at. Frequent words and
+Writes <out>/stats.html, which needs nothing from outside, and <out>/stats.json; <out> is the data set's folder unless
+named. Every sample is read and its checksums verified; of images only the headers are looked at. Frequent words and
 languages are found in about --limit captions, chosen by a hash of the key. Languages of short captions are guesses.
 """
 

@@ -2,8 +2,8 @@
 
     python data_tools/inspect_shards.py --data runs/images/shards/train [--limit 48] [--match dog] [--out sheets]
 
-Writes <out>.html and <out>.png: images with their captions, each with its key, shard and size. Which samples is
-decided by --seed; --match takes only those whose caption holds a text (it reads all captions), --keys names them. A
+Writes <out>/sheet.html and <out>/sheet.png: images with their captions, each with its key, shard and size. --seed
+chooses the samples; --match takes only those whose caption holds a text (it reads all captions), --keys names them. A
 sample that cannot be read stands there with the reason. Of code shards `--tokenizer EXPORT` shows what their codes
 decode to, beside the image where there is one.
 """

@@ -39,7 +39,7 @@ def parser() -> Parser:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("", "--data is missing"),
+        ("", "missing: --data; --help says more"),
         ("--data d --limit 0", "--limit: 0, but it has to be at least 1"),
         ("--data d --limit x", "--limit: x, but it has to be at least 1"),
         ("--data d --share 1.5", "--share: 1.5, but it has to be from 0 to 1"),
@@ -51,7 +51,8 @@ def parser() -> Parser:
         ("--data d --limt 3", "unknown argument --limt; did you mean --limit?"),
         ("--data d --lim 3", "unknown argument --lim; did you mean --limit?"),
         ("--data d --batch=3", "--batch is called --batch-size since 0.2"),
-        ("--shards d", "--data is missing"),
+        ("--shards d", "--shards is called --data since 0.2"),
+        ("--no-such-flag", "unknown argument --no-such-flag"),
     ],
 )
 def test_what_is_wrong_is_one_line(line: str, message: str) -> None:
@@ -73,10 +74,12 @@ def test_defaults_are_shown_in_one_style() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_programs(program: Path, tmp_path: Path) -> None:
-    """--help shows an example of the program itself; a typo and a number out of range are one line and exit code 2."""
+    """--help shows an example of the program itself; an unknown flag is one line and exit code 2."""
     helped = run(program, "--help", folder=tmp_path)
     assert helped.returncode == 0 and program.name in helped.stdout and "(default: None)" not in helped.stdout
     wrong = run(program, "--no-such-flag", folder=tmp_path)
     lines = [line for line in wrong.stderr.splitlines() if line]
-    assert wrong.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), wrong.stderr
+    assert (
+        wrong.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: unknown argument --no-such-flag")
+    ), wrong.stderr
     assert not list(tmp_path.iterdir())

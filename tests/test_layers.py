@@ -115,12 +115,6 @@ def test_sampling_needs_neither_deepspeed_nor_webdataset():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_files_are_short():
-    for path in FILES + sorted((ROOT / "launch").glob("*.py")):
-        limit = 120 if path.parent.name == "launch" else 400
-        assert len(path.read_text().splitlines()) <= limit, f"{path} is longer than {limit} lines"
-
-
 def test_every_test_file_is_collected(request):
     """pytest's default skips folders named "dist", "build" and the like without a word."""
     skipped = request.config.getini("norecursedirs")

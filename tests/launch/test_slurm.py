@@ -77,7 +77,7 @@ def test_at_the_time_limit_it_saves_and_is_queued_again(toy_data: dict[str, str]
     assert "rank 1 of 2" in (run / "logs" / "rank_00001.log").read_text()
 
 
-@pytest.mark.parametrize(("code", "restarts", "expected"), [(1, "0", 1), (1, "5", 0), (2, "0", 0)])
+@pytest.mark.parametrize(("code", "restarts", "expected"), [(1, "0", 1), (1, "5", 0), (2, "0", 0), (3, "0", 0)])
 def test_a_dead_rank_is_tried_again_and_a_mistake_is_not(
     tmp_path: Path, code: int, restarts: str, expected: int
 ) -> None:
